@@ -1,0 +1,86 @@
+"""The command line: a table of verbs, each imported only when it is used.
+
+A verb lives in its room's `command.py`; this file knows names and one-line helps alone, so that
+`clover --help` does not pay for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from clover.core.errors import CloverError, nearest
+
+# verb -> (module:attribute, one line of help). The words are a promise (DESIGN, section 4).
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("clover.demo.command:demo", "The whole recipe on the phantom, in minutes."),
+    "phantom": ("clover.phantom.command:phantom", "Make synthetic histology with known truth."),
+    "instruct": ("clover.instruct.command:instruct", "Captions in, checked instructions out."),
+    "features": ("clover.vision.command:features", "Run the frozen image encoder once."),
+    "align": ("clover.align.command:align", "Stage 1: contrast, match, caption."),
+    "tune": ("clover.tune.command:tune", "Stage 2: instruction tuning, frozen language model."),
+    "evaluate": ("clover.evaluate.command:evaluate", "Predict and score, with controls."),
+    "score": ("clover.evaluate.command:score", "Score anybody's predictions."),
+    "ask": ("clover.serve.command:ask", "One question about one image."),
+    "chat": ("clover.serve.command:chat", "A conversation about an image."),
+    "report": ("clover.report.command:report", "One self-contained HTML page for a run."),
+    "fetch": ("clover.serve.fetch:fetch", "Bring the models a recipe names into the cache."),
+    "doctor": ("clover.serve.doctor:doctor", "What this machine can do."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group whose commands are imported when they are named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one verb's command."""
+        if cmd_name not in VERBS:
+            raise CloverError(f"no verb '{cmd_name}'{nearest(cmd_name, VERBS)}")
+        module, attribute = VERBS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs from the table, importing none of them."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: clover demo --out clover-demo. Research use only, not for diagnosis.",
+)
+@click.version_option(package_name="clover-pathology", prog_name="clover")
+def cli() -> None:
+    """CLOVER: from captions of pathology images to a model you can talk to."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    # Both libraries print advice to stderr that is no business of a CLOVER user's.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = cli.main(args=arguments, prog_name="clover", standalone_mode=False)
+    except (CloverError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo("clover: " + " ".join(message.split()), err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("clover: stopped; the same command continues where it was", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

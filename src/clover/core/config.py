@@ -1,0 +1,329 @@
+"""Recipes: one YAML describes one whole run.
+
+Every field has its explanation under it; an unknown key is an error that names the nearest key.
+Change a value on the command line with ``--set tune.steps=400``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clover.core.errors import CloverError, nearest
+from clover.core.files import fingerprint
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """The files of a run. A path is relative to the folder the command is run in."""
+
+    captions: Path | None = None
+    """Captioned images for stage 1."""
+    instructions: Path | None = None
+    """Questions with answers for stage 2."""
+    validation: Path | None = None
+    """Questions with answers that are only ever evaluated."""
+    images: Path | None = None
+    """Where relative image paths start; the data file's own folder when absent."""
+
+
+class PhantomConfig(Section):
+    """How many synthetic images are made, and from which seed."""
+
+    images: int = Field(1200, ge=8)
+    """Training images."""
+    validation_images: int = Field(120, ge=8)
+    """Fresh images for evaluation. They never share a seed with training images."""
+    seed: int = 0
+    """Another seed, another set."""
+
+
+class InstructConfig(Section):
+    """How the hybrid instruction set is put together."""
+
+    generated: int = Field(0, ge=0)
+    """How many captions are given to the language model for generation-based instructions."""
+    template_share: float = Field(0.15, ge=0, le=1)
+    """Share of template-based instructions (describe the image) in the hybrid set."""
+
+
+class EncoderConfig(Section):
+    """The frozen image encoder."""
+
+    kind: Literal["timm", "tiny"] = "timm"
+    """Which class loads it; see `clover.vision`."""
+    model: str = "tf_efficientnet_lite0"
+    """The architecture's name in its library."""
+    weights: str | None = None
+    """An asset reference; without one the weights are random."""
+    image_size: int = Field(224, ge=16)
+    """Images are resized to this many pixels a side."""
+    levels: tuple[int, ...] = ()
+    """Which feature levels become tokens (0 = finest); all levels when empty."""
+    grid: int = Field(14, ge=1)
+    """The token map is `grid` x `grid`; finer levels are folded into it, coarser ones repeated."""
+    microns_per_pixel: float | None = None
+    """The resolution the encoder expects, where it is known."""
+    licence: str = "unknown"
+    """Licence of the weights; it travels into the model card."""
+    batch_size: int = Field(32, ge=1)
+    """Images a forward pass."""
+
+
+class QFormerConfig(Section):
+    """The Q-Former: the only large part that learns. Defaults are the published BLIP-2's."""
+
+    weights: str | None = None
+    """A BERT-shaped checkpoint (asset reference) to start from; random when absent."""
+    tokenizer: str | None = None
+    """The WordPiece `tokenizer.json` that belongs to the checkpoint."""
+    hidden_size: int = 768
+    """Width D of queries and text."""
+    num_layers: int = 12
+    """Transformer layers; a shorter Q-Former takes the checkpoint's first layers."""
+    num_heads: int = 12
+    """Attention heads."""
+    intermediate_size: int = 3072
+    """Width of the feed-forward layers."""
+    vocab_size: int = 30523
+    """Word pieces, `[DEC]` included."""
+    max_positions: int = 512
+    """Longest text the position embeddings know."""
+    encoder_width: int = 1408
+    """Width E of an image token."""
+    num_queries: int = Field(32, ge=1)
+    """Query tokens Q: the visual prefix the language model reads."""
+    cross_attention_frequency: int = Field(2, ge=1)
+    """Every n-th layer looks at the image, from layer 0."""
+    embedding_size: int = 256
+    """Width of the contrastive embeddings."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on embeddings, attention probabilities and residuals."""
+    layer_norm_eps: float = 1e-12
+    """BERT's epsilon."""
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights."""
+
+
+class LanguageConfig(Section):
+    """The frozen language model."""
+
+    kind: Literal["decoder_only", "encoder_decoder"] = "decoder_only"
+    """Which class drives it; see `clover.language`."""
+    weights: str = ""
+    """An asset reference: a GGUF file, or a folder in transformers' form."""
+    licence: str = "unknown"
+    """Licence of the weights; it travels into the model card."""
+    max_instruction_tokens: int = Field(128, ge=4)
+    """Longer instructions lose their beginning (truncation left, as published)."""
+    max_answer_tokens: int = Field(128, ge=2)
+    """Longer answers lose their end."""
+
+
+class PromptConfig(Section):
+    """How image and question are put before the language model, in every stage alike."""
+
+    template: str = "{image}{question}"
+    """`{image}` becomes the visual tokens, `{question}` the question. Special tokens are allowed."""
+    answer_end: str = ""
+    """Text (usually a special token) that closes an answer; the tokenizer's eos when empty."""
+    closed_suffix: str = ""
+    """Appended to a closed question; the published system asks for yes or no."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and a cosine."""
+
+    steps: int = Field(100, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(32, ge=1)
+    """Samples a step, over all devices."""
+    accumulate: int = Field(1, ge=1)
+    """Forward passes a step; the batch is split into so many."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    min_learning_rate: float = Field(0.0, ge=0)
+    """Where the cosine ends."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = Field(0.05, ge=0)
+    """On matrices only, never on biases, norms, queries or the temperature."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    clip_norm: float | None = 1.0
+    """Largest gradient norm; none when absent."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
+    seed: int | None = None
+    """Order of the data and dropout; the recipe's seed when absent."""
+
+
+class AlignConfig(OptimizerConfig):
+    """Stage 1: contrast, match, caption."""
+
+    losses: tuple[Literal["contrast", "match", "caption"], ...] = ("contrast", "match", "caption")
+    """Which losses are summed, with equal weights."""
+    max_text_tokens: int = Field(32, ge=4)
+    """Longer captions lose their end (SPEC, section 2)."""
+    temperature: float = Field(0.07, gt=0)
+    """Start of the learned contrastive temperature."""
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Of the contrastive and the caption loss."""
+
+
+class TuneConfig(OptimizerConfig):
+    """Stage 2: instruction tuning through the frozen language model."""
+
+    instruction_aware: bool = True
+    """Whether the Q-Former reads the question too."""
+    max_question_tokens: int = Field(128, ge=4)
+    """What the Q-Former reads of the question (truncation left)."""
+
+
+class EvaluateConfig(Section):
+    """Prediction and scores."""
+
+    batch_size: int = Field(32, ge=1)
+    """Questions a forward pass."""
+    num_beams: int = Field(1, ge=1)
+    """1 is greedy."""
+    min_tokens: int = Field(1, ge=0)
+    """Shortest answer; the published system forces 5."""
+    max_tokens: int = Field(32, ge=1)
+    """Longest answer."""
+    bootstrap: int = Field(1000, ge=0)
+    """Draws for the 95 % intervals, clustered by image."""
+    control_items: int = Field(0, ge=0)
+    """How many questions each control is asked; all when 0."""
+
+
+class Recipe(Section):
+    """One whole run."""
+
+    name: str
+    """A short name; it appears in reports."""
+    seed: int = 0
+    """Of everything random."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` takes bfloat16 where the device multiplies it faster than float32."""
+    device: str = "auto"
+    """`auto` takes a GPU when there is one."""
+    data: DataConfig = DataConfig()
+    """Files."""
+    phantom: PhantomConfig | None = None
+    """The built-in set; only `clover demo` reads this."""
+    instruct: InstructConfig = InstructConfig()
+    """Instruction data."""
+    encoder: EncoderConfig = EncoderConfig()
+    """Image encoder."""
+    qformer: QFormerConfig = QFormerConfig()
+    """Q-Former."""
+    language: LanguageConfig = LanguageConfig()
+    """Language model."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt."""
+    align: AlignConfig = AlignConfig()
+    """Stage 1."""
+    tune: TuneConfig = TuneConfig()
+    """Stage 2."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation."""
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+    def fingerprint(self, *sections: str) -> str:
+        """Return a short hash of the named sections: the key of work that depends on them."""
+        return fingerprint(self.model_dump(mode="json", include=set(sections)))
+
+
+def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for name in path:
+        field = model.model_fields.get(str(name))
+        if field is None:
+            break
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            break
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(Recipe, first["loc"][:-1])
+        return f"{source}: unknown key '{path}'{nearest(str(first['loc'][-1]), known)}"
+    value = f" (found {first['input']!r})" if first["type"] != "missing" else ""
+    return f"{source}: {path}: {first['msg'].lower()}{value}"
+
+
+def _assign(tree: dict[str, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise CloverError(f"--set '{setting}' is not of the form section.key=value")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise CloverError(f"--set '{setting}': {parent} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CloverError(f"--set '{setting}': {text!r} is not a YAML value") from error
+    # YAML 1.1 reads 1e-4 as text; people mean the number.
+    if isinstance(tree[last], str):
+        try:
+            tree[last] = float(tree[last])
+        except ValueError:
+            pass
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe: a path, or the name of one that comes with CLOVER."""
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped = RECIPES / f"{path.stem}.yaml"
+    if shipped.exists():
+        return shipped
+    known = [item.stem for item in RECIPES.glob("*.yaml")]
+    raise CloverError(f"no recipe {name}{nearest(path.stem, known)}")
+
+
+def load_recipe(name: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` settings.
+
+    Raises:
+        CloverError: no such recipe, YAML that does not parse, an unknown key (the nearest is
+            named), or a value out of its range.
+    """
+    path = find_recipe(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CloverError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise CloverError(f"{path} is not a recipe: expected sections, found {type(tree).__name__}")
+    for setting in settings:
+        _assign(tree, setting)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise CloverError(_explain(error, str(path))) from error

@@ -1,0 +1,254 @@
+"""The one record type: an image with a caption, or with a question and its answer.
+
+In: JSON Lines, JSON lists or CSV, as people have them. Out: `Record`s, and a list of what was set
+aside with the reason. Column names other than ours are recognised from a short list; any further
+column is kept.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from clover.core.errors import CloverError, nearest
+from clover.core.files import write_jsonl
+
+AnswerType = Literal["open", "closed"]
+Needs = Literal["caption", "question", "any"]
+
+# What other people call our columns. The first that is present is taken.
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "id": ("question_id", "qid", "uuid"),
+    "image": ("image_path", "path", "img", "file", "filename", "file_name", "image_file"),
+    "caption": ("text", "description", "report", "captions"),
+    "question": ("sent", "q", "instruction"),
+    "answer": ("a", "label", "response", "output"),
+    "licence": ("license",),
+}
+
+
+class Record(BaseModel):
+    """One line of data.
+
+    `image` is a path relative to the file's folder (or to `--images`), or
+    ``slide.svs#x,y,width_um,height_um``. Unknown columns are kept as extra fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    id: str
+    image: str | None = None
+    caption: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    answer_type: AnswerType | None = None
+    source: str | None = None
+    licence: str | None = None
+    split: str | None = None
+    group: str | None = None
+    origin: str | None = None
+    """How the instruction was made: template, generated, truth, human."""
+
+    @field_validator("id", mode="before")
+    @classmethod
+    def _text_id(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value
+
+    @field_validator("answer_type", mode="before")
+    @classmethod
+    def _lower_type(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) and value else value or None
+
+    def row(self) -> dict[str, Any]:
+        """Return the JSON-able form, without empty fields."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A line that was set aside, and why."""
+
+    source: str
+    line: int
+    reason: str
+    content: Any = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the JSON-able form."""
+        return {
+            "source": self.source,
+            "line": self.line,
+            "reason": self.reason,
+            "content": self.content,
+        }
+
+
+@dataclass
+class RecordSet:
+    """Records read from one file, and what was set aside."""
+
+    path: Path
+    records: list[Record]
+    rejected: list[Rejection] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative image paths start from."""
+        return self.path.parent
+
+    def summary(self) -> str:
+        """Return ``1,200 records`` and, when lines were set aside, how many and why."""
+        text = f"{len(self.records):,} records"
+        if self.rejected:
+            reasons = Counter(item.reason for item in self.rejected)
+            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            text += f"; {len(self.rejected):,} set aside ({listed})"
+        return text
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, parsed row or an exception's text) from a JSONL, JSON or CSV file."""
+    try:
+        if path.suffix.lower() in {".csv", ".tsv"}:
+            csv.field_size_limit(1 << 30)
+            with path.open(encoding="utf-8-sig", newline="", errors="replace") as handle:
+                delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+                for line, row in enumerate(csv.DictReader(handle, delimiter=delimiter), start=2):
+                    yield line, {key: value for key, value in row.items() if key}
+        elif path.suffix.lower() == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(rows, list):
+                raise CloverError(f"{path} is not a JSON list of records; use .jsonl or a list")
+            yield from enumerate(rows, start=1)
+        else:
+            with path.open(encoding="utf-8-sig", errors="replace") as handle:
+                for line, text in enumerate(handle, start=1):
+                    if text.strip():
+                        try:
+                            yield line, json.loads(text)
+                        except json.JSONDecodeError:
+                            yield line, text[:200]
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CloverError(f"no file {path}") from error
+    except json.JSONDecodeError as error:
+        raise CloverError(f"{path} is not JSON: {error}") from error
+
+
+def _rename(row: dict[str, Any]) -> dict[str, Any]:
+    for ours, others in _SYNONYMS.items():
+        if row.get(ours) in (None, ""):
+            found = next((other for other in others if row.get(other) not in (None, "")), None)
+            if found is not None:
+                row[ours] = row.pop(found)
+    return {key: value for key, value in row.items() if value is not None and value != ""}
+
+
+def _problem(record: Record, needs: Needs) -> str | None:
+    """Return why a record cannot be used, or None."""
+    if needs == "caption" and not (record.caption or "").strip():
+        return "empty caption"
+    if needs == "question":
+        if not (record.question or "").strip():
+            return "empty question"
+        if not (record.answer or "").strip():
+            return "empty answer"
+        if record.answer_type == "closed" and _first_word(record.answer or "") not in ("yes", "no"):
+            return "closed question answered with prose"
+    return None
+
+
+def _first_word(text: str) -> str:
+    words = text.strip().lower().split()
+    return words[0].strip(".,;:!") if words else ""
+
+
+def _check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
+    if needs == "any":
+        return
+    wanted = ("caption",) if needs == "caption" else ("question", "answer")
+    for name in wanted:
+        if name not in columns and not any(other in columns for other in _SYNONYMS[name]):
+            found = ", ".join(columns) or "none"
+            raise CloverError(
+                f"{path} has no '{name}' column (found: {found}){nearest(name, columns)}"
+                if columns
+                else f"{path} has no '{name}' column: the file is empty"
+            )
+
+
+def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = None) -> RecordSet:
+    """Read records from `.jsonl`, `.json`, `.csv` or `.tsv`.
+
+    Args:
+        path: The file.
+        needs: Which columns each record must fill: a caption, or a question with its answer.
+        limit: Stop after this many good records.
+
+    Returns:
+        The good records, and every line that was set aside with its reason.
+
+    Raises:
+        CloverError: no such file, no such column, or not one good record.
+    """
+    path = Path(path)
+    found = RecordSet(path, [])
+    columns: dict[str, None] = {}
+    seen: set[str] = set()
+    for line, row in _rows(path):
+        if not isinstance(row, dict):
+            found.rejected.append(Rejection(str(path), line, "not a JSON object", row))
+            continue
+        columns.update(dict.fromkeys(row))
+        row = _rename(dict(row))
+        row.setdefault("id", f"{path.stem}-{line}")
+        try:
+            record = Record.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"bad {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+            found.rejected.append(Rejection(str(path), line, reason, row))
+            continue
+        reason_text = _problem(record, needs)
+        if reason_text is None and record.id in seen:
+            reason_text = "duplicate id"
+        if reason_text is not None:
+            found.rejected.append(Rejection(str(path), line, reason_text, record.row()))
+            continue
+        seen.add(record.id)
+        found.records.append(record)
+        if limit is not None and len(found.records) >= limit:
+            break
+    if not found.records:
+        _check_columns(path, list(columns), needs)
+        raise CloverError(f"{path} holds no usable record: {found.summary()}")
+    _check_columns(path, list(columns), needs)
+    return found
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> int:
+    """Write records as JSON Lines, atomically; return how many."""
+    return write_jsonl(path, (record.row() for record in records))
+
+
+def write_rejected(path: str | Path, rejected: Sequence[Rejection]) -> None:
+    """Write what was set aside, one JSON line each; nothing is written for an empty list."""
+    if rejected:
+        write_jsonl(path, (item.row() for item in rejected))
+
+
+def image_path(record: Record, folder: Path) -> Path:
+    """Return the path of a record's image under `folder`.
+
+    Raises:
+        CloverError: the record names no image, or a path that leaves the folder.
+    """
+    if not record.image:
+        raise CloverError(f"record {record.id} names no image")
+    return folder / record.image

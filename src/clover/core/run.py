@@ -1,0 +1,124 @@
+"""The run folder: the resolved recipe, metrics, checkpoints and the bill.
+
+`recipe.yaml` + `metrics.jsonl` + `checkpoints/` + `costs.json` are enough to resume, to repeat and
+to argue about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clover.core.files import read_json, write_json, write_text
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_memory_gib() -> float:
+    """Return this process's largest resident set so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine: processor, cores, device, versions that change numbers."""
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {
+        "system": platform.platform(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+class RunFolder:
+    """A folder that holds one run; opening it again continues it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def save_recipe(self, recipe: Any) -> None:
+        """Write the resolved recipe (a `clover.core.config.Recipe`)."""
+        write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    def log(self, stage: str, step: int, **values: float | int | str) -> None:
+        """Append one line to `metrics.jsonl`."""
+        row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """Return the logged lines, of one stage or all; a torn last line is passed over.
+
+        A resumed run logs again what it repeats: the last line of a (stage, step) counts.
+        """
+        path = self.path / "metrics.jsonl"
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        if path.exists():
+            for text in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    row = json.loads(text)
+                    rows[row["stage"], row["step"]] = row
+        return [row for row in rows.values() if stage is None or row["stage"] == stage]
+
+    def costs(self) -> list[dict[str, Any]]:
+        """Return the bill so far: one entry a stage."""
+        path = self.path / "costs.json"
+        entries: list[dict[str, Any]] = read_json(path)["stages"] if path.exists() else []
+        return entries
+
+    def account(self, stage: str, *, seconds: float, dollars: float = 0.0, **details: Any) -> None:
+        """Add a stage's seconds and dollars to the bill; a stage run in parts adds up."""
+        entries = self.costs()
+        entry = next((item for item in entries if item["stage"] == stage), None)
+        if entry is None:
+            entry = {"stage": stage, "seconds": 0.0, "dollars": 0.0}
+            entries.append(entry)
+        entry["seconds"] = round(entry["seconds"] + seconds, 3)
+        entry["dollars"] = round(entry["dollars"] + dollars, 6)
+        entry["peak_memory_gib"] = round(peak_memory_gib(), 2)
+        entry.update(details)
+        total = {key: round(sum(item[key] for item in entries), 6) for key in ("seconds", "dollars")}
+        write_json(self.path / "costs.json", {"total": total, "stages": entries})
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Time the block and put it on the bill, also when it is interrupted.
+
+        Yields:
+            A dictionary; what is put there (for instance `dollars`) goes on the bill too.
+        """
+        start = time.perf_counter()
+        details: dict[str, Any] = {}
+        try:
+            yield details
+        finally:
+            self.account(stage, seconds=time.perf_counter() - start, **details)

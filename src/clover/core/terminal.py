@@ -1,0 +1,43 @@
+"""Progress on long work: a bar on a terminal, silence elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+Advance = Callable[..., None]
+"""`advance(count=1, note="loss 1.2")` moves the bar."""
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int | None, *, done: int = 0) -> Iterator[Advance]:
+    """Yield a function that moves a progress bar; silent when stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, completed=done, note="")
+
+        def advance(count: int = 1, note: str | None = None) -> None:
+            if note is None:
+                bar.advance(task, count)
+            else:
+                bar.update(task, advance=count, note=note)
+
+        yield advance
