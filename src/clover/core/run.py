@@ -106,7 +106,9 @@ class RunFolder:
         entry["dollars"] = round(entry["dollars"] + dollars, 6)
         entry["peak_memory_gib"] = round(peak_memory_gib(), 2)
         entry.update(details)
-        total = {key: round(sum(item[key] for item in entries), 6) for key in ("seconds", "dollars")}
+        total = {
+            key: round(sum(item[key] for item in entries), 6) for key in ("seconds", "dollars")
+        }
         write_json(self.path / "costs.json", {"total": total, "stages": entries})
 
     @contextlib.contextmanager

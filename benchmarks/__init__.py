@@ -1,0 +1,1 @@
+"""Speed, memory and parity; each benchmark prints one JSON line a figure."""

@@ -1,0 +1,1 @@
+"""Stage 1: align images and text with three losses, one file each."""

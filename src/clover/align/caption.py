@@ -1,0 +1,41 @@
+"""Image-grounded text generation, ITG (SPEC, section 2.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from clover.qformer.bridge import AlignmentHeads
+
+
+def caption_inputs(ids: Tensor, *, decode_start: int) -> Tensor:
+    """Return ids [B, T] whose `[CLS]` has become `[DEC]`."""
+    inputs = ids.clone()
+    inputs[:, 0] = decode_start
+    return inputs
+
+
+def caption_loss(
+    hidden: Tensor,
+    inputs: Tensor,
+    mask: Tensor,
+    *,
+    heads: AlignmentHeads,
+    word_embedding: Tensor,
+    label_smoothing: float,
+) -> Tensor:
+    """Predict each next word; logits are computed only where there is one to predict.
+
+    Args:
+        hidden: [B, T, D] from `QFormer.decode_text`.
+        inputs: [B, T], beginning with `[DEC]`.
+        mask: [B, T], 1 = a token.
+        heads: Holds the next-word head.
+        word_embedding: [V, D], the tied decoder.
+        label_smoothing: 0.1 as published, spread over the whole vocabulary.
+    """
+    has_target = mask[:, 1:].bool()
+    logits = heads.language(hidden[:, :-1][has_target], word_embedding)  # [targets, V]
+    return F.cross_entropy(
+        logits.float(), inputs[:, 1:][has_target], label_smoothing=label_smoothing
+    )

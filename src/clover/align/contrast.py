@@ -1,0 +1,61 @@
+"""Image-text contrast, ITC (SPEC, section 2.1).
+
+An image is as similar to a text as its best query is. Axes: B batch here, N batch over all ranks,
+Q queries, C contrastive width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Similarities divided by the temperature, each [B, N]."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def similarity(
+    image: Tensor,
+    text: Tensor,
+    temperature: Tensor,
+    *,
+    all_image: Tensor | None = None,
+    all_text: Tensor | None = None,
+) -> Similarity:
+    """Compare every image with every text: the largest over queries of the dot product.
+
+    Args:
+        image: Unit vectors [B, Q, C] of this rank.
+        text: Unit vectors [B, C] of this rank.
+        temperature: Scalar.
+        all_image: [N, Q, C] gathered over ranks; this rank's own when absent.
+        all_text: [N, C] likewise. The reference gathers without gradient.
+    """
+    all_image = image if all_image is None else all_image
+    all_text = text if all_text is None else all_text
+    image_to_text = torch.einsum("bqc,nc->bnq", image, all_text).amax(dim=-1)
+    text_to_image = torch.einsum("bc,nqc->bnq", text, all_image).amax(dim=-1)
+    return Similarity(image_to_text / temperature, text_to_image / temperature)
+
+
+def contrastive_loss(similar: Similarity, *, label_smoothing: float, offset: int = 0) -> Tensor:
+    """Cross-entropy both ways, averaged; the own pair is the target.
+
+    Args:
+        similar: From `similarity`.
+        label_smoothing: 0.1 as published.
+        offset: This rank's first row among all (rank * B).
+    """
+    batch = similar.image_to_text.shape[0]
+    target = torch.arange(offset, offset + batch, device=similar.image_to_text.device)
+    loss = F.cross_entropy(
+        similar.image_to_text.float(), target, label_smoothing=label_smoothing
+    ) + F.cross_entropy(similar.text_to_image.float(), target, label_smoothing=label_smoothing)
+    return loss / 2

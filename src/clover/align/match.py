@@ -1,0 +1,58 @@
+"""Image-text matching, ITM, with hard negatives from the contrast (SPEC, section 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clover.align.contrast import Similarity
+from clover.core.errors import CloverError
+
+_OWN = -10000.0  # the reference's value: softmax makes it exactly zero in float32
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """For text b the image `image_for_text[b]`, for image b the text `text_for_image[b]`."""
+
+    image_for_text: Tensor
+    text_for_image: Tensor
+
+
+def negative_weights(similar: Similarity, *, offset: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the sampling weights (text to image, image to text), each [B, N], own pair zero."""
+    batch = similar.image_to_text.shape[0]
+    rows = torch.arange(batch, device=similar.image_to_text.device)
+    weights = []
+    for matrix in (similar.text_to_image, similar.image_to_text):
+        masked = matrix.detach().float().clone()
+        masked[rows, rows + offset] = _OWN
+        weights.append(masked.softmax(dim=1))
+    return weights[0], weights[1]
+
+
+def sample_negatives(similar: Similarity, *, offset: int = 0) -> Negatives:
+    """Draw one negative image a text, then one negative text an image, by similarity.
+
+    Raises:
+        CloverError: a batch of one pair, which has no negative.
+    """
+    if similar.image_to_text.shape[1] < 2:
+        raise CloverError(
+            "the matching loss needs a negative: align.batch_size is 1, the least is 2"
+        )
+    text_to_image, image_to_text = negative_weights(similar, offset=offset)
+    return Negatives(
+        torch.multinomial(text_to_image, 1).squeeze(1),
+        torch.multinomial(image_to_text, 1).squeeze(1),
+    )
+
+
+def matching_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy over logits [3B, 2]: B matching pairs first, then 2B that do not match."""
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    labels[: len(logits) // 3] = 1
+    return F.cross_entropy(logits.float(), labels)

@@ -1,0 +1,85 @@
+"""The Q-Former's WordPiece tokenizer: BERT's, with `[DEC]` added as the last id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from clover.core.errors import CloverError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Word pieces: `ids` [B, T] and `mask` [B, T] (1 = a token, 0 = padding)."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+class TextTokenizer:
+    """Turns text into ids as the published system does.
+
+    Args:
+        path: A `tokenizer.json`; `[CLS]`, `[SEP]` and `[PAD]` must be known to it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise CloverError(f"{path} is not a tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # Checkpoints bring their own padding and truncation; ours are explicit in `__call__`.
+        self.pad = self._id("[PAD]")
+        self.start = self._id("[CLS]")
+        self.end = self._id("[SEP]")
+        self.decode_start = self._tokenizer.token_to_id("[DEC]")
+        if self.decode_start is None:
+            self._tokenizer.add_special_tokens(["[DEC]"])
+            self.decode_start = self._tokenizer.token_to_id("[DEC]")
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CloverError(f"the tokenizer has no {token} token; a BERT tokenizer is needed")
+        return int(found)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, `[DEC]` included."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def __call__(
+        self, texts: Sequence[str], *, limit: int, side: Literal["left", "right"] = "right"
+    ) -> Tokens:
+        """Encode texts as ``[CLS] … [SEP]``, padded to the longest of them.
+
+        Args:
+            texts: B texts.
+            limit: Longest row, the two special tokens included.
+            side: Where a longer text loses words: its end (stage 1) or its beginning (stage 2).
+        """
+        rows = []
+        for text in texts:
+            pieces = self._tokenizer.encode(text, add_special_tokens=False).ids
+            keep = limit - 2
+            pieces = pieces[:keep] if side == "right" else pieces[max(0, len(pieces) - keep) :]
+            rows.append([self.start, *pieces, self.end])
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        return Tokens(ids, mask)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of word pieces, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

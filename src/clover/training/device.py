@@ -1,0 +1,62 @@
+"""Which device, and which number format pays on it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from clover.core.errors import CloverError
+
+
+@cache
+def multiplies_bfloat16_fast() -> bool:
+    """Return whether this processor has bfloat16 matrix instructions (AMX or AVX-512 BF16).
+
+    Without them bfloat16 is emulated: a third of float32's speed on the Ice Lake processor it was
+    measured on (docs/benchmarks.md), so it must not be the default there.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            flags = next((line for line in handle if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device and the format that matrix products run in."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context for mixed precision: nothing for float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_device(
+    name: str = "auto", precision: Literal["auto", "float32", "bfloat16"] = "auto"
+) -> Device:
+    """Return the device and format of a recipe.
+
+    Raises:
+        CloverError: the named device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CloverError(f"device '{name}' is not usable here; try device: auto or cpu") from error
+    if precision == "auto":
+        is_fast = device.type != "cpu" or multiplies_bfloat16_fast()
+        precision = "bfloat16" if is_fast else "float32"
+    return Device(device, getattr(torch, precision))

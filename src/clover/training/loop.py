@@ -1,0 +1,202 @@
+"""The one loop: objective -> losses as (sum, count) -> backward -> clip -> step -> log.
+
+Same seed, same machine, same result; stopped anywhere, the same call continues to the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from clover.core.config import OptimizerConfig
+from clover.core.errors import CloverError
+from clover.core.run import RunFolder, seed_everything
+from clover.core.terminal import progress
+from clover.training.checkpoint import load_latest, save_checkpoint
+from clover.training.device import Device
+from clover.training.objective import Losses, Objective
+from clover.training.sampler import Sampler
+from clover.training.schedule import learning_rate
+
+_LOG_EVERY = 10  # steps; reading a loss waits for the device, so not every step
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Where and how one stage is trained."""
+
+    stage: str
+    config: OptimizerConfig
+    run: RunFolder
+    device: Device
+    seed: int
+    key: str
+    """Fingerprint of all that changes the mathematics; a checkpoint of another key is refused."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the loop to stop; it has saved its state."""
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices alone: not biases, norms, query tokens, embeddings or the temperature.
+
+    # Paper: decays query_tokens, ln_vision.weight and temp by an accident of names (SPEC, 8.17);
+    # here not, because pulling a temperature towards 0 makes the contrast blow up.
+    """
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    for name, item in module.named_parameters():
+        if item.requires_grad:
+            is_matrix = item.ndim == 2 and not name.endswith("embedding.weight")
+            (decayed if is_matrix else kept).append(item)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+def train(objective: Objective, job: TrainingJob) -> None:
+    """Train `objective.module` for `job.config.steps` steps, or what is left of them.
+
+    Raises:
+        CloverError: a loss is not finite (the batch's samples are named).
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    config, module = job.config, objective.module.to(job.device.device)
+    seed_everything(job.seed)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+    sampler = Sampler(
+        objective.num_samples(),
+        config.batch_size // config.accumulate,
+        seed=job.seed,
+        sizes=objective.sizes(),
+    )
+    folder = job.run.checkpoints / job.stage
+    start = load_latest(folder, module=module, optimizer=optimizer, key=job.key)
+    module.train()
+    with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
+        log = _Log(job)
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            losses = _step(objective, optimizer, sampler, step, job)
+            note = log.add(step, losses)
+            advance(1, note)
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps or stopped.is_set():
+                save_checkpoint(folder, step=done, module=module, optimizer=optimizer, key=job.key)
+            if stopped.is_set() and done < config.steps:
+                raise Interrupted(f"{job.stage} stopped after step {done}")
+    module.eval()
+
+
+def _step(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    sampler: Sampler,
+    step: int,
+    job: TrainingJob,
+) -> list[Losses]:
+    """One optimiser step over `accumulate` batches whose losses add up token by token."""
+    config = job.config
+    all_losses: list[Losses] = []
+    total = torch.zeros((), device=job.device.device)
+    for part in range(config.accumulate):
+        indices = sampler.batch(step * config.accumulate + part)
+        with job.device.autocast():
+            losses = objective.losses(objective.collate(indices))
+        if not torch.isfinite(losses.sum):
+            raise CloverError(
+                f"{job.stage}: the loss of step {step} is {losses.sum.item()}; its samples are "
+                f"{', '.join(map(str, indices[:8]))}…; lower {job.stage}.learning_rate?"
+            )
+        losses.sum.backward()  # type: ignore[no-untyped-call]
+        total = total + losses.count
+        all_losses.append(
+            Losses(
+                losses.sum.detach(),
+                losses.count,
+                {name: value.detach() for name, value in losses.parts.items()},
+            )
+        )
+    trained = [item for group in optimizer.param_groups for item in group["params"]]
+    for item in trained:
+        if item.grad is not None:
+            item.grad.div_(total)
+    if config.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return all_losses
+
+
+class _Log:
+    """Means over the last steps, written every `_LOG_EVERY` steps."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | float = 0.0
+        self._parts: dict[str, list[Tensor]] = {}
+        self._since = time.perf_counter()
+        self._steps = 0
+
+    def add(self, step: int, losses: list[Losses]) -> str | None:
+        self._steps += 1
+        for item in losses:
+            self._sum = self._sum + item.sum
+            self._count = self._count + item.count
+            for name, value in item.parts.items():
+                self._parts.setdefault(name, []).append(value)
+        if (step + 1) % _LOG_EVERY and step + 1 != self._job.config.steps:
+            return None
+        loss = float(self._sum / self._count)
+        seconds = (time.perf_counter() - self._since) / self._steps
+        values = {name: float(torch.stack(parts).mean()) for name, parts in self._parts.items()}
+        rate = learning_rate(self._job.config, step)
+        self._job.run.log(
+            self._job.stage,
+            step + 1,
+            loss=round(loss, 5),
+            learning_rate=rate,
+            seconds_per_step=round(seconds, 4),
+            **{name: round(value, 5) for name, value in values.items()},
+        )
+        self._sum = self._count = 0.0
+        self._parts, self._steps, self._since = {}, 0, time.perf_counter()
+        return f"loss {loss:.3f}"
+
+
+@contextlib.contextmanager
+def _stop_flag() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a flag; the second one stops at once."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

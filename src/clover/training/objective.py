@@ -1,0 +1,46 @@
+"""The seam between the loop and what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A loss as sum and count, so that unequal batches add up to the right mean.
+
+    `parts` are numbers worth logging: detached scalars, already means.
+    """
+
+    sum: Tensor
+    count: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What a stage gives the loop."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that learns; it is what a checkpoint holds."""
+        ...
+
+    def num_samples(self) -> int:
+        """Return how many training samples there are."""
+        ...
+
+    def sizes(self) -> Sequence[int] | None:
+        """Return a length for each sample, to batch like with like; None for no bucketing."""
+        ...
+
+    def collate(self, indices: Sequence[int]) -> Any:
+        """Load the samples with these indices as a batch."""
+        ...
+
+    def losses(self, batch: Any) -> Losses:
+        """Compute the loss of a batch."""
+        ...

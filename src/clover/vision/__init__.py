@@ -1,0 +1,1 @@
+"""Frozen image encoders and the cache of what they saw."""

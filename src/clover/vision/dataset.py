@@ -1,0 +1,75 @@
+"""Records joined with their cached features: what both training stages and evaluation read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from clover.core.errors import CloverError
+from clover.core.record import Needs, Record, Rejection, read_records
+from clover.vision.cache import FeatureCache, hash_images
+from clover.vision.encoder import ImageEncoder
+
+
+@dataclass
+class FeatureSet:
+    """Records whose images are in the cache.
+
+    Attributes:
+        records: Usable records, in file order.
+        digests: SHA-256 of each record's image bytes.
+        cache: Where the features lie.
+        rejected: What was set aside: bad lines, missing and broken images.
+    """
+
+    records: list[Record]
+    digests: list[str]
+    cache: FeatureCache
+    rejected: list[Rejection]
+
+    def features(self, indices: Sequence[int]) -> Tensor:
+        """Return tokens [B, P, E] of the records with these indices."""
+        return self.cache.get([self.digests[index] for index in indices])
+
+    def summary(self) -> str:
+        """Return how many records are usable, and what was set aside."""
+        text = f"{len(self.records):,} records on {len(set(self.digests)):,} images"
+        if self.rejected:
+            reasons = Counter(item.reason for item in self.rejected)
+            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            text += f"; {len(self.rejected):,} set aside ({listed})"
+        return text
+
+
+def load_feature_set(
+    path: str | Path,
+    *,
+    needs: Needs,
+    encoder: ImageEncoder,
+    cache: str | Path,
+    images: Path | None = None,
+) -> FeatureSet:
+    """Read records, encode the images that are not cached yet, and join the two.
+
+    Raises:
+        CloverError: nothing usable is left.
+    """
+    found = read_records(path, needs=needs)
+    folder = images if images is not None else found.folder
+    features = FeatureCache(cache, encoder)
+    digests, paths, missing = hash_images(found.records, folder)
+    broken = features.fill(paths)
+    rejected = [*found.rejected, *missing, *broken]
+    records = [
+        record
+        for record in found.records
+        if record.image in digests and digests[record.image] in features
+    ]
+    if not records:
+        reason = rejected[-1].reason if rejected else "no record names an image"
+        raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
+    return FeatureSet(records, [digests[str(r.image)] for r in records], features, rejected)
