@@ -1,0 +1,199 @@
+"""A GGUF file as a folder in transformers' form, made once and kept in the cache.
+
+In: a GGUF file of a Llama- or Qwen2-shaped model with a byte-pair tokenizer. Out: a folder with
+config, float32 safetensors and tokenizer under `CLOVER_HOME`, keyed by the file's SHA-256.
+transformers reads GGUF too, but only with `accelerate` installed, and it cuts numbers in another
+way than the model learned; reading the file takes seconds each time either way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clover.core.assets import home
+from clover.core.errors import CloverError
+from clover.core.files import sha256_file, write_json
+
+_NAMES = Path(__file__).with_name("gguf_names.yaml")
+_FORM = "1"
+"""Changes when the written folder changes, so that an old cache is a miss."""
+
+
+def dequantised_folder(path: Path) -> Path:
+    """Return the folder of a GGUF file in transformers' form, making it when it is absent.
+
+    Raises:
+        CloverError: the file is not GGUF, or its architecture or tokenizer is not known here.
+    """
+    folder = home() / "dequantised" / f"{_fingerprint(path)}-{_FORM}"
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        _write_folder(path, partial)
+        partial.chmod(0o755)
+        try:
+            partial.replace(folder)
+        except OSError:
+            # Another process finished the same file first; its folder is as good as ours.
+            if not (folder / "config.json").exists():
+                raise
+    except OSError as error:
+        raise CloverError(
+            f"cannot write {folder}: {error.strerror or error}; "
+            "free some space and run the same command again"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _fingerprint(path: Path) -> str:
+    """Return the start of a file's SHA-256, remembered while size and time stay the same."""
+    state = os.stat(path)
+    stamp = f"{state.st_size} {state.st_mtime_ns}"
+    note = home() / "dequantised" / f"{path.name}.{state.st_size}.sha256"
+    if note.exists():
+        known, _, digest = note.read_text(encoding="utf-8").partition("\n")
+        if known == stamp and digest:
+            return digest
+    digest = sha256_file(path)[:32]
+    from clover.core.files import write_text
+
+    write_text(note, f"{stamp}\n{digest}")
+    return digest
+
+
+def _write_folder(path: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+    from safetensors.numpy import save_file
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, OSError) as error:
+        raise CloverError(f"{path} is not a GGUF file: {str(error).splitlines()[0]}") from error
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tables = yaml.safe_load(_NAMES.read_text(encoding="utf-8"))
+    kind = str(fields["general.architecture"])
+    if kind not in tables or kind == "digits_apart":
+        raise CloverError(
+            f"{path.name} holds a '{kind}' model; GGUF is read for llama and qwen2 only, "
+            "give a folder in transformers' form instead"
+        )
+    config = _config(fields, kind)
+    tensors = _tensors(reader, tables[kind], config)
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_tokenizer(fields, folder, is_digits_apart=_pre(fields) in tables["digits_apart"])
+    write_json(folder / "config.json", config)
+
+
+def _pre(fields: dict[str, Any]) -> str:
+    return str(fields.get("tokenizer.ggml.pre", ""))
+
+
+def _config(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the `config.json` of the model."""
+
+    def value(name: str, default: Any = None) -> Any:
+        return fields.get(f"{kind}.{name}", default)
+
+    heads = value("attention.head_count")
+    return {
+        "architectures": ["LlamaForCausalLM" if kind == "llama" else "Qwen2ForCausalLM"],
+        "model_type": kind,
+        "hidden_size": value("embedding_length"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("rope.dimension_count", value("embedding_length") // heads),
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": value("rope.freq_base", 10000.0),
+        },
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "hidden_act": "silu",
+        "dtype": "float32",
+    }
+
+
+def _tensors(reader: Any, names: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return float32 arrays under transformers' names."""
+    import numpy as np
+    from gguf import dequantize
+
+    tensors: dict[str, Any] = {}
+    for tensor in reader.tensors:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        table = names["block"] if match and match[1] is not None else names["outside"]
+        if match is None or match[2] not in table:
+            raise CloverError(
+                f"the GGUF file holds a tensor {tensor.name} that is not known here; "
+                "give a folder in transformers' form instead"
+            )
+        array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if match[2] in names["interleaved"]:
+            key = "num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"
+            array = _halves_apart(array, config[key])
+        name = f"{table[match[2]].format(n=match[1])}.{match[3]}"
+        tensors[name] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _halves_apart(array: Any, num_heads: int) -> Any:
+    """Reorder the rows of each head from (pair, 2) to (2, pair)."""
+    pairs = array.reshape(num_heads, array.shape[0] // num_heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _save_tokenizer(fields: dict[str, Any], folder: Path, *, is_digits_apart: bool) -> None:
+    """Write the byte-pair tokenizer with its special tokens and chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if fields["tokenizer.ggml.model"] != "gpt2":
+        raise CloverError(
+            f"the GGUF file's tokenizer is '{fields['tokenizer.ggml.model']}', only byte-pair "
+            "('gpt2') is read; give a folder in transformers' form instead"
+        )
+    words: list[str] = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    bytes_apart = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_apart])
+        if is_digits_apart
+        else bytes_apart
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [
+        AddedToken(word, special=True, normalized=False)
+        for word, kind in zip(words, fields["tokenizer.ggml.token_type"], strict=True)
+        if kind == 3  # CONTROL in the GGUF specification
+    ]
+    tokenizer.add_special_tokens(control)
+    special = {
+        f"{role}_token": words[fields[f"tokenizer.ggml.{name}_token_id"]]
+        for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{name}_token_id" in fields
+    }
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+    )
+    fast.chat_template = fields.get("tokenizer.chat_template")
+    fast.save_pretrained(folder)

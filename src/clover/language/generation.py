@@ -1,0 +1,137 @@
+"""The loop that writes answers token by token, for any model that can take one step.
+
+In: the logits after the prompt and a `Stepper`. Out: token ids, step by step, so that batched
+generation and streaming are the same code. Rows that have ended stop being computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from clover.language.protocol import GenerationSettings
+from clover.language.tokens import Tokens
+
+
+class Stepper(Protocol):
+    """A model with its cache in the middle of a generation."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Append one token a row (`[B]`) and return the next logits `[B, V]`."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (indices `[N]`) only."""
+        ...
+
+
+def iterate_tokens(
+    logits: Tensor,
+    stepper: Stepper,
+    settings: GenerationSettings,
+    *,
+    stop_ids: frozenset[int],
+    seeds: Sequence[int] | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield, step by step, the (row, token id) pairs of the rows that are still writing.
+
+    Args:
+        logits: scores of the first token `[B, V]`.
+        stepper: takes the following steps.
+        settings: `num_beams` is not read here.
+        stop_ids: tokens that end a row; they are yielded as the row's last token.
+        seeds: one seed a row; `settings.seed` for every row when absent.
+    """
+    rows = list(range(len(logits)))
+    written: list[list[int]] = [[] for _ in rows]
+    generators = [
+        torch.Generator(logits.device).manual_seed(seed)
+        for seed in (seeds if seeds is not None else [settings.seed] * len(rows))
+    ]
+    ended: set[int] = set()
+    for position in range(settings.max_tokens):
+        scores = _adjust(logits.float(), [written[row] for row in rows], settings)
+        if position < settings.min_tokens:
+            scores[:, list(stop_ids)] = -torch.inf
+        ids = _pick(scores, settings, [generators[row] for row in rows])
+        values = ids.tolist()
+        pairs = [(row, token) for row, token in zip(rows, values, strict=True) if row not in ended]
+        for row, token in pairs:
+            written[row].append(token)
+            if token in stop_ids:
+                ended.add(row)
+        yield pairs
+        alive = [index for index, row in enumerate(rows) if row not in ended]
+        if not alive or position + 1 == settings.max_tokens:
+            return
+        # Copying the cache costs about a step, so shrink only when half the rows are done.
+        if len(alive) <= len(rows) // 2:
+            kept = torch.tensor(alive, device=logits.device)
+            stepper.keep(kept)
+            ids = ids[kept]
+            rows = [rows[index] for index in alive]
+        logits = stepper.step(ids)
+
+
+def collect_tokens(steps: Iterator[list[tuple[int, int]]], num_rows: int) -> list[list[int]]:
+    """Run the loop to its end and return each row's token ids, end token included."""
+    written: list[list[int]] = [[] for _ in range(num_rows)]
+    for pairs in steps:
+        for row, token in pairs:
+            written[row].append(token)
+    return written
+
+
+def stream_text(steps: Iterator[list[tuple[int, int]]], tokens: Tokens) -> Iterator[str]:
+    """Yield one row's text in pieces, whole characters only."""
+    ids: list[int] = []
+    shown = ""
+    for pairs in steps:
+        ids += [token for _, token in pairs]
+        text = tokens.decode(ids)
+        # A character may need several tokens; half of one decodes to the replacement sign.
+        if text.endswith("\ufffd") or not text.startswith(shown):
+            continue
+        if text != shown:
+            yield text[len(shown) :]
+            shown = text
+    text = tokens.decode(ids)
+    if text != shown and text.startswith(shown):
+        yield text[len(shown) :]
+
+
+def _adjust(scores: Tensor, written: list[list[int]], settings: GenerationSettings) -> Tensor:
+    """Apply the repetition penalty to tokens already written (Keskar et al. 2019, equation 2)."""
+    if settings.repetition_penalty == 1.0:
+        return scores.clone()
+    scores = scores.clone()
+    for row, ids in enumerate(written):
+        if ids:
+            seen = torch.tensor(sorted(set(ids)), device=scores.device)
+            old = scores[row, seen]
+            penalty = settings.repetition_penalty
+            scores[row, seen] = torch.where(old < 0, old * penalty, old / penalty)
+    return scores
+
+
+def _pick(
+    scores: Tensor, settings: GenerationSettings, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Choose the next token of each row: `[B, V]` to `[B]`."""
+    if settings.temperature == 0:
+        return scores.argmax(dim=-1)
+    probabilities = torch.softmax(scores / settings.temperature, dim=-1)
+    if settings.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        # A token is dropped when the likelier ones alone already reach top_p.
+        dropped = ordered.cumsum(dim=-1) - ordered >= settings.top_p
+        probabilities = probabilities.masked_fill(dropped.scatter(1, order, dropped), 0.0)
+    # A generator a row: what a row says does not depend on who shares its batch.
+    drawn = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probabilities, generators, strict=True)
+    ]
+    return torch.cat(drawn)

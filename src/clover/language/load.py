@@ -1,0 +1,104 @@
+"""From a recipe's language section to a `LanguageModel`: local files only, never a network.
+
+In: an asset reference to a GGUF file or to a folder in transformers' form. Out: the frozen model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clover.core.assets import parse, resolve
+from clover.core.config import LanguageConfig, PromptConfig
+from clover.core.errors import CloverError
+from clover.language.decoder_only import DecoderOnly
+from clover.language.dequantise import dequantised_folder
+from clover.language.encoder_decoder import EncoderDecoder
+from clover.language.prompt import Prompt
+
+
+def load_language_model(
+    config: LanguageConfig,
+    prompt: PromptConfig,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> DecoderOnly | EncoderDecoder:
+    """Load a frozen language model.
+
+    Args:
+        config: which weights, which class, which token limits.
+        prompt: how image and question are put.
+        device: where the weights go.
+        dtype: of the weights; losses and logits are float32 in any case.
+
+    Raises:
+        CloverError: no weights are named, they are absent, or they are of another kind.
+    """
+    if not config.weights:
+        raise CloverError(
+            "language.weights is empty; name a GGUF file or a folder in transformers' form"
+        )
+    folder = _folder(resolve(config.weights))
+    parsed = Prompt.from_config(prompt)
+    tokenizer = _load_tokenizer(folder)
+    model = _load_model(folder, config, dtype).to(device)
+    build = DecoderOnly if config.kind == "decoder_only" else EncoderDecoder
+    named = config.model_copy(update={"weights": parse(config.weights).reference.split("?")[0]})
+    return build(model, tokenizer, prompt=parsed, config=named)
+
+
+def _folder(path: Path) -> Path:
+    """Return a folder in transformers' form."""
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return dequantised_folder(path)
+    if not (path / "config.json").exists():
+        raise CloverError(
+            f"{path} is neither a .gguf file nor a folder with a config.json; "
+            "name one of them in language.weights"
+        )
+    return path
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise CloverError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+
+
+def _load_model(folder: Path, config: LanguageConfig, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
+
+    # Its bar writes to standard error, terminal or not; a second's load needs none.
+    logging.disable_progress_bar()
+    shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    is_pair = bool(getattr(shape, "is_encoder_decoder", False))
+    if is_pair != (config.kind == "encoder_decoder"):
+        kind = "encoder_decoder" if is_pair else "decoder_only"
+        raise CloverError(
+            f"language.kind is {config.kind}, but {folder.name} holds a {shape.model_type} model; "
+            f"set language.kind={kind}"
+        )
+    if is_pair and getattr(shape, "dense_act_fn", None) == "gelu_new":
+        # SPEC 4.1: the published system runs T5 with the exact GELU, not the checkpoint's tanh one.
+        shape.dense_act_fn = "gelu"
+    family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+    try:
+        return family.from_pretrained(
+            str(folder), config=shape, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CloverError(
+            f"cannot read the weights in {folder}: {_first_line(error)}; "
+            "safetensors are read, pickles are not"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
