@@ -1,0 +1,1 @@
+"""Stage 3: predictions, scores with intervals, baselines and controls."""

@@ -1,0 +1,171 @@
+"""The rules of LLaVA-Med v1.0.0, with their oddities, because published numbers depend on them.
+
+Three scripts, three closed rules (METRICS, section 2.1): `llava-med` (run_eval), `llava-med-batch`
+(run_eval_batch) and `llava-med-pvqa` (run_eval_pvqa). All test for substrings, so that gold "no"
+is hit by "normal" and "nodule".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clover.evaluate.protocol.base import DROPPED, Item, Protocol, Rating
+from clover.evaluate.protocol.bleu import sentence_bleu
+from clover.evaluate.protocol.normalise import first_yes_no, remember, vqa_normalise
+
+
+class Normal(NamedTuple):
+    """A text as the scripts see it: normalised by the caller, and again inside each metric."""
+
+    text: str
+    counts: dict[str, int]
+    """Words after the second normalisation, in order of appearance."""
+    total: int
+
+
+@remember
+def normal(text: str) -> Normal:
+    """Lower and normalise a text, once for the closed rules and once more for the word counts."""
+    once = vqa_normalise(text.lower())
+    # The second pass changes something only where more than 32 full stops stood.
+    words = (vqa_normalise(once) if "." in once else once).lower().split()
+    counts: dict[str, int] = {}
+    for word in words:
+        counts[word] = counts.get(word, 0) + 1
+    return Normal(once, counts, len(words))
+
+
+def token_scores(said: Normal, gold: Normal) -> tuple[float, float, float]:
+    """Return precision, recall and F1, each in 0..1.
+
+    True positives are counted in the prediction alone: a matched word that is repeated raises
+    recall, and the gold count of a matched word is never looked at.
+
+    Source: METRICS, section 1.3.
+    """
+    hits = sum(count for word, count in said.counts.items() if word in gold.counts)
+    if not hits:
+        return 0.0, 0.0, 0.0
+    missed = sum(count for word, count in gold.counts.items() if word not in said.counts)
+    precision = hits / said.total
+    recall = hits / (hits + missed)
+    return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def exact_score(said: Normal, gold: Normal) -> float:
+    """Return distinct gold words found / words of the prediction: "exact match" by name only.
+
+    Source: METRICS, section 1.4.
+    """
+    if not said.total:
+        return 0.0
+    return sum(word in said.counts for word in gold.counts) / said.total
+
+
+def rate_open(item: Item) -> Rating:
+    """Rate an open item; the three scripts, and Quilt-LLaVA's, agree on it."""
+    said, gold = normal(item.prediction), normal(item.answer)
+    precision, recall, f1 = token_scores(said, gold)
+    return Rating(recall=recall, precision=precision, f1=f1, exact=exact_score(said, gold))
+
+
+def _label(said: Normal) -> str | None:
+    """Read a prediction as the substring rules do, the first whole word first."""
+    if word := first_yes_no(said.text):
+        return word
+    if "yes" in said.text:
+        return "yes"
+    return "no" if "no" in said.text else None
+
+
+def rate(item: Item) -> Rating:
+    """Rate as run_eval: hit if yes or no, and the gold, are substrings of the prediction."""
+    if not item.is_closed:
+        return rate_open(item)
+    said, gold = normal(item.prediction), normal(item.answer)
+    says_either = "yes" in said.text or "no" in said.text
+    return Rating(closed=float(says_either and gold.text in said.text), label=_label(said))
+
+
+def rate_batch(item: Item) -> Rating:
+    """Rate as run_eval_batch: hit if the gold is a substring; closed items have word scores too."""
+    if not item.is_closed:
+        return rate_open(item)
+    said, gold = normal(item.prediction), normal(item.answer)
+    precision, recall, f1 = token_scores(said, gold)
+    return Rating(
+        closed=float(gold.text in said.text),
+        recall=recall,
+        precision=precision,
+        f1=f1,
+        label=_label(said),
+    )
+
+
+def rate_pvqa(item: Item) -> Rating:
+    """Rate as run_eval_pvqa: a wrong answer that holds yes or no is left out altogether."""
+    if not item.is_closed:
+        return rate_open(item)
+    rating = rate(item)
+    said = normal(item.prediction).text
+    if rating.closed == 0.0 and ("yes" in said or "no" in said):
+        return rating._replace(closed=DROPPED)
+    return rating
+
+
+def bleu_scores(item: Item) -> dict[str, float | None]:
+    """Return BLEU of an open item: four equal weights, and each of the first three orders."""
+    if item.is_closed:
+        return {}
+    said, gold = normal(item.prediction).text.split(), normal(item.answer).text.split()
+    names = ("bleu", "bleu_1", "bleu_2", "bleu_3")
+    return dict(zip(names, sentence_bleu(said, gold), strict=True))
+
+
+def batch_extras(item: Item) -> dict[str, float | None]:
+    """Return BLEU, and run_eval_batch's open accuracy: the gold is a substring."""
+    if item.is_closed:
+        return {}
+    found = normal(item.answer).text in normal(item.prediction).text
+    return {**bleu_scores(item), "open_accuracy": float(found)}
+
+
+class CandidateAnswers:
+    """The closed list of answers that run_eval maps an open prediction onto.
+
+    Source: METRICS, section 1.5.
+    """
+
+    def __init__(self, answers: Sequence[str | int]) -> None:
+        self.texts = [vqa_normalise(str(answer)) for answer in answers]
+        self._words = [set(text.lower().split()) for text in self.texts]
+
+    def open_accuracy(self, prediction: str, answer: str) -> float:
+        """Return 1 if the candidate nearest to the prediction is the answer, else 0.
+
+        Nearest: the largest share of the candidate's distinct words; the first of equals, hence
+        the first of all for an empty prediction.
+        """
+        said = normal(prediction).counts
+        shares = [
+            sum(word in said for word in words) / len(words) if words else 0.0
+            for words in self._words
+        ]
+        chosen = self.texts[shares.index(max(shares))]
+        return float(chosen == vqa_normalise(normal(answer).text))
+
+
+_VERSION = "v1.0.0 (b9a98a7)"
+LLAVA_MED = Protocol("llava-med", _VERSION, rate, bleu_scores)
+LLAVA_MED_BATCH = Protocol("llava-med-batch", _VERSION, rate_batch, batch_extras)
+LLAVA_MED_PVQA = Protocol(
+    "llava-med-pvqa",
+    _VERSION,
+    rate_pvqa,
+    bleu_scores,
+    warning=(
+        "llava-med-pvqa leaves wrong yes/no answers out of the denominator, which inflates closed "
+        "accuracy; use it only to compare with numbers made by that script"
+    ),
+)

@@ -1,0 +1,97 @@
+"""Two ways of making two texts comparable: the published VQA normaliser, and the strict one.
+
+The VQA normaliser is kept with all its oddities (METRICS, section 1.1), because published numbers
+depend on them. The strict one is what SQuAD does.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any, TypeVar
+
+import yaml
+
+Result = TypeVar("Result")
+
+_LONGEST_CACHED = 256
+"""Answers repeat, so their normal forms are kept; essays do not, and would fill the memory."""
+
+
+def remember(function: Callable[[str], Result]) -> Callable[[str], Result]:
+    """Keep the results of a function of one text, for short texts alone."""
+    cached = lru_cache(maxsize=1 << 16)(function)
+
+    def remembered(text: str) -> Result:
+        return cached(text) if len(text) <= _LONGEST_CACHED else function(text)
+
+    return remembered
+
+
+def _vqa_words() -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+    text = files("clover.evaluate.protocol").joinpath("contractions.yaml").read_text("utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    contractions: dict[str, str] = dict(data["reversed"])
+    for form in data["forms"].split():
+        for place in (at for at, letter in enumerate(form) if letter == "'"):
+            contractions[form[:place] + form[place + 1 :]] = form
+    return contractions, data["numbers"], frozenset(data["articles"])
+
+
+_CONTRACTIONS, _NUMBERS, _ARTICLES = _vqa_words()
+_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32
+
+
+def vqa_normalise(text: str) -> str:
+    """Return the normal form of an already lower-cased text.
+
+    Punctuation becomes a space, or vanishes if any such mark stands beside a space (each mark
+    for itself) or a comma stands between digits (all marks); at most 32 full stops vanish.
+
+    Source: METRICS, section 1.1.
+    """
+    marks = set(_VQA_PUNCTUATION.findall(text))
+    has_number_comma = "," in marks and _DIGIT_COMMA_DIGIT.search(text) is not None
+    spaced = text
+    for mark in marks:
+        vanishes = has_number_comma or f"{mark} " in text or f" {mark}" in text
+        spaced = spaced.replace(mark, "" if vanishes else " ")
+    if "." in spaced:
+        spaced = _PERIOD.sub("", spaced, count=_MOST_PERIODS)
+    words = (_NUMBERS.get(word, word) for word in spaced.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def strict_words(text: str) -> list[str]:
+    """Return lower-case words without punctuation and articles, as SQuAD does.
+
+    Where only articles are left they stay: "A" is an answer too. Unicode punctuation goes with
+    the rest, and accents are composed.
+    """
+    text = text.lower()
+    if text.isascii():
+        text = text.translate(_ASCII_PUNCTUATION)
+    else:
+        composed = unicodedata.normalize("NFC", text).translate(_ASCII_PUNCTUATION)
+        text = "".join(mark for mark in composed if unicodedata.category(mark)[0] != "P")
+    words = text.split()
+    return [word for word in words if word not in _ARTICLES] or words
+
+
+_YES_NO = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_])")
+
+
+def first_yes_no(text: str) -> str | None:
+    """Return the first whole word that is yes or no, else None."""
+    found = _YES_NO.search(text.lower())
+    return found.group(1) if found else None
