@@ -97,11 +97,11 @@ class QFormerConfig(Section):
     intermediate_size: int = 3072
     """Width of the feed-forward layers."""
     vocab_size: int = 30523
-    """Word pieces, `[DEC]` included."""
+    """Word pieces, `[DEC]` included; the tokenizer's own number when a model is built."""
     max_positions: int = 512
     """Longest text the position embeddings know."""
     encoder_width: int = 1408
-    """Width E of an image token."""
+    """Width E of an image token; the encoder's own width when a model is built."""
     num_queries: int = Field(32, ge=1)
     """Query tokens Q: the visual prefix the language model reads."""
     cross_attention_frequency: int = Field(2, ge=1)
@@ -135,7 +135,7 @@ class PromptConfig(Section):
     """How image and question are put before the language model, in every stage alike."""
 
     template: str = "{image}{question}"
-    """`{image}` becomes the visual tokens, `{question}` the question. Special tokens are allowed."""
+    """`{image}` becomes the visual tokens, `{question}` the question; special tokens may stand."""
     answer_end: str = ""
     """Text (usually a special token) that closes an answer; the tokenizer's eos when empty."""
     closed_suffix: str = ""

@@ -183,6 +183,53 @@ def _check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
             )
 
 
+def iterate_records(path: str | Path, *, needs: Needs = "any") -> Iterator[Record | Rejection]:
+    """Yield records one at a time, and what is set aside among them: for files of any size.
+
+    Raises:
+        CloverError: no such file, no such column, or not one good record; the latter two at the
+            end of the file.
+    """
+    for _, item in _numbered(Path(path), needs):
+        yield item
+
+
+def _numbered(path: Path, needs: Needs) -> Iterator[tuple[int, Record | Rejection]]:
+    columns: dict[str, None] = {}
+    reasons: Counter[str] = Counter()
+    good = 0
+    for line, row in _rows(path):
+        item = _read_row(path, line, row, needs)
+        if isinstance(row, dict):
+            columns.update(dict.fromkeys(row))
+        if isinstance(item, Record):
+            good += 1
+        else:
+            reasons[item.reason] += 1
+        yield line, item
+    _check_columns(path, list(columns), needs)
+    if not good:
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
+
+
+def _read_row(path: Path, line: int, row: Any, needs: Needs) -> Record | Rejection:
+    if not isinstance(row, dict):
+        return Rejection(str(path), line, "not a JSON object", row)
+    row = _rename(dict(row))
+    row.setdefault("id", f"{path.stem}-{line}")
+    try:
+        record = Record.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"bad {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        return Rejection(str(path), line, reason, row)
+    reason_text = _problem(record, needs)
+    if reason_text is not None:
+        return Rejection(str(path), line, reason_text, record.row())
+    return record
+
+
 def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = None) -> RecordSet:
     """Read records from `.jsonl`, `.json`, `.csv` or `.tsv`.
 
@@ -199,36 +246,17 @@ def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = 
     """
     path = Path(path)
     found = RecordSet(path, [])
-    columns: dict[str, None] = {}
     seen: set[str] = set()
-    for line, row in _rows(path):
-        if not isinstance(row, dict):
-            found.rejected.append(Rejection(str(path), line, "not a JSON object", row))
-            continue
-        columns.update(dict.fromkeys(row))
-        row = _rename(dict(row))
-        row.setdefault("id", f"{path.stem}-{line}")
-        try:
-            record = Record.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"bad {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-            found.rejected.append(Rejection(str(path), line, reason, row))
-            continue
-        reason_text = _problem(record, needs)
-        if reason_text is None and record.id in seen:
-            reason_text = "duplicate id"
-        if reason_text is not None:
-            found.rejected.append(Rejection(str(path), line, reason_text, record.row()))
-            continue
-        seen.add(record.id)
-        found.records.append(record)
-        if limit is not None and len(found.records) >= limit:
-            break
-    if not found.records:
-        _check_columns(path, list(columns), needs)
-        raise CloverError(f"{path} holds no usable record: {found.summary()}")
-    _check_columns(path, list(columns), needs)
+    for line, item in _numbered(path, needs):
+        if isinstance(item, Rejection):
+            found.rejected.append(item)
+        elif item.id in seen:
+            found.rejected.append(Rejection(str(path), line, "duplicate id", item.row()))
+        else:
+            seen.add(item.id)
+            found.records.append(item)
+            if limit is not None and len(found.records) >= limit:
+                break
     return found
 
 

@@ -40,6 +40,8 @@ class TrainingJob:
     seed: int
     key: str
     """Fingerprint of all that changes the mathematics; a checkpoint of another key is refused."""
+    max_steps: int | None = None
+    """Stop (and save) after so many steps, without changing the schedule."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -64,8 +66,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def train(objective: Objective, job: TrainingJob) -> None:
+def train(objective: Objective, job: TrainingJob) -> bool:
     """Train `objective.module` for `job.config.steps` steps, or what is left of them.
+
+    Returns:
+        Whether all steps are done; False when `max_steps` ended it early.
 
     Raises:
         CloverError: a loss is not finite (the batch's samples are named).
@@ -90,18 +95,20 @@ def train(objective: Objective, job: TrainingJob) -> None:
     module.train()
     with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
         log = _Log(job)
-        for step in range(start, config.steps):
+        stop = min(config.steps, job.max_steps or config.steps)
+        for step in range(start, stop):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             losses = _step(objective, optimizer, sampler, step, job)
             note = log.add(step, losses)
             advance(1, note)
             done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps or stopped.is_set():
+            if done % config.checkpoint_every == 0 or done == stop or stopped.is_set():
                 save_checkpoint(folder, step=done, module=module, optimizer=optimizer, key=job.key)
-            if stopped.is_set() and done < config.steps:
+            if stopped.is_set() and done < stop:
                 raise Interrupted(f"{job.stage} stopped after step {done}")
     module.eval()
+    return max(start, stop) >= config.steps
 
 
 def _step(

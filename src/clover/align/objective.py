@@ -1,0 +1,57 @@
+"""Stage 1 as an objective for the loop: images and captions in, three losses out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clover.align.losses import alignment_losses
+from clover.core.config import AlignConfig
+from clover.qformer.bridge import Bridge
+from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.training.device import Device
+from clover.training.objective import Losses
+from clover.vision.dataset import FeatureSet
+
+
+@dataclass
+class AlignObjective:
+    """Contrast, match and caption over pairs of image and caption."""
+
+    module: Bridge
+    data: FeatureSet
+    tokenizer: TextTokenizer
+    config: AlignConfig
+    device: Device
+
+    def num_samples(self) -> int:
+        """Return the number of pairs."""
+        return len(self.data.records)
+
+    def sizes(self) -> None:
+        """Batches are not sorted by length: negatives should be like any other pair."""
+
+    def collate(self, indices: Sequence[int]) -> tuple[Tensor, Tokens]:
+        """Return image tokens [B, P, E] and captions."""
+        captions = [self.data.records[index].caption or "" for index in indices]
+        tokens = self.tokenizer(captions, limit=self.config.max_text_tokens)
+        where = self.device.device
+        features = self.data.features(indices).to(where)
+        return features, Tokens(tokens.ids.to(where), tokens.mask.to(where))
+
+    def losses(self, batch: tuple[Tensor, Tokens]) -> Losses:
+        """Return the summed losses of a batch, weighted by its pairs."""
+        features, text = batch
+        found = alignment_losses(
+            self.module,
+            self.module.read_image(features),
+            text,
+            decode_start=self.tokenizer.decode_start,
+            which=self.config.losses,
+            label_smoothing=self.config.label_smoothing,
+        )
+        count = torch.tensor(float(len(features)), device=features.device)
+        return Losses(found.total * count, count, found.parts)

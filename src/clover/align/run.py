@@ -1,0 +1,124 @@
+"""Run stage 1: from captioned images to a Q-Former that knows what the words look like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from clover.align.evaluate import RetrievalScores, evaluate_alignment
+from clover.align.objective import AlignObjective
+from clover.core.config import Recipe
+from clover.core.errors import CloverError
+from clover.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json
+from clover.core.record import write_rejected
+from clover.core.run import RunFolder
+from clover.model import build_bridge, load_tokenizer
+from clover.training.device import choose_device
+from clover.training.loop import TrainingJob, train
+from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.encoder import load_encoder
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """What stage 1 leaves: the weights' file, and retrieval on held-out pairs if given."""
+
+    weights: Path
+    summary: str
+    scores: RetrievalScores | None
+    is_finished: bool
+
+
+def align(
+    recipe: Recipe,
+    *,
+    captions: Path,
+    out: Path,
+    cache: Path,
+    validation: Path | None = None,
+    max_steps: int | None = None,
+) -> AlignResult:
+    """Train stage 1, or what is left of it, and write `OUT/align.safetensors`.
+
+    Args:
+        recipe: Sizes and settings.
+        captions: Records with captions.
+        out: The run folder.
+        cache: The feature cache's folder.
+        validation: Held-out captions for image-text retrieval.
+        max_steps: Stop after so many steps; the same call without it goes on.
+
+    Raises:
+        CloverError: unusable data or settings.
+    """
+    run = RunFolder(out)
+    run.save_recipe(recipe)
+    device = choose_device(recipe.device, recipe.precision)
+    encoder = load_encoder(recipe.encoder)
+    tokenizer = load_tokenizer(recipe)
+    with run.timed("features"):
+        data = load_feature_set(
+            captions, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
+        )
+    write_rejected(out / "align.rejected.jsonl", data.rejected)
+    if len(data.records) < 2 or recipe.align.batch_size < 2:
+        raise CloverError(
+            f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
+            f"align.batch_size {recipe.align.batch_size}"
+        )
+    bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
+    key = fingerprint(
+        [
+            recipe.fingerprint("seed", "precision", "encoder", "qformer", "align"),
+            sha256_file(captions),
+        ]
+    )
+    weights = out / "align.safetensors"
+    done = out / "align.json"
+    is_finished = done.exists() and weights.exists() and read_json(done).get("key") == key
+    if not is_finished:
+        seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
+        job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps)
+        with run.timed("align") as details:
+            objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
+            is_finished = train(objective, job)
+            details["trainable_parameters"] = bridge.num_trainable()
+        if not is_finished:
+            return AlignResult(weights, data.summary(), None, False)
+        state = {
+            name: item.detach().cpu().contiguous() for name, item in bridge.state_dict().items()
+        }
+        with atomic_path(weights) as partial:
+            save_file(state, str(partial))
+        write_json(done, {"key": key, "summary": data.summary()})
+    scores = None
+    if validation is not None:
+        scores = _validate(recipe, weights, validation, data, out)
+    return AlignResult(weights, data.summary(), scores, True)
+
+
+def _validate(
+    recipe: Recipe, weights: Path, validation: Path, data: FeatureSet, out: Path
+) -> RetrievalScores:
+    from clover.model import load_bridge
+
+    device = choose_device(recipe.device, recipe.precision)
+    encoder, tokenizer = load_encoder(recipe.encoder), load_tokenizer(recipe)
+    bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
+    load_bridge(bridge, weights)
+    held_out = load_feature_set(
+        validation,
+        needs="caption",
+        encoder=encoder,
+        cache=data.cache.path.parent,
+        images=recipe.data.images,
+    )
+    with torch.no_grad():
+        scores = evaluate_alignment(
+            bridge.to(device.device).eval(), held_out, tokenizer, recipe.align, device
+        )
+    write_json(out / "align.scores.json", scores.row())
+    return scores

@@ -1,0 +1,1 @@
+"""Stage 2: instruction tuning through the frozen language model."""

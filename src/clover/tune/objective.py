@@ -1,0 +1,60 @@
+"""Stage 2 as an objective for the loop: image and question in, loss of the answer's words out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from clover.model import Clover
+from clover.qformer.bridge import Bridge
+from clover.training.objective import Losses
+from clover.vision.dataset import FeatureSet
+
+
+@dataclass(frozen=True)
+class InstructionBatch:
+    """Image tokens [B, P, E], questions and answers."""
+
+    features: Tensor
+    questions: list[str]
+    answers: list[str]
+
+
+@dataclass
+class TuneObjective:
+    """Cross-entropy of the answer's tokens under the frozen language model."""
+
+    model: Clover
+    data: FeatureSet
+
+    @property
+    def module(self) -> Bridge:
+        """The only part that learns."""
+        return self.model.bridge
+
+    def num_samples(self) -> int:
+        """Return the number of instructions."""
+        return len(self.data.records)
+
+    def sizes(self) -> Sequence[int]:
+        """Return the answers' lengths: one long answer would pad a whole batch of short ones."""
+        return [
+            len(record.answer or "") + len(record.question or "") // 2
+            for record in self.data.records
+        ]
+
+    def collate(self, indices: Sequence[int]) -> InstructionBatch:
+        """Load the instructions with these indices."""
+        records = [self.data.records[index] for index in indices]
+        return InstructionBatch(
+            self.data.features(indices),
+            [record.question or "" for record in records],
+            [record.answer or "" for record in records],
+        )
+
+    def losses(self, batch: InstructionBatch) -> Losses:
+        """Return summed loss and number of answer tokens."""
+        total, count = self.model.loss(batch.features, batch.questions, batch.answers)
+        return Losses(total, count)

@@ -1,0 +1,91 @@
+"""Run stage 2: from aligned queries and instructions to a model that answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from clover.core.config import Recipe
+from clover.core.files import fingerprint, read_json, sha256_file
+from clover.core.record import write_rejected
+from clover.core.run import RunFolder
+from clover.language.load import load_language_model
+from clover.model import Clover, build_bridge, load_bridge, load_tokenizer
+from clover.training.device import choose_device
+from clover.training.loop import TrainingJob, train
+from clover.tune.objective import TuneObjective
+from clover.vision.dataset import load_feature_set
+from clover.vision.encoder import load_encoder
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Where the model folder lies, and what it was made from."""
+
+    model: Path
+    summary: str
+    is_finished: bool
+
+
+def tune(
+    recipe: Recipe,
+    *,
+    instructions: Path,
+    out: Path,
+    run: Path,
+    cache: Path,
+    start: Path | None = None,
+    max_steps: int | None = None,
+) -> TuneResult:
+    """Train stage 2, or what is left of it, and write the model folder `OUT`.
+
+    Args:
+        recipe: Sizes and settings.
+        instructions: Records with questions and answers.
+        out: The model folder.
+        run: The run folder, for metrics and checkpoints.
+        cache: The feature cache's folder.
+        start: Stage 1's `align.safetensors`; without it the Q-Former starts from BERT.
+        max_steps: Stop after so many steps; the same call without it goes on.
+    """
+    folder = RunFolder(run)
+    folder.save_recipe(recipe)
+    device = choose_device(recipe.device, recipe.precision)
+    encoder = load_encoder(recipe.encoder)
+    tokenizer = load_tokenizer(recipe)
+    with folder.timed("features"):
+        data = load_feature_set(
+            instructions, needs="question", encoder=encoder, cache=cache, images=recipe.data.images
+        )
+    write_rejected(run / "tune.rejected.jsonl", data.rejected)
+    key = fingerprint(
+        [
+            recipe.fingerprint(
+                "seed", "precision", "encoder", "qformer", "language", "prompt", "tune"
+            ),
+            sha256_file(instructions),
+            sha256_file(start) if start is not None else None,
+        ]
+    )
+    if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
+        return TuneResult(out, data.summary(), True)
+    language = load_language_model(
+        recipe.language, recipe.prompt, device=device.device, dtype=device.dtype
+    )
+    bridge = build_bridge(recipe, encoder, tokenizer, language_width=language.hidden_size)
+    if start is not None:
+        load_bridge(bridge, start, without=("heads.", "projection."))
+    model = Clover(recipe, encoder, bridge, language, tokenizer, device, name=recipe.name)
+    seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
+    job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps)
+    with folder.timed("tune") as details:
+        is_finished = train(TuneObjective(model, data), job)
+        details["trainable_parameters"] = bridge.num_trainable()
+    if is_finished:
+        model.details = {
+            "key": key,
+            "data": {"instructions_sha256": sha256_file(instructions), "summary": data.summary()},
+            "stage_1": sha256_file(start) if start is not None else None,
+        }
+        model.save(out)
+    return TuneResult(out, data.summary(), is_finished)
