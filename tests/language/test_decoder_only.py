@@ -163,6 +163,18 @@ def test_streamed_pieces_join_to_the_generated_answer(llama: DecoderOnly, visual
         assert "".join(pieces) == llama.generate(visual[row : row + 1], [question], GREEDY)[0]
 
 
+def test_a_conversation_is_answered_from_its_whole_text(llama: DecoderOnly, visual: Tensor) -> None:
+    _, after = llama.prompt.conversation([("is there necrosis ?", "no")], "what stain")
+    answer = llama.generate_text(visual[:1], [after], GREEDY)[0]
+    assert "".join(llama.stream_text(visual[:1], after, GREEDY)) == answer
+    assert answer != llama.generate(visual[:1], ["what stain"], GREEDY)[0]
+
+
+def test_visual_tokens_of_another_width_are_named(llama: DecoderOnly) -> None:
+    with pytest.raises(CloverError, match="visual tokens are 16 wide, tiny-llama reads 32"):
+        llama.generate(torch.zeros(1, 4, 16), ["liver"], GREEDY)
+
+
 def test_rank_is_minus_the_loss_of_each_candidate(llama: DecoderOnly, visual: Tensor) -> None:
     candidates = ["yes", "no", "colon with keratin"]
     scores = llama.rank(visual[:1], QUESTIONS[0], candidates)
@@ -189,7 +201,6 @@ def test_bfloat16_weights_still_give_a_float32_loss(visual: Tensor) -> None:
     language = tiny_llama()
     exact, _ = language.loss(visual, QUESTIONS, ANSWERS)
     language.model.to(torch.bfloat16)
-    language._prefixes.clear()
     rough, _ = language.loss(visual, QUESTIONS, ANSWERS)
     assert rough.dtype == torch.float32
     assert abs(rough - exact) / exact < 0.05

@@ -3,15 +3,15 @@
 In: visual tokens `[B, Q, H]`, instructions, answers. Out: loss or text. A training row is
 ``[before image][visual][instruction][answer][end]`` padded on the right; a prompt to be answered
 is ``[before image][visual][pads][instruction]``, so that all rows end together (SPEC 4.2, 4.3).
-Three things keep it quick: the constant text before the image is computed once for all batches,
-the vocabulary is scored only where an answer token is predicted, and nothing longer than the
-longest row of the batch is computed.
+Four things keep it quick: the constant text before the image is computed once for all batches,
+the vocabulary is scored only where an answer token is predicted, rows of like length run
+together, and nothing longer than the longest of them is computed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
-from clover.language.generation import collect_tokens, iterate_tokens, stream_text
+from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.grouping import length_groups
 from clover.language.prompt import Prompt
-from clover.language.protocol import GenerationSettings
-from clover.language.tokens import Tokens
 
 _LOGIT_ROWS = 1024
 """Answer positions scored at a time: 1024 x 49152 float32 logits are 200 MB."""
@@ -32,33 +30,20 @@ _PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 32, 2048
 """What one more forward pass costs, in tokens of padding it may save."""
 _CANDIDATES = 64
 """Candidate answers ranked at a time."""
+_KEPT_PREFIXES = 4
+"""Constant beginnings whose keys and values are kept."""
 
 
-class DecoderOnly:
-    """A frozen causal language model behind the `LanguageModel` seam.
-
-    Args:
-        model: a transformers causal language model; it is put into eval mode and frozen.
-        tokenizer: its tokenizer.
-        prompt: how image and question are put.
-        config: name, licence and token limits.
-    """
+class DecoderOnly(FrozenLanguage):
+    """A frozen causal language model behind the `LanguageModel` seam."""
 
     def __init__(
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.prompt = prompt
-        self.config = config
-        self.tokens = Tokens(tokenizer, prompt.answer_end)
-        self.id = config.weights
-        self.licence = config.licence
-        self.hidden_size = int(model.config.hidden_size)
+        super().__init__(model, tokenizer, prompt=prompt, config=config)
         self._body = model.base_model
-        self._embed = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
-        self._prefix_ids = tuple(self.tokens.encode(prompt.before_image))
-        self._prefixes: dict[tuple[int, ...], Any] = {}
+        self._prefixes: dict[Any, Any] = {}
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         for scale in ("logit_scale", "logits_scaling"):
             if getattr(model.config, scale, None) not in (None, 1, 1.0):
@@ -68,106 +53,24 @@ class DecoderOnly:
                 )
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        device: torch.device = self._embed.weight.device
-        return device
-
-    @property
     def max_positions(self) -> int:
         """Longest sequence the model was made for."""
         return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
 
-    # Text level: the LanguageModel seam.
-
-    def loss(
-        self, visual: Tensor | None, instructions: Sequence[str], answers: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Return summed token cross-entropy (float32) and answer token count (SPEC 4.2)."""
-        return self.loss_from_ids(
-            visual,
-            [self.instruction_ids(text) for text in instructions],
-            [self.answer_ids(text) for text in answers],
-            prefix=self._prefix_ids,
-        )
-
-    def generate(
-        self, visual: Tensor | None, instructions: Sequence[str], settings: GenerationSettings
-    ) -> list[str]:
-        """Return one answer an instruction."""
-        prompts = [self.instruction_ids(text) for text in instructions]
-        ids = self.generate_from_ids(visual, prompts, settings, prefix=self._prefix_ids)
-        return [self.tokens.decode(row) for row in ids]
-
-    def stream(
-        self, visual: Tensor | None, instruction: str, settings: GenerationSettings
-    ) -> Iterator[str]:
-        """Yield one answer in pieces."""
-        yield from self.stream_text(visual, self.prompt.split(instruction)[1], settings)
-
-    def stream_text(
-        self, visual: Tensor | None, after_image: str, settings: GenerationSettings
-    ) -> Iterator[str]:
-        """Yield one answer to a text that already carries the template (a conversation)."""
-        ids = self._truncate(self.tokens.encode(after_image))
-        if settings.num_beams > 1:
-            rows = self.generate_from_ids(visual, [ids], settings, prefix=self._prefix_ids)
-            yield self.tokens.decode(rows[0])
-            return
-        steps = self._steps(visual, [ids], settings, prefix=self._prefix_ids)
-        yield from stream_text(steps, self.tokens)
-
-    def rank(
-        self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
-    ) -> list[float]:
-        """Return the summed log-likelihood of each candidate, end token included."""
-        if not candidates:
-            raise CloverError("there are 0 candidate answers to rank; give at least one")
-        ids = self.instruction_ids(instruction)
-        answers = [self.answer_ids(text) for text in candidates]
-        scores: list[float] = []
-        with torch.no_grad():
-            # The prompt is computed once; only its last token runs again with each candidate.
-            cache, _ = self._read_prompt(visual, [ids[:-1]], self._prefix_ids)
-            for start in range(0, len(answers), _CANDIDATES):
-                chunk = answers[start : start + _CANDIDATES]
-                losses, rows = self._answer_losses(
-                    None, [ids[-1:]] * len(chunk), chunk, past=_repeated(cache, len(chunk))
-                )
-                sums = losses.new_zeros(len(chunk)).index_add(0, rows, losses)
-                scores += (-sums).tolist()
-        return scores
-
-    def choose(
-        self, visual: Tensor | None, instructions: Sequence[str], candidates: Sequence[str]
-    ) -> list[int]:
-        """Return the index of the likeliest candidate for each instruction."""
-        chosen = []
-        for row, instruction in enumerate(instructions):
-            image = None if visual is None else visual[row : row + 1]
-            scores = self.rank(image, instruction, candidates)
-            chosen.append(max(range(len(scores)), key=scores.__getitem__))
-        return chosen
-
-    def instruction_ids(self, instruction: str) -> list[int]:
-        """Return the ids after the image; a long instruction loses its beginning."""
-        return self._truncate(self.tokens.encode(self.prompt.split(instruction)[1]))
+    def text_ids(self, after_image: str) -> list[int]:
+        """Return the ids of a text after the image; a long one loses its beginning."""
+        return self.tokens.encode(after_image)[-self.config.max_instruction_tokens :]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the ids of an answer and its end; a long answer loses both end and end token."""
         ids = [*self.tokens.encode(answer), self.tokens.end_id]
         return ids[: self.config.max_answer_tokens]
 
-    def _truncate(self, ids: list[int]) -> list[int]:
-        return ids[-self.config.max_instruction_tokens :]
-
-    # Id level: for callers with their own tokenisation.
-
     def loss_from_ids(
         self,
         visual: Tensor | None,
-        instruction_ids: Sequence[Sequence[int]],
-        answer_ids: Sequence[Sequence[int]],
+        instruction_ids: Ids,
+        answer_ids: Ids,
         *,
         prefix: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
@@ -201,44 +104,40 @@ class DecoderOnly:
             text_ids: `[B, T]`.
             mask: `[B, T]`, 1 where `text_ids` is a token.
         """
-        embeds = self._with_visual(visual, text_ids)
-        ones = mask.new_ones(len(mask), embeds.shape[1] - mask.shape[1])
-        full = torch.cat([ones, mask], dim=1)
+        embeds = self._joined((), visual, text_ids)
+        full = with_ones_before(mask, embeds.shape[1])
         hidden = self._body(inputs_embeds=embeds, attention_mask=full, use_cache=False)
         return self._logits(hidden.last_hidden_state)
 
-    def generate_from_ids(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        *,
-        prefix: Sequence[int] = (),
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """Return the ids written after ``[prefix][visual][pads][prompt]``, end token included."""
-        if not prompt_ids:
-            return []
-        if settings.num_beams > 1:
-            return self._beam_search(visual, [[*prefix], *map(list, prompt_ids)], settings)
-        steps = self._steps(visual, prompt_ids, settings, prefix=prefix, seeds=seeds)
-        return collect_tokens(steps, len(prompt_ids))
-
-    # Inside.
+    def rank(
+        self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
+    ) -> list[float]:
+        """Return the summed log-likelihood of each candidate, end token included."""
+        if not candidates:
+            raise CloverError("there are 0 candidate answers to rank; give at least one")
+        ids = self.instruction_ids(instruction)
+        answers = [self.answer_ids(text) for text in candidates]
+        scores: list[float] = []
+        with torch.no_grad():
+            # The prompt is computed once; only its last token runs again with each candidate.
+            cache, _, _ = self._read_prompt(visual, [ids[:-1]], self._prefix_ids)
+            for start in range(0, len(answers), _CANDIDATES):
+                chunk = answers[start : start + _CANDIDATES]
+                losses, rows = self._answer_losses(
+                    None, [ids[-1:]] * len(chunk), chunk, past=_repeated(cache, len(chunk))
+                )
+                sums = losses.new_zeros(len(chunk)).index_add(0, rows, losses)
+                scores += (-sums).tolist()
+        return scores
 
     def _answer_losses(
-        self,
-        visual: Tensor | None,
-        instruction_ids: Sequence[Sequence[int]],
-        answer_ids: Sequence[Sequence[int]],
-        *,
-        past: Any,
+        self, visual: Tensor | None, instruction_ids: Ids, answer_ids: Ids, *, past: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each answer token `[N]` and the row it belongs to `[N]`."""
         joined = [[*i, *a] for i, a in zip(instruction_ids, answer_ids, strict=True)]
         # The last token predicts nothing that is asked for.
         ids, _ = self._padded([row[:-1] for row in joined])
-        embeds = self._with_visual(visual, ids)  # [B, Q+T, H]
+        embeds = self._joined((), visual, ids)  # [B, Q+T, H]
         num_queries = embeds.shape[1] - ids.shape[1]
         # No mask: pads are on the right and attention is causal, so no answer token sees one.
         hidden = self._body(
@@ -278,128 +177,74 @@ class DecoderOnly:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
-    def _padded(
-        self, rows: Sequence[Sequence[int]], *, left: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return ids `[B, T]` and mask `[B, T]`, as wide as the longest row."""
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, values in enumerate(rows):
-            place = slice(width - len(values), None) if left else slice(0, len(values))
-            ids[row, place] = torch.tensor(values, dtype=torch.long)
-            mask[row, place] = 1
-        return ids.to(self.device), mask.to(self.device)
-
-    def _with_visual(self, visual: Tensor | None, ids: Tensor) -> Tensor:
-        """Return `[B, Q+T, H]` embeddings of ``[visual][ids]``."""
-        words: Tensor = self._embed(ids)
-        if visual is None:
-            return words
-        return torch.cat([visual.to(words.device, words.dtype), words], dim=1)
-
     def _prefix_cache(self, prefix: Sequence[int], num_rows: int) -> Any:
         """Return a fresh cache that holds the constant prefix for every row; none if empty."""
         if not prefix:
             return None
-        key = tuple(prefix)
+        # Device and type are in the key: a model that was moved must not meet its old cache.
+        key = (tuple(prefix), self.device, self._embed.weight.dtype)
         if key not in self._prefixes:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=self.model.config)
             # no_grad, not inference_mode: training concatenates these with tensors that learn.
             with torch.no_grad():
-                ids = torch.tensor([key], device=self.device)
+                ids = torch.tensor([list(prefix)], device=self.device)
                 self._body(input_ids=ids, past_key_values=cache, use_cache=True)
-            while len(self._prefixes) >= 4:
+            while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             self._prefixes[key] = cache
         return _repeated(self._prefixes[key], num_rows)
 
     def _read_prompt(
-        self, visual: Tensor | None, prompt_ids: Sequence[Sequence[int]], prefix: Sequence[int]
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Run ``[prefix][visual][pads][prompt]``; return the cache, and (last hidden, mask)."""
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
+    ) -> tuple[Any, Tensor | None, Tensor]:
+        """Run ``[prefix][visual][pads][prompt]``; return the cache, last hidden state and mask."""
         from transformers import DynamicCache
 
-        num_rows = len(prompt_ids)
-        cache = self._prefix_cache(prefix, num_rows) or DynamicCache(config=self.model.config)
-        ids, mask = self._padded(prompt_ids, left=True)
-        embeds = self._with_visual(visual, ids)
-        before = len(prefix) + embeds.shape[1] - ids.shape[1]
-        mask = torch.cat([mask.new_ones(num_rows, before), mask], dim=1)  # [B, P+Q+T]
+        cache = self._prefix_cache(prefix, len(prompt_ids))
+        if cache is None:
+            cache = DynamicCache(config=self.model.config)
+        ids, mask = self._padded(prompt_ids, is_left=True)
+        embeds = self._joined((), visual, ids)
+        mask = with_ones_before(mask, len(prefix) + embeds.shape[1])  # [B, P+Q+T]
         if not embeds.shape[1]:
-            return cache, (embeds, mask)
+            return cache, None, mask
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, len(prefix) :]
-        hidden = self._body(
+        hidden: Tensor = self._body(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return cache, (hidden[:, -1], mask)
+        return cache, hidden[:, -1], mask
 
-    @torch.no_grad()
-    def _steps(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        *,
-        prefix: Sequence[int] = (),
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[list[tuple[int, int]]]:
-        self._check_length(visual, prompt_ids, len(prefix) + settings.max_tokens)
-        cache, (hidden, mask) = self._read_prompt(visual, prompt_ids, prefix)
-        stepper = _CachedSteps(self, cache, mask)
-        yield from iterate_tokens(
-            self._logits(hidden),
-            stepper,
-            settings,
-            stop_ids=self.tokens.stop_ids,
-            seeds=seeds,
-        )
+    def _begin(
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int], max_tokens: int
+    ) -> tuple[Tensor, _CachedSteps]:
+        self._check_length(visual, prompt_ids, len(prefix), max_tokens)
+        cache, hidden, mask = self._read_prompt(visual, prompt_ids, prefix)
+        assert hidden is not None, "an answer needs at least one visual or prompt token before it"
+        return self._logits(hidden), _CachedSteps(self, cache, mask)
 
     def _check_length(
-        self, visual: Tensor | None, prompt_ids: Sequence[Sequence[int]], extra: int
+        self, visual: Tensor | None, prompt_ids: Ids, num_prefix: int, max_tokens: int
     ) -> None:
-        longest = max(map(len, prompt_ids)) + (0 if visual is None else visual.shape[1])
-        if longest + extra > self.max_positions:
+        num_queries = 0 if visual is None else visual.shape[1]
+        longest = num_prefix + num_queries + max(map(len, prompt_ids))
+        if longest + max_tokens > self.max_positions:
             raise CloverError(
-                f"the prompt has {longest} tokens and {extra} more are reserved, together more "
-                f"than the model's {self.max_positions}; shorten the prompt or max_tokens"
+                f"the prompt has {longest} tokens and the answer may have {max_tokens}, together "
+                f"more than the model's {self.max_positions}; shorten the prompt or max_tokens"
             )
 
-    @torch.no_grad()
-    def _beam_search(
-        self,
-        visual: Tensor | None,
-        prefix_and_prompts: list[list[int]],
-        settings: GenerationSettings,
-    ) -> list[list[int]]:
-        """Beam search by transformers; the prefix is computed again, without the cache."""
-        prefix, *prompts = prefix_and_prompts
-        self._check_length(visual, prompts, len(prefix) + settings.max_tokens)
-        ids, mask = self._padded(prompts, left=True)
-        embeds = self._with_visual(visual, ids)
-        start = self._embed(torch.tensor([prefix] * len(prompts), device=self.device).long())
-        embeds = torch.cat([start.reshape(len(prompts), len(prefix), -1), embeds], dim=1)
-        ones = mask.new_ones(len(mask), embeds.shape[1] - mask.shape[1])
-        out = self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.cat([ones, mask], dim=1),
-            num_beams=settings.num_beams,
-            do_sample=False,
-            max_new_tokens=settings.max_tokens,
-            min_new_tokens=settings.min_tokens,
-            repetition_penalty=settings.repetition_penalty,
-            length_penalty=settings.length_penalty,
-            eos_token_id=sorted(self.tokens.stop_ids),
-            pad_token_id=self.tokens.end_id,
-        )
-        rows: list[list[int]] = out.tolist()
-        return rows
+    def _embedded(
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        ids, mask = self._padded(prompt_ids, is_left=True)
+        embeds = self._joined(prefix, visual, ids)
+        return embeds, with_ones_before(mask, embeds.shape[1])
 
 
 class _CachedSteps:

@@ -7,7 +7,7 @@ In: visual tokens `[B, Q, H]`, instructions, answers. Out: loss or text. The enc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,123 +16,42 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
-from clover.language.generation import collect_tokens, iterate_tokens, stream_text
+from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.prompt import Prompt
-from clover.language.protocol import GenerationSettings
-from clover.language.tokens import Tokens
 
 _IGNORED = -100
 
 
-class EncoderDecoder:
-    """A frozen T5-shaped model behind the `LanguageModel` seam.
+class EncoderDecoder(FrozenLanguage):
+    """A frozen T5-shaped model behind the `LanguageModel` seam."""
 
-    Args:
-        model: a transformers encoder-decoder model; it is put into eval mode and frozen.
-        tokenizer: its tokenizer.
-        prompt: how image and question are put.
-        config: name, licence and token limits.
-    """
+    # Paper: leaves the frozen model in train mode, dropout 0.1 active; here eval mode, because
+    # a frozen reader that forgets a tenth of what it reads only adds noise to the gradient.
 
     def __init__(
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
-        # Paper: leaves the frozen model in train mode, dropout 0.1 active; here eval mode, because
-        # a frozen reader that forgets a tenth of what it reads only adds noise to the gradient.
-        self.model = model.eval().requires_grad_(False)
-        self.prompt = prompt
-        self.config = config
-        self.tokens = Tokens(tokenizer, prompt.answer_end)
-        self.id = config.weights
-        self.licence = config.licence
-        self.hidden_size = int(model.config.d_model)
-        self._embed = model.get_input_embeddings()
+        super().__init__(model, tokenizer, prompt=prompt, config=config)
         self._encoder = model.get_encoder()
         self._start_id = int(model.config.decoder_start_token_id or 0)
-        self._prefix_ids = self.tokens.encode(prompt.before_image)
+        eos = tokenizer.eos_token_id
+        self._text_end = [] if eos is None else [int(eos)]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        device: torch.device = self._embed.weight.device
-        return device
-
-    # Text level: the LanguageModel seam.
-
-    def loss(
-        self, visual: Tensor | None, instructions: Sequence[str], answers: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Return summed token cross-entropy (float32) and answer token count (SPEC 4.1)."""
-        return self.loss_from_ids(
-            visual,
-            [self.instruction_ids(text) for text in instructions],
-            [self.answer_ids(text) for text in answers],
-            prefix=self._prefix_ids,
-        )
-
-    def generate(
-        self, visual: Tensor | None, instructions: Sequence[str], settings: GenerationSettings
-    ) -> list[str]:
-        """Return one answer an instruction."""
-        prompts = [self.instruction_ids(text) for text in instructions]
-        ids = self.generate_from_ids(visual, prompts, settings, prefix=self._prefix_ids)
-        return [self.tokens.decode(row) for row in ids]
-
-    def stream(
-        self, visual: Tensor | None, instruction: str, settings: GenerationSettings
-    ) -> Iterator[str]:
-        """Yield one answer in pieces."""
-        yield from self.stream_text(visual, self.prompt.split(instruction)[1], settings)
-
-    def stream_text(
-        self, visual: Tensor | None, after_image: str, settings: GenerationSettings
-    ) -> Iterator[str]:
-        """Yield one answer to a text that already carries the template (a conversation)."""
-        ids = self._text_ids(after_image)
-        if settings.num_beams > 1:
-            rows = self.generate_from_ids(visual, [ids], settings, prefix=self._prefix_ids)
-            yield self.tokens.decode(rows[0])
-            return
-        steps = self._steps(visual, [ids], settings, prefix=self._prefix_ids)
-        yield from stream_text(steps, self.tokens)
-
-    def rank(
-        self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
-    ) -> list[float]:
-        """Return the summed log-likelihood of each candidate, end token included."""
-        if not candidates:
-            raise CloverError("there are 0 candidate answers to rank; give at least one")
-        scores: list[float] = []
-        with torch.no_grad():
-            state, mask = self._encode(visual, [self.instruction_ids(instruction)], ())
-            for candidate in candidates:
-                labels = torch.tensor([self.answer_ids(candidate)], device=self.device)
-                logits = self._decode(state, mask, labels)
-                losses = F.cross_entropy(logits[0], labels[0], reduction="sum")
-                scores.append(-float(losses))
-        return scores
-
-    def instruction_ids(self, instruction: str) -> list[int]:
-        """Return the ids after the image and the end token; long ones lose their beginning."""
-        return self._text_ids(self.prompt.split(instruction)[1])
+    def text_ids(self, after_image: str) -> list[int]:
+        """Return the ids of a text and its end token; a long one loses its beginning."""
+        limit = self.config.max_instruction_tokens - len(self._text_end)
+        return [*self.tokens.encode(after_image)[-limit:], *self._text_end]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the ids of an answer and its end; a long answer loses its end, not the token."""
         kept = self.tokens.encode(answer)[: self.config.max_answer_tokens - 1]
         return [*kept, self.tokens.end_id]
 
-    def _text_ids(self, text: str) -> list[int]:
-        eos = int(self.tokens.tokenizer.eos_token_id)
-        kept = self.tokens.encode(text)[-(self.config.max_instruction_tokens - 1) :]
-        return [*kept, eos]
-
-    # Id level: for callers with their own tokenisation.
-
     def loss_from_ids(
         self,
         visual: Tensor | None,
-        instruction_ids: Sequence[Sequence[int]],
-        answer_ids: Sequence[Sequence[int]],
+        instruction_ids: Ids,
+        answer_ids: Ids,
         *,
         prefix: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
@@ -153,8 +72,8 @@ class EncoderDecoder:
     def logits_from_ids(
         self,
         visual: Tensor | None,
-        instruction_ids: Sequence[Sequence[int]],
-        answer_ids: Sequence[Sequence[int]],
+        instruction_ids: Ids,
+        answer_ids: Ids,
         *,
         prefix: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
@@ -164,47 +83,35 @@ class EncoderDecoder:
         labels = ids.masked_fill(answer_mask == 0, _IGNORED)
         return self._decode(state, mask, labels), labels
 
-    def generate_from_ids(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        *,
-        prefix: Sequence[int] = (),
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """Return the ids the decoder writes after its start token, end token included."""
-        if not prompt_ids:
-            return []
-        if settings.num_beams > 1:
-            return self._beam_search(visual, prompt_ids, settings, prefix=prefix)
-        steps = self._steps(visual, prompt_ids, settings, prefix=prefix, seeds=seeds)
-        return collect_tokens(steps, len(prompt_ids))
-
-    # Inside.
+    def rank(
+        self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
+    ) -> list[float]:
+        """Return the summed log-likelihood of each candidate, end token included."""
+        if not candidates:
+            raise CloverError("there are 0 candidate answers to rank; give at least one")
+        scores: list[float] = []
+        with torch.no_grad():
+            prompts = [self.instruction_ids(instruction)]
+            state, mask = self._encode(visual, prompts, self._prefix_ids)
+            for candidate in candidates:
+                labels = torch.tensor([self.answer_ids(candidate)], device=self.device)
+                logits = self._decode(state, mask, labels)
+                scores.append(-float(F.cross_entropy(logits[0], labels[0], reduction="sum")))
+        return scores
 
     def _embedded(
-        self, visual: Tensor | None, instruction_ids: Sequence[Sequence[int]], prefix: Sequence[int]
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return encoder embeddings `[B, P+Q+T, H]` and their mask."""
-        ids, mask = self._padded(instruction_ids)
-        words: Tensor = self._embed(ids)
-        before = []
-        if prefix:
-            start = self._embed(torch.tensor([list(prefix)], device=self.device))
-            before.append(start.expand(len(ids), -1, -1))
-        if visual is not None:
-            before.append(visual.to(words.device, words.dtype))
-        embeds = torch.cat([*before, words], dim=1)
-        ones = mask.new_ones(len(mask), embeds.shape[1] - mask.shape[1])
-        return embeds, torch.cat([ones, mask], dim=1)
+        ids, mask = self._padded(prompt_ids)
+        embeds = self._joined(prefix, visual, ids)
+        return embeds, with_ones_before(mask, embeds.shape[1])
 
     def _encode(
-        self, visual: Tensor | None, instruction_ids: Sequence[Sequence[int]], prefix: Sequence[int]
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        embeds, mask = self._embedded(visual, instruction_ids, prefix)
-        state = self._encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
-        return state, mask
+        """Return the encoder's states `[B, P+Q+T, H]` and their mask."""
+        embeds, mask = self._embedded(visual, prompt_ids, prefix)
+        return self._encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, mask
 
     def _decode(self, state: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Return float32 logits `[B, T, V]` of the decoder fed with the labels shifted right."""
@@ -221,55 +128,16 @@ class EncoderDecoder:
         ).logits
         return logits.float()
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Return ids `[B, T]` and mask `[B, T]`, padded on the right."""
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, values in enumerate(rows):
-            ids[row, : len(values)] = torch.tensor(values, dtype=torch.long)
-            mask[row, : len(values)] = 1
-        return ids.to(self.device), mask.to(self.device)
-
-    @torch.no_grad()
-    def _steps(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        *,
-        prefix: Sequence[int] = (),
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[list[tuple[int, int]]]:
+    def _begin(
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int], max_tokens: int
+    ) -> tuple[Tensor, _CachedSteps]:
         stepper = _CachedSteps(self, *self._encode(visual, prompt_ids, prefix))
         start = torch.full((len(prompt_ids),), self._start_id, device=self.device)
-        yield from iterate_tokens(
-            stepper.step(start), stepper, settings, stop_ids=self.tokens.stop_ids, seeds=seeds
-        )
+        return stepper.step(start), stepper
 
-    @torch.no_grad()
-    def _beam_search(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Sequence[Sequence[int]],
-        settings: GenerationSettings,
-        *,
-        prefix: Sequence[int],
-    ) -> list[list[int]]:
-        embeds, mask = self._embedded(visual, prompt_ids, prefix)
-        out = self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            num_beams=settings.num_beams,
-            do_sample=False,
-            max_new_tokens=settings.max_tokens,
-            min_new_tokens=settings.min_tokens,
-            repetition_penalty=settings.repetition_penalty,
-            length_penalty=settings.length_penalty,
-            eos_token_id=sorted(self.tokens.stop_ids),
-        )
-        rows: list[list[int]] = out[:, 1:].tolist()
-        return rows
+    def _beam_search(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        # The decoder's row begins with its start token, which nobody wrote.
+        return [row[1:] for row in super()._beam_search(*args, **kwargs)]
 
 
 class _CachedSteps:

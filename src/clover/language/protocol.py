@@ -94,6 +94,12 @@ class LanguageModel(Protocol):
         """Return B answers. `visual` is `[B, Q, H]` or none."""
         ...
 
+    def generate_text(
+        self, visual: Tensor | None, after_image: Sequence[str], settings: GenerationSettings
+    ) -> list[str]:
+        """Return B answers to texts that already carry the template, as from `conversation`."""
+        ...
+
     def stream(
         self, visual: Tensor | None, instruction: str, settings: GenerationSettings
     ) -> Iterator[str]:
@@ -101,6 +107,12 @@ class LanguageModel(Protocol):
 
         `visual` is `[1, Q, H]` or none.
         """
+        ...
+
+    def stream_text(
+        self, visual: Tensor | None, after_image: str, settings: GenerationSettings
+    ) -> Iterator[str]:
+        """Yield one answer to a text that already carries the template."""
         ...
 
     def rank(
