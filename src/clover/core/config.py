@@ -248,8 +248,15 @@ class Recipe(Section):
         return text
 
     def fingerprint(self, *sections: str) -> str:
-        """Return a short hash of the named sections: the key of work that depends on them."""
-        return fingerprint(self.model_dump(mode="json", include=set(sections)))
+        """Return a short hash of the named sections: the key of work that depends on them.
+
+        What changes no number (how often a checkpoint is written) is left out.
+        """
+        tree = self.model_dump(mode="json", include=set(sections))
+        for section in tree.values():
+            if isinstance(section, dict):
+                section.pop("checkpoint_every", None)
+        return fingerprint(tree)
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

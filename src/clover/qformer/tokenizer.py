@@ -40,10 +40,9 @@ class TextTokenizer:
         self.pad = self._id("[PAD]")
         self.start = self._id("[CLS]")
         self.end = self._id("[SEP]")
-        self.decode_start = self._tokenizer.token_to_id("[DEC]")
-        if self.decode_start is None:
+        if self._tokenizer.token_to_id("[DEC]") is None:
             self._tokenizer.add_special_tokens(["[DEC]"])
-            self.decode_start = self._tokenizer.token_to_id("[DEC]")
+        self.decode_start = self._id("[DEC]")
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)

@@ -24,12 +24,14 @@ class FeatureSet:
         digests: SHA-256 of each record's image bytes.
         cache: Where the features lie.
         rejected: What was set aside: bad lines, missing and broken images.
+        images: The folder that image paths start from.
     """
 
     records: list[Record]
     digests: list[str]
     cache: FeatureCache
     rejected: list[Rejection]
+    images: Path
 
     def features(self, indices: Sequence[int]) -> Tensor:
         """Return tokens [B, P, E] of the records with these indices."""
@@ -72,4 +74,4 @@ def load_feature_set(
     if not records:
         reason = rejected[-1].reason if rejected else "no record names an image"
         raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
-    return FeatureSet(records, [digests[str(r.image)] for r in records], features, rejected)
+    return FeatureSet(records, [digests[str(r.image)] for r in records], features, rejected, folder)

@@ -1,0 +1,1 @@
+"""The whole recipe, small and real: what `make demo` runs."""
