@@ -173,11 +173,10 @@ class Clover:
         Raises:
             CloverError: an image that cannot be read, or an empty question.
         """
-        if not question.strip():
-            raise CloverError("the question is empty; ask for instance 'Is there necrosis?'")
+        question = check_question(question)
         start = time.perf_counter()
         texts = self.answer_features(
-            self.encode(image), [question.strip()], settings or self.default_settings()
+            self.encode(image), [question], settings or self.default_settings()
         )
         return Answer(texts[0].strip(), self.name, round(time.perf_counter() - start, 3))
 
@@ -207,6 +206,17 @@ class Clover:
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
         return save_folder(self, Path(path))
+
+
+def check_question(question: str) -> str:
+    """Return the question without blanks around it.
+
+    Raises:
+        CloverError: nothing is left.
+    """
+    if not question.strip():
+        raise CloverError("the question is empty; ask for instance 'Is there necrosis?'")
+    return question.strip()
 
 
 def open_image(image: ImageLike) -> Image.Image:

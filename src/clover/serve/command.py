@@ -1,0 +1,145 @@
+"""The verbs of this room: `clover ask`, `clover chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clover.core.errors import CloverError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from clover.language.protocol import GenerationSettings
+    from clover.model import Clover
+    from clover.serve.chat import Conversation
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add what every verb that loads a model takes."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …"),
+        click.option(
+            "--precision",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            help="Number format of matrix products.",
+        ),
+        click.option(
+            "--beams", type=click.IntRange(1, 64), help="Beam search; 1 is greedy. As the recipe."
+        ),
+        click.option(
+            "--max-tokens", type=click.IntRange(1, 4096), help="Longest answer. As the recipe."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(model: Path, options: dict[str, Any]) -> tuple[Clover, GenerationSettings]:
+    from dataclasses import replace
+
+    from clover.model import load
+
+    loaded = load(model, device=options["device"], precision=options["precision"])
+    settings = loaded.default_settings()
+    if options["beams"] is not None:
+        settings = replace(settings, num_beams=options["beams"])
+    if options["max_tokens"] is not None:
+        longest = options["max_tokens"]
+        shortest = min(settings.min_tokens, longest)
+        settings = replace(settings, max_tokens=longest, min_tokens=shortest)
+    return loaded, settings
+
+
+@click.command(epilog='Example: clover ask clover-demo/model image.png "Is there necrosis?"')
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@_model_options
+def ask(model: Path, image: Path, question: str, as_json: bool, **options: Any) -> None:
+    """Ask MODEL (a model folder) one QUESTION about one IMAGE.
+
+    The answer goes to stdout, the notice to stderr; with --json one line with answer, model,
+    seconds and notice. Research use only, not for diagnosis.
+    """
+    from clover.model import check_question, open_image, read_config
+
+    # What is cheap to check is checked before gigabytes are loaded.
+    read_config(model)
+    question, picture = check_question(question), open_image(image)
+    loaded, settings = _load(model, options)
+    answer = loaded.ask(picture, question, settings=settings)
+    if as_json:
+        row = {
+            "answer": answer.text,
+            "model": answer.model,
+            "seconds": answer.seconds,
+            "notice": answer.notice,
+        }
+        click.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        click.echo(answer.text)
+        click.secho(answer.notice, dim=True, err=True)
+
+
+@click.command(epilog="Example: clover chat clover-demo/model image.png")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("image", required=False)
+@_model_options
+def chat(model: Path, image: str | None, **options: Any) -> None:
+    """Talk with MODEL (a model folder) about IMAGE.
+
+    Answers appear as they are written; Ctrl-C stops one, Ctrl-D leaves. Commands: /image PATH,
+    /new, /save FILE, /help, /quit. Questions may also be piped in, one a line. Research use only,
+    not for diagnosis.
+    """
+    from clover.model import NOTICE, open_image, read_config
+    from clover.serve.chat import Conversation, help_text
+
+    read_config(model)
+    if image is not None:
+        open_image(Path(image).expanduser())
+    loaded, settings = _load(model, options)
+    conversation = Conversation(loaded, _write, settings)
+    click.secho(NOTICE, dim=True, err=True)
+    if image is not None:
+        conversation.look_at(image)
+    if sys.stdin.isatty():
+        _write(help_text() + "\n")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its history and editing keys
+    _converse(conversation)
+
+
+def _write(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _converse(conversation: Conversation) -> None:
+    """Read lines until the end of input or /quit; a mistake is one line, and it goes on."""
+    is_terminal = sys.stdin.isatty()
+    if conversation.image is None:
+        _write("Which image? Type its path.\n")
+    while True:
+        prompt = "image> " if conversation.image is None else "you> "
+        try:
+            line = input(prompt if is_terminal else "")
+            if not conversation.take(line):
+                return
+        except EOFError:
+            if is_terminal:
+                _write("\n")
+            return
+        except CloverError as error:
+            click.echo(" ".join(str(error).split()), err=True)
+        except KeyboardInterrupt:
+            _write("\n(Ctrl-D or /quit leaves)\n")

