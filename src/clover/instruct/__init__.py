@@ -1,0 +1,1 @@
+"""Stage A: captions in, checked instructions out, every cent accounted."""

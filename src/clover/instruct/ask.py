@@ -1,0 +1,203 @@
+"""One caption asked until it is answered: reserve, send, judge, settle; and when to give up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING
+
+from clover.core.errors import CloverError
+from clover.instruct.client import Client, Declined, Lost, Refused, Reply, Unusable
+from clover.instruct.ledger import Ledger, Worst
+from clover.instruct.parse import parse_pairs
+from clover.instruct.prices import Price, estimate_message_tokens, estimate_tokens
+from clover.instruct.prompt import Request
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+    from clover.instruct.generate import GenerateSettings
+
+# Chat formats add a few tokens a message that no one sees.
+_FORMAT_TOKENS = 64
+_PROBES = 3
+_DECLINED_AT_START = 3
+
+
+class BudgetReached(Exception):
+    """The budget does not allow one more request, and none in flight can free any."""
+
+
+class Stop(Exception):
+    """The run must end: the user has something to put right."""
+
+
+class Asker:
+    """Asks about captions, one call each, any number at the same time."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        ledger: Ledger,
+        price: Price,
+        settings: GenerateSettings,
+        prompt: str,
+    ) -> None:
+        self.sent = 0
+        self._client, self._ledger, self._price = client, ledger, price
+        self._settings, self._prompt = settings, prompt
+        self._flying = 0
+        self._landed = asyncio.Event()
+        self._aliases: set[str] = set()
+        self._strangers: list[str] = []
+        self._done = self._failures_in_a_row = self._declined = 0
+
+    async def ask(self, request: Request) -> None:
+        """Ask until there is a usable reply; book a failure with its reason otherwise.
+
+        Raises:
+            BudgetReached: no money for this request.
+            Stop: the endpoint cannot be worked with, or stopped answering.
+        """
+        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type((Refused, Lost, Unusable)),
+            stop=stop_after_attempt(self._settings.attempts),
+            wait=self._pause,
+            reraise=True,
+        )
+        try:
+            await retrying(self._once, request)
+        except Declined as error:
+            self._declined += 1
+            self._ledger.fail(request.key, f"declined: {error}", is_final=True)
+            if not self._done and self._declined >= _DECLINED_AT_START:
+                raise Stop(f"{self._client.endpoint} declines every request ({error})") from error
+        except Unusable as error:
+            self._ledger.fail(request.key, str(error), is_final=True)
+        except (Refused, Lost) as error:
+            self._ledger.fail(request.key, str(error), is_final=False)
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= max(8, self._settings.concurrency):
+                raise Stop(
+                    f"{self._client.endpoint} stopped answering ({error}); "
+                    "what arrived is kept, the same command continues"
+                ) from error
+
+    async def _once(self, request: Request) -> None:
+        """Send a request once and book what came of it."""
+        attempt = await self._reserve(request)
+        self._flying += 1
+        self.sent += 1
+        start = time.perf_counter()
+        try:
+            reply = await self._client.send(request.body)
+            self._settle(attempt, request, reply, time.perf_counter() - start)
+        except Refused as error:
+            self._ledger.refuse(attempt, str(error))
+            if not self._answered and "cannot connect" in str(error):
+                raise Stop(f"{error}; nothing was spent") from error
+            raise
+        except Lost as error:
+            self._ledger.lose(attempt, str(error))
+            if not self._answered and "holds no answer" in str(error):
+                raise Stop(
+                    f"{self._client.endpoint} does not answer like an OpenAI-compatible endpoint "
+                    "(the address usually ends in /v1)"
+                ) from error
+            raise
+        except (Declined, CloverError) as error:
+            self._ledger.refuse(attempt, str(error))
+            if isinstance(error, CloverError):
+                raise Stop(str(error)) from error
+            raise
+        except asyncio.CancelledError:
+            self._ledger.lose(attempt, "stopped while this was in flight")
+            raise
+        finally:
+            self._flying -= 1
+            self._landed.set()
+            self._landed = asyncio.Event()
+
+    @property
+    def _answered(self) -> bool:
+        return self._done > 0
+
+    async def _reserve(self, request: Request) -> int:
+        messages = request.body["messages"]
+        # No byte-level tokeniser makes more tokens of a text than it has bytes.
+        worst = Worst(request.text_bytes + _FORMAT_TOKENS, request.body["max_tokens"])
+        del messages
+        while True:
+            attempt = self._ledger.reserve(
+                request.key,
+                request=(self._settings.model, self._prompt, self._client.endpoint),
+                worst=worst,
+                price=self._price,
+                budget=self._settings.budget_usd,
+            )
+            if attempt is not None:
+                return attempt
+            if not self._flying:
+                raise BudgetReached
+            # What lands settles below its worst case, and may free enough.
+            await self._landed.wait()
+
+    def _settle(self, attempt: int, request: Request, reply: Reply, seconds: float) -> None:
+        tokens = reply.tokens or (
+            estimate_message_tokens(request.body["messages"]),
+            estimate_tokens(reply.text),
+        )
+        estimated = reply.tokens is None
+        fault = self._fault(reply)
+        if fault is not None:
+            self._ledger.settle_unusable(attempt, tokens=tokens, note=fault, is_estimated=estimated)
+            raise Unusable(fault)
+        self._ledger.settle(
+            attempt,
+            tokens=tokens,
+            reply=reply.text,
+            finish_reason=reply.finish_reason,
+            seconds=seconds,
+            is_estimated=estimated,
+        )
+        self._done += 1
+        self._failures_in_a_row = 0
+
+    def _fault(self, reply: Reply) -> str | None:
+        """Return why a reply cannot be used, or None."""
+        asked = self._settings.model
+        if not _is_same_model(asked, reply.model) and reply.model not in self._aliases:
+            # Some servers call every model by one name of their own: then all replies agree.
+            self._strangers.append(reply.model)
+            is_alias = not self._done and self._strangers[-_PROBES:] == [reply.model] * _PROBES
+            if not is_alias:
+                return f"answered by model '{reply.model}'"
+            self._aliases.add(reply.model)
+        if not reply.text.strip():
+            return f"empty reply (finish reason {reply.finish_reason})"
+        if not parse_pairs(reply.text, is_cut_off=reply.finish_reason == "length"):
+            return "no question and answer pair in the reply"
+        return None
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Return the seconds until the next attempt: what the endpoint asks for, or a guess."""
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, Refused) and error.retry_after is not None:
+            # A little apart, or all would come back in the same instant.
+            return error.retry_after + random.uniform(0, 0.25)
+        if isinstance(error, Unusable):
+            return 0.0
+        longest = min(self._settings.longest_wait_s, 0.5 * 2**state.attempt_number)
+        return random.uniform(longest / 2, longest)
+
+
+def _is_same_model(asked: str, answered: str) -> bool:
+    """Say whether a reply's model is the one asked for; dated and tagged names are the same."""
+    if not answered:
+        return True
+    first, second = (name.lower().rsplit("/", 1)[-1] for name in (asked, answered))
+    return first.startswith(second) or second.startswith(first)

@@ -1,0 +1,213 @@
+"""The way to an OpenAI-compatible endpoint: one request out, one reply or one named error back.
+
+Retries and bookkeeping are the caller's; this file knows HTTP's ways of going wrong.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from clover.core.errors import CloverError
+
+_MAX_RETRY_AFTER = 120.0
+
+
+class Refused(Exception):
+    """The endpoint answered with an error: nothing is owed; asking again may help."""
+
+    def __init__(self, note: str, *, retry_after: float | None = None) -> None:
+        super().__init__(note)
+        self.retry_after = retry_after
+
+
+class Declined(Exception):
+    """The endpoint will not answer this request, however often it is asked."""
+
+
+class Lost(Exception):
+    """The request left and no whole reply came back: it may have been paid for."""
+
+
+class Unusable(Exception):
+    """A reply came, was paid for, and is not one: wrong model, cut off, no pairs."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answer with the tokens that the endpoint counted, if it counted."""
+
+    text: str
+    finish_reason: str
+    model: str
+    tokens: tuple[int, int] | None
+
+
+def check_endpoint(endpoint: str) -> str:
+    """Return an endpoint's URL in the form the client wants.
+
+    Raises:
+        CloverError: not an http or https URL.
+    """
+    parts = urlsplit(endpoint.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise CloverError(
+            f"--endpoint '{endpoint}' is not a URL such as http://127.0.0.1:8000/v1; nothing sent"
+        )
+    return endpoint.strip().rstrip("/").removesuffix("/chat/completions")
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Say whether an endpoint is on this machine."""
+    host = urlsplit(endpoint).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def find_key(endpoint: str, variable: str) -> str:
+    """Return the API key from the environment; an endpoint on this machine needs none.
+
+    Raises:
+        CloverError: no key for an endpoint elsewhere.
+    """
+    key = os.environ.get(variable, "").strip()
+    if key:
+        return key
+    if is_loopback(endpoint):
+        return "none"
+    raise CloverError(
+        f"{variable} is not set and {endpoint} is not on this machine; export {variable}=..., "
+        "or name another variable with --key-env; nothing sent"
+    )
+
+
+class Client:
+    """Sends chat requests; use it as an async context manager."""
+
+    def __init__(self, endpoint: str, *, key: str, timeout_s: float) -> None:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        self.endpoint = endpoint
+        local = is_loopback(endpoint)
+        # A proxy from the environment must not carry what was addressed to this machine.
+        http = DefaultAsyncHttpxClient(trust_env=not local)
+        self._openai = AsyncOpenAI(
+            api_key=key, base_url=endpoint, timeout=timeout_s, max_retries=0, http_client=http
+        )
+        self._limit_field = "max_tokens"
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._openai.close()
+
+    @property
+    def openai(self) -> Any:
+        """The official client, for files and batches."""
+        return self._openai
+
+    async def send(self, body: dict[str, Any]) -> Reply:
+        """Send one chat request.
+
+        Raises:
+            CloverError: the key is not accepted, there is no money, or no such address or model.
+            Refused: the endpoint is busy or broken for now.
+            Declined: the endpoint finds fault with this request.
+            Lost: the connection broke or timed out after the request had left.
+        """
+        import openai
+
+        try:
+            raw = await self._create(body)
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from error
+        except openai.APITimeoutError as error:
+            raise Lost("no reply in time") from error
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__).__name__
+            if "Connect" in cause:
+                raise Refused(f"cannot connect to {self.endpoint} ({cause})") from error
+            raise Lost(f"the connection broke ({cause})") from error
+        except (openai.APIError, ValueError) as error:
+            raise Lost(f"the reply is not whole JSON ({type(error).__name__})") from error
+        return read_reply(raw)
+
+    async def _create(self, body: dict[str, Any]) -> Any:
+        import openai
+
+        try:
+            return await self._openai.chat.completions.create(**self._named(body))
+        except openai.BadRequestError as error:
+            # Newer models know the limit under another name, and say so.
+            if "max_completion_tokens" not in str(error.message) or "max_tokens" not in body:
+                raise
+            self._limit_field = "max_completion_tokens"
+            return await self._openai.chat.completions.create(**self._named(body))
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {self._limit_field if k == "max_tokens" else k: v for k, v in body.items()}
+
+    def _status_error(self, error: Any) -> Exception:
+        status, message = error.status_code, _message(error)
+        if status in (401, 403):
+            return CloverError(f"{self.endpoint} does not accept the API key ({status}: {message})")
+        if status in (404, 405) or 300 <= status < 400:
+            text = f"{self.endpoint} has no such address or model ({status}: {message})"
+            return CloverError(f"{text}; the address usually ends in /v1")
+        if status == 429 and error.code == "insufficient_quota":
+            return CloverError(f"{self.endpoint}: the account has no money left ({message})")
+        if status in (408, 409, 425, 429) or status >= 500:
+            return Refused(f"{status}: {message}", retry_after=retry_after(error.response.headers))
+        return Declined(f"{status}: {message}")
+
+
+def _message(error: Any) -> str:
+    return " ".join(str(error.message).split())[:160]
+
+
+def retry_after(headers: Any) -> float | None:
+    """Return the seconds that a Retry-After header asks for, at most two minutes."""
+    from email.utils import parsedate_to_datetime
+    from time import time
+
+    text = headers.get("retry-after-ms")
+    try:
+        if text is not None:
+            return min(max(float(text) / 1000, 0.0), _MAX_RETRY_AFTER)
+        text = headers.get("retry-after")
+        if text is None:
+            return None
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = parsedate_to_datetime(text).timestamp() - time()
+    except (ValueError, TypeError):
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+def read_reply(raw: Any) -> Reply:
+    """Read the official client's object; what an endpoint leaves out is missed without a crash.
+
+    Raises:
+        Lost: it is no chat reply at all.
+    """
+    choices = getattr(raw, "choices", None)
+    if not choices:
+        raise Lost("the reply holds no answer")
+    choice = choices[0]
+    text = getattr(getattr(choice, "message", None), "content", None) or ""
+    usage = getattr(raw, "usage", None)
+    counted = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+    tokens = None
+    if isinstance(counted[0], int) and isinstance(counted[1], int):
+        tokens = (counted[0], counted[1])
+    return Reply(text, choice.finish_reason or "stop", getattr(raw, "model", None) or "", tokens)

@@ -1,0 +1,313 @@
+"""`clover instruct`: generate, template, filter, mix, stats, ledger."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clover.core.errors import CloverError
+
+if TYPE_CHECKING:
+    from clover.core.record import RecordSet
+    from clover.instruct.generate import GenerateSettings, GenerateSummary
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def instruct() -> None:
+    """Captions in, checked instructions out, every cent accounted.
+
+    \b
+    Example:
+      clover instruct template captions.csv --out template.jsonl
+      clover instruct generate captions.csv --out generated.jsonl \\
+          --endpoint http://127.0.0.1:8000/v1 --model my-model --budget 8
+      clover instruct filter generated.jsonl --out good.jsonl
+      clover instruct mix good.jsonl template.jsonl --out hybrid.jsonl
+    """
+
+
+@instruct.command()
+@click.argument("captions", type=_FILE)
+@click.option("--out", required=True, type=_FILE, help="JSONL to write; F.ledger.sqlite beside it.")
+@click.option("--endpoint", required=True, help="OpenAI-compatible URL, usually ending in /v1.")
+@click.option("--model", required=True, help="The model's name at the endpoint.")
+@click.option("--prompt", default="published-v1", show_default=True, help="Prompt name or YAML.")
+@click.option("--budget", type=float, help="Hard cap in US dollars, over all runs of this output.")
+@click.option("--price", help="input,output in dollars per million tokens.")
+@click.option("--limit", type=int, help="Ask about the first N captions only.")
+@click.option("--concurrency", type=int, default=16, show_default=True, help="Requests in flight.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds a reply.")
+@click.option("--attempts", type=int, default=8, show_default=True, help="Times a caption is sent.")
+@click.option("--key-env", default="OPENAI_API_KEY", show_default=True, help="Holds the API key.")
+@click.option("--retry-failed", is_flag=True, help="Ask again about captions failed for good.")
+@click.option("--any-language", is_flag=True, help="Keep captions that are not in English.")
+@click.option("--dry-run", is_flag=True, help="Predict dollars and hours; send nothing.")
+def generate(
+    captions: Path, out: Path, dry_run: bool, price: str | None, **options: object
+) -> None:
+    """Generate question and answer pairs from captions with a language model.
+
+    Text goes to the endpoint you name and nowhere else. The same command again continues and pays
+    for nothing twice.
+
+    \b
+    Example:
+      clover instruct generate captions.csv --out generated.jsonl \\
+          --endpoint http://127.0.0.1:11434/v1 --model llama3.1:8b --prompt structured-v1
+    """
+    from clover.instruct.generate import generate_file, plan_file
+
+    settings = _settings(price, **options)
+    if dry_run:
+        plan = plan_file(captions, out=out, settings=settings)
+        click.echo(
+            f"{plan.requests:,} requests for {plan.captions:,} captions "
+            f"({plan.set_aside:,} set aside); about {plan.input_tokens:,} tokens in, "
+            f"{plan.output_tokens:,} out (from {plan.basis})"
+        )
+        click.echo(
+            f"about ${plan.usd:.4f} at ${plan.price.input_usd:g} in, ${plan.price.output_usd:g} "
+            f"out per million ({plan.price.source}); about {plan.hours:.2f} hours at "
+            f"{settings.concurrency} in flight. Nothing was sent."
+        )
+        return
+    _report(generate_file(captions, out=out, settings=settings), out)
+
+
+def _settings(price: str | None, **options: object) -> GenerateSettings:
+    from clover.instruct.generate import GenerateSettings
+    from clover.instruct.prices import parse_price
+
+    renamed = {"budget": "budget_usd", "timeout": "timeout_s"}
+    fields = {renamed.get(name, name): value for name, value in options.items()}
+    return GenerateSettings(price=parse_price(price) if price else None, **fields)  # type: ignore[arg-type]
+
+
+def _report(summary: GenerateSummary, out: Path) -> None:
+    from clover.instruct.ledger import ledger_path
+
+    lost = f" + at most ${summary.lost_usd:.4f} for replies lost" if summary.lost_usd else ""
+    click.echo(
+        f"{summary.pairs:,} pairs from {summary.done:,} of {summary.asked:,} captions -> {out}; "
+        f"{summary.failed:,} failed, {summary.left:,} left, {summary.set_aside:,} set aside; "
+        f"{summary.sent:,} requests sent in {summary.seconds:.1f} s"
+    )
+    click.echo(
+        f"{summary.input_tokens:,} tokens in, {summary.output_tokens:,} out, "
+        f"${summary.usd:.4f}{lost} ({ledger_path(out)})"
+    )
+    if summary.failed:
+        click.echo(f"reasons of failures: {out}.failed.jsonl")
+    if summary.set_aside:
+        click.echo(f"captions set aside, with reasons: {out}.rejected.jsonl")
+    if summary.stopped:
+        raise CloverError(
+            f"{summary.stopped}: {summary.left:,} captions are left; raise --budget and run the "
+            "same command again"
+        )
+    if summary.asked and not summary.done:
+        raise CloverError(f"no caption brought a usable reply; see {out}.failed.jsonl")
+
+
+@instruct.command()
+@click.argument("captions", type=_FILE)
+@click.option("--out", required=True, type=_FILE, help="JSONL to write.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the wordings.")
+@click.option("--limit", type=int, help="The first N captions only.")
+@click.option("--any-language", is_flag=True, help="Keep captions that are not in English.")
+def template(captions: Path, out: Path, seed: int, limit: int | None, any_language: bool) -> None:
+    """Write template-based instructions: the answer is the cleaned caption. Free, offline.
+
+    \b
+    Example:
+      clover instruct template captions.csv --out template.jsonl
+    """
+    from clover.core.record import write_records, write_rejected
+    from clover.instruct.caption import Captions
+    from clover.instruct.template import write_template_instructions
+
+    if limit is not None and limit < 1:
+        raise CloverError(f"--limit {limit} is less than 1")
+    source = Captions(captions, any_language, limit)
+    records = list(source)
+    instructions = write_template_instructions(records, seed=seed)
+    if not instructions:
+        raise CloverError(f"{captions} holds no caption that can be asked about")
+    write_records(out, instructions)
+    write_rejected(f"{out}.rejected.jsonl", source.rejected)
+    kinds = Counter(str(getattr(record, "template", "")) for record in instructions)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    click.echo(f"{len(instructions):,} instructions from {len(records):,} captions -> {out}")
+    click.echo(listed)
+    if source.rejected:
+        reasons = Counter(item.reason for item in source.rejected)
+        click.echo(f"set aside: {_listed(reasons)} ({out}.rejected.jsonl)")
+
+
+@instruct.command("filter")
+@click.argument("file", type=_FILE)
+@click.option("--out", required=True, type=_FILE, help="JSONL to write.")
+@click.option("--captions", type=_FILE, help="Captions by image, when the records carry none.")
+@click.option("--review", type=_FILE, help="JSONL of {id, verdict} from the stats page.")
+def filter_file(file: Path, out: Path, captions: Path | None, review: Path | None) -> None:
+    """Keep the good pairs; list every other one with the rule that turned it away.
+
+    \b
+    Example:
+      clover instruct filter generated.jsonl --out good.jsonl
+      # what was turned away, and why: good.jsonl.rejected.jsonl
+    """
+    from clover.core.record import read_records, write_records, write_rejected
+    from clover.instruct.filter import filter_records, rule_counts
+
+    records = read_records(file, needs="question")
+    by_image = None
+    if captions is not None:
+        known = read_records(captions, needs="caption").records
+        by_image = {item.image: item.caption for item in known if item.image and item.caption}
+    reviewed = _verdicts(review) if review is not None else None
+    kept, rejected = filter_records(records.records, captions=by_image, reviewed=reviewed)
+    rejected = [*records.rejected, *rejected]
+    write_records(out, kept)
+    rejected_file = Path(f"{out}.rejected.jsonl")
+    rejected_file.unlink(missing_ok=True)
+    write_rejected(rejected_file, rejected)
+    total = len(kept) + len(rejected)
+    click.echo(f"{len(kept):,} of {total:,} pairs kept ({len(kept) / total:.1%}) -> {out}")
+    if rejected:
+        click.echo(f"turned away: {_listed(rule_counts(rejected))} ({rejected_file})")
+    unchecked = sum(
+        not record.caption and not (by_image or {}).get(record.image or "") for record in kept
+    )
+    if unchecked:
+        click.echo(f"{unchecked:,} kept without a caption to check the answer against")
+
+
+def _verdicts(path: Path) -> dict[str, str]:
+    verdicts = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for line in filter(str.strip, lines):
+            row = json.loads(line)
+            verdicts[str(row["id"])] = str(row["verdict"])
+    except FileNotFoundError as error:
+        raise CloverError(f"no file {path}") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CloverError(
+            f'{path} is not a review: each line is {{"id": ..., "verdict": "keep" or "reject"}}'
+        ) from error
+    unknown = set(verdicts.values()) - {"keep", "reject"}
+    if unknown:
+        raise CloverError(f"{path}: verdict '{min(unknown)}' is neither keep nor reject")
+    return verdicts
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+
+
+@instruct.command()
+@click.argument("files", type=_FILE, nargs=-1, required=True)
+@click.option("--out", required=True, type=_FILE, help="JSONL to write.")
+@click.option("--share", multiple=True, help="file=0.8, by file name without ending; repeat.")
+@click.option("--per-image", type=int, help="Most questions about one image.")
+@click.option("--per-body-part", type=float, help="Largest share of one body part.")
+@click.option("--val", type=float, default=0.0, show_default=True, help="Share of image groups.")
+@click.option("--no-balance", is_flag=True, help="Leave yes and no as they are.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Choice, order and split.")
+def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: object) -> None:
+    """Mix files into one hybrid set, with a data card beside it (H.card.json).
+
+    \b
+    Example:
+      clover instruct mix good.jsonl template.jsonl --out hybrid.jsonl \\
+          --share good=0.7 --share template=0.3 --per-image 6 --val 0.1
+    """
+    from clover.core.files import write_json
+    from clover.core.record import read_records, write_records
+    from clover.instruct.mix import MixSettings, data_card, mix_records
+
+    sets: dict[str, RecordSet] = {}
+    for file in files:
+        if file.stem in sets:
+            raise CloverError(f"two files are called {file.stem}; rename one of them")
+        sets[file.stem] = read_records(file, needs="question")
+    seed = int(str(options["seed"]))
+    settings = MixSettings(
+        per_image=options["per_image"],  # type: ignore[arg-type]
+        per_body_part=options["per_body_part"],  # type: ignore[arg-type]
+        validation_share=float(str(options["val"])),
+        balance=not options["no_balance"],
+    )
+    sources = {name: found.records for name, found in sets.items()}
+    mixed = mix_records(sources, shares=_shares(share), seed=seed, settings=settings)
+    write_records(out, mixed)
+    counts = {name: len(records) for name, records in sources.items()}
+    card = data_card(mixed, sources=counts, costs=_ledgers(files), seed=seed)
+    write_json(f"{out}.card.json", card)
+    click.echo(f"{len(mixed):,} instructions -> {out}; data card: {out}.card.json")
+    for name in ("origin", "answer_type", "yes_no", "split"):
+        click.echo(f"{name}: {_listed(Counter(card.get(name, {})))}")
+    aside = {name: found for name, found in sets.items() if found.rejected}
+    for name, found in aside.items():
+        click.echo(f"{name}: {found.summary()}")
+
+
+def _shares(texts: tuple[str, ...]) -> dict[str, float] | None:
+    shares = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            shares[name] = float(value)
+        except ValueError as error:
+            raise CloverError(f"--share '{text}' is not of the form name=0.8") from error
+    return shares or None
+
+
+def _ledgers(files: tuple[Path, ...]) -> list[dict[str, Any]]:
+    from clover.instruct.ledger import Ledger, ledger_path
+
+    found: list[dict[str, Any]] = []
+    for file in files:
+        path = ledger_path(file)
+        if path.exists():
+            with Ledger(path) as ledger:
+                found.append({"ledger": path.name, **ledger.totals().row()})
+    return found
+
+
+@instruct.command()
+@click.argument("path", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def ledger(path: Path, as_json: bool) -> None:
+    """Show what was spent: requests, done, failed, tokens, dollars; by model, day and outcome.
+
+    \b
+    Example:
+      clover instruct ledger generated.jsonl --json
+    """
+    from clover.instruct.ledger import Ledger, ledger_path
+
+    with Ledger(ledger_path(path), must_exist=True) as books:
+        totals, rows, failures = books.totals(), books.breakdown(), books.failures()
+    if as_json:
+        by = {"by": rows, "failures": dict(failures)}
+        click.echo(json.dumps({**totals.row(), **by}, indent=2))
+        return
+    for name, value in totals.row().items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6f}"
+        click.echo(f"{name:<20}{shown:>16}")
+    click.echo()
+    for row in rows:
+        click.echo(
+            f"{row['model']}  {row['day']}  {row['outcome']}: {row['attempts']:,} attempts, "
+            f"{row['input_tokens']:,} in, {row['output_tokens']:,} out, ${float(row['usd']):.6f}"
+        )
+    for reason, count in failures:
+        click.echo(f"failed {count:,}: {reason}")

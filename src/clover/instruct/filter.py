@@ -1,0 +1,156 @@
+"""The filter: named rules, each counted, each reversible.
+
+In: question and answer records, and the captions they were made from. Out: the good ones, and for
+each other one a `Rejection` whose reason opens with the rule's name and whose content is the whole
+record, so that it can be taken back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from clover.core.record import Record, Rejection
+from clover.instruct import support
+from clover.instruct.caption import has_date, has_magnification
+from clover.instruct.duplicates import NearDuplicates
+from clover.instruct.vocabulary import content_stems, words
+
+QUESTION_WORDS = (3, 60)
+ANSWER_WORDS = (1, 250)
+NEAR_DUPLICATE = 0.8
+"""Jaccard similarity of two pairs about one image from which they count as the same."""
+
+# Made from known truth or by people: the caption need not say it.
+_TRUSTED = {"truth", "human"}
+_CUT = re.compile(
+    r"(?:\b(?:and|or|the|a|an|of|with|in|to|by|for|is|are|which|that|from|as|its)|,)\s*$", re.I
+)
+_LABEL = re.compile(r"\b(?:question|answer)\s*\d*\s*:|\{\s*\"|```|</?\w+>|\\n", re.I)
+
+Rule = Callable[[Record], str | None]
+
+
+def filter_records(
+    records: Iterable[Record],
+    *,
+    captions: Mapping[str, str] | None = None,
+    reviewed: Mapping[str, str] | None = None,
+) -> tuple[list[Record], list[Rejection]]:
+    """Keep the records that pass every rule.
+
+    Args:
+        records: Records with questions and answers. A record's own `caption` is what the answer
+            is checked against; without one, and without an entry in `captions`, only the rules
+            that need no caption are applied.
+        captions: Image to caption, for records that carry none.
+        reviewed: Record id to "keep" or "reject", from a review by hand; it overrules the rules.
+
+    Returns:
+        The good records, and a rejection each for the others.
+    """
+    kept: list[Record] = []
+    rejected: list[Rejection] = []
+    known = NearDuplicates(NEAR_DUPLICATE)
+    for number, record in enumerate(records, start=1):
+        verdict = (reviewed or {}).get(record.id)
+        caption = record.caption or (captions or {}).get(record.image or "")
+        reason = None if verdict == "keep" else _reason(record, caption)
+        if verdict == "reject":
+            reason = "review: rejected by hand"
+        if reason is None and verdict != "keep":
+            reason = _duplicate(record, known)
+        if reason is None:
+            kept.append(record)
+        else:
+            rejected.append(Rejection(record.source or "", number, reason, record.row()))
+    return kept, rejected
+
+
+def rule_counts(rejected: Iterable[Rejection]) -> Counter[str]:
+    """Return how many records each rule turned away."""
+    return Counter(item.reason.split(":")[0] for item in rejected)
+
+
+def _reason(record: Record, caption: str | None) -> str | None:
+    for rule in RULES:
+        reason = rule(record)
+        if reason is not None:
+            return reason
+    if caption is None or record.origin in _TRUSTED:
+        return None
+    span = getattr(record, "support", None)
+    return support.fault(record.question or "", record.answer or "", caption, span)
+
+
+def _unparseable(record: Record) -> str | None:
+    question, answer = (record.question or "").strip(), (record.answer or "").strip()
+    if not question or not answer:
+        return "unparseable: empty question or answer"
+    for text in (question, answer):
+        if _LABEL.search(text):
+            return "unparseable: markup or labels are left in the text"
+    if not any(c.isalpha() for c in question) or not any(c.isalnum() for c in answer):
+        return "unparseable: no words"
+    if _CUT.search(answer) or answer.count("(") != answer.count(")") or answer.count('"') % 2:
+        return "unparseable: the answer is cut off"
+    return None
+
+
+def _length(record: Record) -> str | None:
+    for name, text, (least, most) in (
+        ("question", record.question, QUESTION_WORDS),
+        ("answer", record.answer, ANSWER_WORDS),
+    ):
+        count = len((text or "").split())
+        if not least <= count <= most:
+            return f"length: {name} of {count} words, allowed {least} to {most}"
+    question, answer = (_flat(text or "") for text in (record.question, record.answer))
+    if question == answer:
+        return "length: the answer repeats the question"
+    return None
+
+
+def _flat(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _word_rule(name: str, *, in_question: bool) -> Rule:
+    def rule(record: Record) -> str | None:
+        text = f"{record.question or ''} \n {record.answer or ''}" if in_question else record.answer
+        match = words(name).search(text or "")
+        return f"{name}: '{match.group().lower()}'" if match else None
+
+    return rule
+
+
+def _date_or_magnification(record: Record) -> str | None:
+    text = f"{record.question or ''} \n {record.answer or ''}"
+    if has_date(text):
+        return "date: a date or a year"
+    return "magnification: names a magnification" if has_magnification(text) else None
+
+
+RULES: tuple[Rule, ...] = (
+    _unparseable,
+    _length,
+    _word_rule("leakage", in_question=True),
+    _date_or_magnification,
+    _word_rule("advice", in_question=True),
+    _word_rule("overconfident", in_question=False),
+)
+
+
+def _duplicate(record: Record, known: NearDuplicates) -> str | None:
+    """Find an earlier pair about the same image that asks and says the same."""
+    answer = (record.answer or "").strip().lower().rstrip(".!")
+    stems = {*content_stems(record.question or ""), *(f"={s}" for s in content_stems(answer))}
+    if answer in ("yes", "no"):
+        stems.add(f"={answer}")
+    elif not stems:
+        stems = set(_flat(f"{record.question} {answer}").split())
+    scope = record.image or record.group or record.id
+    if known.find_or_add(frozenset(stems), scope=scope):
+        return "duplicate: an earlier pair about this image asks and says the same"
+    return None

@@ -1,0 +1,378 @@
+"""Generation-based instructions: captions to an endpoint, question and answer pairs back.
+
+In: a caption file of any size, read as a stream. Out: `F`, one record a pair, in the order of the
+captions; `F.failed.jsonl`, every caption that brought none, with its reason; and the ledger.
+A reply lives in the ledger from the moment it arrives; `F` is written from there, so a run that
+was killed loses at most what was in flight, and the same command finishes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clover.core.errors import CloverError
+from clover.core.files import write_jsonl
+from clover.core.record import Record, write_records, write_rejected
+from clover.core.terminal import Advance, progress
+from clover.instruct.ask import Asker, BudgetReached, Stop
+from clover.instruct.caption import Captions
+from clover.instruct.client import Client, check_endpoint, find_key, is_loopback
+from clover.instruct.ledger import Ledger, ledger_path, writing
+from clover.instruct.parse import parse_pairs
+from clover.instruct.prices import Price, estimate_message_tokens, estimate_tokens, find_price
+from clover.instruct.prompt import GenerationPrompt, build_request, load_prompt
+
+# What a hosted model takes for a reply of this length, before a ledger knows better.
+_ASSUMED_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Where and how to ask."""
+
+    endpoint: str
+    """URL of an OpenAI-compatible endpoint, usually ending in /v1."""
+    model: str
+    """The model's name at the endpoint."""
+    prompt: str = "published-v1"
+    """A prompt that comes with CLOVER, or a YAML file."""
+    budget_usd: float | None = None
+    """Most dollars that may ever be booked in this output's ledger."""
+    price: Price | None = None
+    """Dollars per million tokens, for models that are not listed."""
+    limit: int | None = None
+    """Ask about the first so many captions only."""
+    concurrency: int = 16
+    """Requests in flight."""
+    attempts: int = 8
+    """Times a caption is asked before it is listed as failed."""
+    timeout_s: float = 120.0
+    """Seconds to wait for a reply."""
+    longest_wait_s: float = 60.0
+    """Longest pause between two attempts, when the endpoint names none."""
+    key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the API key."""
+    retry_failed: bool = False
+    """Ask again also about captions that failed for good."""
+    any_language: bool = False
+    """Keep captions that do not read as English."""
+
+
+@dataclass(frozen=True)
+class GenerateSummary:
+    """What a run did. Tokens and dollars are the ledger's, earlier runs included."""
+
+    asked: int
+    """Captions that were fit to be asked about."""
+    done: int
+    failed: int
+    left: int
+    """Captions not asked: the budget was reached, or the run was stopped."""
+    set_aside: int
+    """Captions that were not fit: empty, too long, another language."""
+    pairs: int
+    seconds: float
+    sent: int
+    """Requests sent by this run; 0 when all was there already."""
+    input_tokens: int
+    output_tokens: int
+    usd: float
+    lost_usd: float
+    """Worst case of requests whose reply never arrived."""
+    stopped: str | None = None
+    """Why the run ended early, if it did."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would ask and cost."""
+
+    captions: int
+    requests: int
+    """Captions still to be asked, repeated ones once."""
+    set_aside: int
+    input_tokens: int
+    output_tokens: int
+    usd: float
+    hours: float
+    price: Price
+    basis: str
+    """Where the output length comes from: the prompt's example, or this ledger's replies."""
+
+
+@dataclass
+class _Job:
+    """All that one run holds in its hands."""
+
+    settings: GenerateSettings
+    prompt: GenerationPrompt
+    price: Price
+    endpoint: str
+    ledger: Ledger
+    sent: int = 0
+    stopped: str | None = None
+    in_flight: set[str] = field(default_factory=set)
+
+
+def resolve_price(settings: GenerateSettings) -> Price:
+    """Return the price of the model; a listed name costs its list price behind any address.
+
+    Raises:
+        CloverError: an unlisted model on another machine.
+    """
+    if settings.price is not None:
+        return settings.price
+    listed = find_price(settings.model, is_local=False)
+    found = listed or find_price(settings.model, is_local=is_loopback(settings.endpoint))
+    if found is None:
+        raise CloverError(
+            f"no price is listed for model '{settings.model}'; give --price input,output in "
+            "dollars per million tokens (--price 0,0 when it is free); nothing sent"
+        )
+    return found
+
+
+def check_settings(settings: GenerateSettings) -> None:
+    """Check what can be checked before anything is sent.
+
+    Raises:
+        CloverError: a number out of its range.
+    """
+    if settings.concurrency < 1:
+        raise CloverError(f"--concurrency {settings.concurrency} is less than 1")
+    if settings.limit is not None and settings.limit < 1:
+        raise CloverError(f"--limit {settings.limit} is less than 1")
+    if settings.budget_usd is not None and settings.budget_usd < 0:
+        raise CloverError(f"--budget {settings.budget_usd} is less than 0")
+    if settings.timeout_s <= 0:
+        raise CloverError(f"--timeout {settings.timeout_s:g} is not more than 0 seconds")
+
+
+def plan_file(captions: Path, *, out: Path, settings: GenerateSettings) -> Plan:
+    """Predict what a run would ask and cost, sending nothing.
+
+    Raises:
+        CloverError: see `generate_file`.
+    """
+    check_settings(settings)
+    prompt, price = load_prompt(settings.prompt), resolve_price(settings)
+    source = Captions(captions, settings.any_language, settings.limit)
+    ledger_file = ledger_path(out)
+    ledger = Ledger(ledger_file) if ledger_file.exists() else None
+    known = ledger.means(settings.model) if ledger else None
+    output, seconds = known or (_expected_output(prompt), _ASSUMED_SECONDS)
+    total, inputs, keys = 0, 0, set[str]()
+    fixed = None
+    for record in source:
+        total += 1
+        request = build_request(prompt, record.caption or "", model=settings.model)
+        if request.key in keys or (ledger and ledger.outcome(request.key) in ("done", "failed")):
+            continue
+        keys.add(request.key)
+        if fixed is None:  # all but the caption is the same in every request
+            fixed = estimate_message_tokens(request.body["messages"])
+            fixed -= estimate_tokens(record.caption or "")
+        inputs += fixed + estimate_tokens(record.caption or "")
+    if ledger:
+        ledger.close()
+    outputs = round(len(keys) * output)
+    return Plan(
+        captions=total,
+        requests=len(keys),
+        set_aside=len(source.rejected),
+        input_tokens=inputs,
+        output_tokens=outputs,
+        usd=price.dollars(inputs, outputs),
+        hours=len(keys) * seconds / settings.concurrency / 3600,
+        price=price,
+        basis="this ledger's replies" if known else "the prompt's worked example",
+    )
+
+
+def _expected_output(prompt: GenerationPrompt) -> float:
+    """Return the tokens of a usual reply: the worked example, stretched to the pairs asked for."""
+    if prompt.example is None:
+        return prompt.max_tokens / 4
+    pairs = max(1, len(parse_pairs(prompt.example.answer)))
+    stretched = estimate_tokens(prompt.example.answer) * sum(prompt.pairs) / 2 / pairs
+    return min(stretched, float(prompt.max_tokens))
+
+
+def generate_file(captions: Path, *, out: Path, settings: GenerateSettings) -> GenerateSummary:
+    """Generate instructions for a caption file.
+
+    Writes `out`, ``out.failed.jsonl`` and, where captions were set aside, ``out.rejected.jsonl``.
+    The same call again continues; it asks nothing whose reply is stored.
+
+    Raises:
+        CloverError: a bad file, URL, key, price or prompt, before anything is sent; or an endpoint
+            that stopped answering, after what was finished has been written.
+    """
+    check_settings(settings)
+    price = resolve_price(settings)
+    prompt = load_prompt(settings.prompt)
+    endpoint = check_endpoint(settings.endpoint)
+    key = find_key(endpoint, settings.key_env)
+    source = Captions(Path(captions), settings.any_language, settings.limit)
+    total = sum(1 for _ in source)  # also finds a broken file before a cent is spent
+    start = time.perf_counter()
+    with writing(ledger_path(out)) as ledger:
+        job = _Job(settings, prompt, price, endpoint, ledger)
+        ledger.recover()
+        try:
+            with progress("generate", total) as advance:
+                asyncio.run(_ask_all(source, job=job, key=key, advance=advance))
+        finally:
+            summary = write_output(source, out=out, job=job, seconds=time.perf_counter() - start)
+    return summary
+
+
+def generate_shard(
+    records: Iterable[Record], *, ledger: Path, settings: GenerateSettings
+) -> Iterator[Record]:
+    """Generate instructions for a shard of records: a pure function of shard, ledger and settings.
+
+    Args:
+        records: Records with captions, already plain text (see `caption.Captions`).
+        ledger: The shard's own ledger; a budget holds per ledger.
+        settings: Where and how to ask.
+
+    Yields:
+        One record a pair, in the order of the captions.
+    """
+    check_settings(settings)
+    endpoint = check_endpoint(settings.endpoint)
+    prompt, price = load_prompt(settings.prompt), resolve_price(settings)
+    shard = list(records)
+    with writing(ledger) as books:
+        job = _Job(settings, prompt, price, endpoint, books)
+        books.recover()
+        key = find_key(endpoint, settings.key_env)
+        asyncio.run(_ask_all(shard, job=job, key=key, advance=lambda *_, **__: None))
+        for record in shard:
+            yield from _pairs_of(record, job)
+
+
+async def _ask_all(records: Iterable[Record], *, job: _Job, key: str, advance: Advance) -> None:
+    """Ask about every record with bounded concurrency; the first request goes alone."""
+    settings = job.settings
+    stream = iter(records)
+    async with Client(job.endpoint, key=key, timeout_s=settings.timeout_s) as client:
+        asker = Asker(
+            client,
+            ledger=job.ledger,
+            price=job.price,
+            settings=settings,
+            prompt=job.prompt.identity,
+        )
+
+        async def work(first_only: bool = False) -> None:
+            for record in stream:
+                request = build_request(job.prompt, record.caption or "", model=settings.model)
+                outcome = job.ledger.outcome(request.key, retry_failed=settings.retry_failed)
+                if outcome in (None, "open") and request.key not in job.in_flight:
+                    job.in_flight.add(request.key)
+                    try:
+                        await asker.ask(request)
+                    finally:
+                        job.in_flight.discard(request.key)
+                        job.sent = asker.sent
+                advance(note=f"${job.ledger.committed_usd:.4f}")
+                if first_only and asker.sent:
+                    return
+
+        try:
+            # A wrong address, key or model shows here, before a second request is sent.
+            await work(first_only=True)
+            async with asyncio.TaskGroup() as group:
+                for _ in range(settings.concurrency):
+                    group.create_task(work())
+        except* BudgetReached:
+            job.stopped = f"the budget of ${settings.budget_usd:g} is reached"
+        except* Stop as stops:
+            raise CloverError(str(next(_leaves(stops)))) from None
+        finally:
+            job.sent = asker.sent
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+def _pairs_of(record: Record, job: _Job) -> Iterator[Record]:
+    """Yield the instruction records of one caption from the ledger."""
+    request = build_request(job.prompt, record.caption or "", model=job.settings.model)
+    stored = job.ledger.reply(request.key)
+    if stored is None:
+        return
+    pairs = parse_pairs(stored[0], is_cut_off=stored[1] == "length")
+    for number, pair in enumerate(pairs, start=1):
+        extra = {"support": pair.support} if pair.support else {}
+        yield record.model_copy(
+            update={
+                "id": f"{record.id}-g{number}",
+                "question": pair.question,
+                "answer": pair.answer,
+                "answer_type": pair.answer_type,
+                "group": record.group or record.image or record.id,
+                "origin": "generated",
+                "prompt": job.prompt.identity,
+                "model": job.settings.model,
+                **extra,
+            }
+        )
+
+
+def write_output(source: Captions, *, out: Path, job: _Job, seconds: float) -> GenerateSummary:
+    """Write the output and the list of failures from the ledger; return the summary."""
+    counts = {"asked": 0, "done": 0, "failed": 0, "pairs": 0}
+    failures: list[dict[str, Any]] = []
+
+    def rows() -> Iterator[Record]:
+        for record in source:
+            counts["asked"] += 1
+            pairs = list(_pairs_of(record, job))
+            if pairs:
+                counts["done"] += 1
+                counts["pairs"] += len(pairs)
+                yield from pairs
+                continue
+            request = build_request(job.prompt, record.caption or "", model=job.settings.model)
+            reason = job.ledger.reason(request.key)
+            if reason is not None:
+                counts["failed"] += 1
+                failures.append({"id": record.id, "image": record.image, "reason": reason})
+
+    stream = rows()
+    first = next(stream, None)
+    if first is not None or Path(out).exists():
+        write_records(out, itertools.chain([first] if first else [], stream))
+    failed_file = Path(f"{out}.failed.jsonl")
+    if failures:
+        write_jsonl(failed_file, failures)
+    else:
+        failed_file.unlink(missing_ok=True)
+    write_rejected(f"{out}.rejected.jsonl", source.rejected)
+    totals = job.ledger.totals()
+    return GenerateSummary(
+        **counts,
+        left=counts["asked"] - counts["done"] - counts["failed"],
+        set_aside=len(source.rejected),
+        seconds=round(seconds, 3),
+        sent=job.sent,
+        input_tokens=totals.input_tokens,
+        output_tokens=totals.output_tokens,
+        usd=round(totals.usd, 6),
+        lost_usd=round(totals.lost_usd, 6),
+        stopped=job.stopped,
+    )

@@ -1,0 +1,137 @@
+"""The prompt of a generation request: a versioned YAML, and the messages built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from clover.core.errors import CloverError, nearest
+from clover.core.files import fingerprint
+
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "pairs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "question": {"type": "string"},
+                    "answer": {"type": "string"},
+                    "type": {"type": "string", "enum": ["open", "closed"]},
+                    "support": {"type": "string"},
+                },
+                "required": ["question", "answer", "type", "support"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["pairs"],
+    "additionalProperties": False,
+}
+"""What the structured prompt asks the endpoint to hold to."""
+
+
+class Example(BaseModel):
+    """The one worked example of a prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    caption: str
+    answer: str
+
+
+class GenerationPrompt(BaseModel):
+    """A prompt file: system role, worked example, sampling parameters."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    format: Literal["text", "json"]
+    pairs: tuple[int, int]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    system: str | None = None
+    example: Example | None = None
+    user: str = "{caption}"
+
+    @property
+    def identity(self) -> str:
+        """Version and a hash of the content: an edited prompt is another prompt."""
+        return f"{self.version}@{fingerprint(self.model_dump(mode='json'))[:8]}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chat request, ready to be sent, and the key that names its content."""
+
+    key: str
+    body: dict[str, Any]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of all messages: no byte-level tokeniser makes more tokens of them."""
+        return sum(len(message["content"].encode()) for message in self.body["messages"])
+
+
+def load_prompt(name: str | Path) -> GenerationPrompt:
+    """Read a prompt: the name of one that comes with CLOVER, or a YAML file.
+
+    Raises:
+        CloverError: no such prompt, or a file that is not one.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = PROMPTS / f"{name}.yaml"
+    if not path.is_file():
+        raise CloverError(f"no prompt {name}{nearest(str(name), known_prompts())}")
+    try:
+        prompt = GenerationPrompt.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CloverError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise CloverError(f"{path}: {where}: {first['msg'].lower()}") from error
+    if "{caption}" not in prompt.user:
+        raise CloverError(f"{path}: 'user' has no {{caption}}; put it where the caption belongs")
+    return prompt
+
+
+def known_prompts() -> list[str]:
+    """Return the names of the prompts that come with CLOVER."""
+    return sorted(path.stem for path in PROMPTS.glob("*.yaml"))
+
+
+def build_request(prompt: GenerationPrompt, caption: str, *, model: str) -> Request:
+    """Build the request for one caption.
+
+    The key covers all that shapes the reply (prompt, model, parameters, caption) and nothing that
+    does not (endpoint, image), so that the same caption is paid for once.
+    """
+    # replace, not format: captions and examples hold braces of their own.
+    messages = [{"role": "system", "content": prompt.system.strip()}] if prompt.system else []
+    if prompt.example:
+        example = prompt.user.replace("{caption}", prompt.example.caption.strip()).strip()
+        messages.append({"role": "user", "content": example})
+        messages.append({"role": "assistant", "content": prompt.example.answer.strip()})
+    text = prompt.user.replace("{caption}", caption).strip()
+    messages.append({"role": "user", "content": text})
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": messages,
+        "temperature": prompt.temperature,
+        "top_p": prompt.top_p,
+        "max_tokens": prompt.max_tokens,
+    }
+    if prompt.format == "json":
+        schema = {"name": "pairs", "strict": True, "schema": SCHEMA}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return Request(fingerprint({"prompt": prompt.version, **body}), body)
