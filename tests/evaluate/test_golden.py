@@ -43,8 +43,8 @@ def test_all_259_items_are_there() -> None:
 
 def test_normal_forms_are_the_published_ones() -> None:
     for row, item in rows():
-        assert normal(item.prediction).text == row["llava_med_norm"]["pred"], row["id"]
-        assert normal(item.answer).text == row["llava_med_norm"]["answer"], row["id"]
+        assert normal(item.prediction) == row["llava_med_norm"]["pred"], row["id"]
+        assert normal(item.answer) == row["llava_med_norm"]["answer"], row["id"]
 
 
 @pytest.mark.parametrize(

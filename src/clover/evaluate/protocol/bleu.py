@@ -31,11 +31,7 @@ def sentence_bleu(
     logs = [
         math.log(hits / total) if hits else math.log(sys.float_info.min) for hits, total in found
     ]
-    brevity = (
-        1.0
-        if len(prediction) > len(answer)
-        else math.exp(1 - len(answer) / len(prediction))
-    )
+    brevity = 1.0 if len(prediction) > len(answer) else math.exp(1 - len(answer) / len(prediction))
     uniform = brevity * math.exp(math.fsum(0.25 * value for value in logs))
     first, second, third = (brevity * math.exp(value) for value in logs[:3])
     return uniform, first, second, third

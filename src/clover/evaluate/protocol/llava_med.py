@@ -15,28 +15,36 @@ from clover.evaluate.protocol.bleu import sentence_bleu
 from clover.evaluate.protocol.normalise import first_yes_no, remember, vqa_normalise
 
 
-class Normal(NamedTuple):
-    """A text as the scripts see it: normalised by the caller, and again inside each metric."""
+class Counted(NamedTuple):
+    """A text's words, counted in order of appearance, and how many there are in all."""
 
-    text: str
     counts: dict[str, int]
-    """Words after the second normalisation, in order of appearance."""
     total: int
 
 
-@remember
-def normal(text: str) -> Normal:
-    """Lower and normalise a text, once for the closed rules and once more for the word counts."""
-    once = vqa_normalise(text.lower())
-    # The second pass changes something only where more than 32 full stops stood.
-    words = (vqa_normalise(once) if "." in once else once).lower().split()
+def count(words: Sequence[str]) -> Counted:
+    """Count words."""
     counts: dict[str, int] = {}
     for word in words:
         counts[word] = counts.get(word, 0) + 1
-    return Normal(once, counts, len(words))
+    return Counted(counts, len(words))
 
 
-def token_scores(said: Normal, gold: Normal) -> tuple[float, float, float]:
+@remember
+def normal(text: str) -> str:
+    """Return the lower-cased, normalised text that the closed rules read."""
+    return vqa_normalise(text.lower())
+
+
+@remember
+def counted(text: str) -> Counted:
+    """Count the words of a text that the caller, and again the metric, has normalised."""
+    once = normal(text)
+    # The second pass changes something only where a full stop is left.
+    return count((vqa_normalise(once) if "." in once else once).split())
+
+
+def token_scores(said: Counted, gold: Counted) -> tuple[float, float, float]:
     """Return precision, recall and F1, each in 0..1.
 
     True positives are counted in the prediction alone: a matched word that is repeated raises
@@ -44,39 +52,40 @@ def token_scores(said: Normal, gold: Normal) -> tuple[float, float, float]:
 
     Source: METRICS, section 1.3.
     """
-    hits = sum(count for word, count in said.counts.items() if word in gold.counts)
-    if not hits:
+    common = said.counts.keys() & gold.counts.keys()
+    if not common:
         return 0.0, 0.0, 0.0
-    missed = sum(count for word, count in gold.counts.items() if word not in said.counts)
+    hits = sum([said.counts[word] for word in common])
+    missed = gold.total - sum([gold.counts[word] for word in common])
     precision = hits / said.total
     recall = hits / (hits + missed)
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-def exact_score(said: Normal, gold: Normal) -> float:
+def exact_score(said: Counted, gold: Counted) -> float:
     """Return distinct gold words found / words of the prediction: "exact match" by name only.
 
     Source: METRICS, section 1.4.
     """
     if not said.total:
         return 0.0
-    return sum(word in said.counts for word in gold.counts) / said.total
+    return len(said.counts.keys() & gold.counts.keys()) / said.total
 
 
 def rate_open(item: Item) -> Rating:
     """Rate an open item; the three scripts, and Quilt-LLaVA's, agree on it."""
-    said, gold = normal(item.prediction), normal(item.answer)
+    said, gold = counted(item.prediction), counted(item.answer)
     precision, recall, f1 = token_scores(said, gold)
     return Rating(recall=recall, precision=precision, f1=f1, exact=exact_score(said, gold))
 
 
-def _label(said: Normal) -> str | None:
+def _label(said: str) -> str | None:
     """Read a prediction as the substring rules do, the first whole word first."""
-    if word := first_yes_no(said.text):
+    if word := first_yes_no(said):
         return word
-    if "yes" in said.text:
+    if "yes" in said:
         return "yes"
-    return "no" if "no" in said.text else None
+    return "no" if "no" in said else None
 
 
 def rate(item: Item) -> Rating:
@@ -84,8 +93,8 @@ def rate(item: Item) -> Rating:
     if not item.is_closed:
         return rate_open(item)
     said, gold = normal(item.prediction), normal(item.answer)
-    says_either = "yes" in said.text or "no" in said.text
-    return Rating(closed=float(says_either and gold.text in said.text), label=_label(said))
+    says_either = "yes" in said or "no" in said
+    return Rating(closed=float(says_either and gold in said), label=_label(said))
 
 
 def rate_batch(item: Item) -> Rating:
@@ -93,14 +102,8 @@ def rate_batch(item: Item) -> Rating:
     if not item.is_closed:
         return rate_open(item)
     said, gold = normal(item.prediction), normal(item.answer)
-    precision, recall, f1 = token_scores(said, gold)
-    return Rating(
-        closed=float(gold.text in said.text),
-        recall=recall,
-        precision=precision,
-        f1=f1,
-        label=_label(said),
-    )
+    precision, recall, f1 = token_scores(counted(item.prediction), counted(item.answer))
+    return Rating(float(gold in said), recall, precision, f1, label=_label(said))
 
 
 def rate_pvqa(item: Item) -> Rating:
@@ -108,7 +111,7 @@ def rate_pvqa(item: Item) -> Rating:
     if not item.is_closed:
         return rate_open(item)
     rating = rate(item)
-    said = normal(item.prediction).text
+    said = normal(item.prediction)
     if rating.closed == 0.0 and ("yes" in said or "no" in said):
         return rating._replace(closed=DROPPED)
     return rating
@@ -118,7 +121,7 @@ def bleu_scores(item: Item) -> dict[str, float | None]:
     """Return BLEU of an open item: four equal weights, and each of the first three orders."""
     if item.is_closed:
         return {}
-    said, gold = normal(item.prediction).text.split(), normal(item.answer).text.split()
+    said, gold = normal(item.prediction).split(), normal(item.answer).split()
     names = ("bleu", "bleu_1", "bleu_2", "bleu_3")
     return dict(zip(names, sentence_bleu(said, gold), strict=True))
 
@@ -127,7 +130,7 @@ def batch_extras(item: Item) -> dict[str, float | None]:
     """Return BLEU, and run_eval_batch's open accuracy: the gold is a substring."""
     if item.is_closed:
         return {}
-    found = normal(item.answer).text in normal(item.prediction).text
+    found = normal(item.answer) in normal(item.prediction)
     return {**bleu_scores(item), "open_accuracy": float(found)}
 
 
@@ -139,7 +142,7 @@ class CandidateAnswers:
 
     def __init__(self, answers: Sequence[str | int]) -> None:
         self.texts = [vqa_normalise(str(answer)) for answer in answers]
-        self._words = [set(text.lower().split()) for text in self.texts]
+        self._words = [set(text.split()) for text in self.texts]
 
     def open_accuracy(self, prediction: str, answer: str) -> float:
         """Return 1 if the candidate nearest to the prediction is the answer, else 0.
@@ -147,13 +150,10 @@ class CandidateAnswers:
         Nearest: the largest share of the candidate's distinct words; the first of equals, hence
         the first of all for an empty prediction.
         """
-        said = normal(prediction).counts
-        shares = [
-            sum(word in said for word in words) / len(words) if words else 0.0
-            for words in self._words
-        ]
+        said = counted(prediction).counts
+        shares = [len(words & said.keys()) / len(words) if words else 0.0 for words in self._words]
         chosen = self.texts[shares.index(max(shares))]
-        return float(chosen == vqa_normalise(normal(answer).text))
+        return float(chosen == vqa_normalise(normal(answer)))
 
 
 _VERSION = "v1.0.0 (b9a98a7)"

@@ -32,17 +32,19 @@ def remember(function: Callable[[str], Result]) -> Callable[[str], Result]:
     return remembered
 
 
-def _vqa_words() -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+def _vqa_words() -> tuple[dict[str, str], frozenset[str]]:
+    """Return what each special word becomes (an article: nothing), and the articles."""
     text = files("clover.evaluate.protocol").joinpath("contractions.yaml").read_text("utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    contractions: dict[str, str] = dict(data["reversed"])
+    special: dict[str, str] = {**data["reversed"], **data["numbers"]}
     for form in data["forms"].split():
         for place in (at for at, letter in enumerate(form) if letter == "'"):
-            contractions[form[:place] + form[place + 1 :]] = form
-    return contractions, data["numbers"], frozenset(data["articles"])
+            special[form[:place] + form[place + 1 :]] = form
+    special.update(dict.fromkeys(data["articles"], ""))
+    return special, frozenset(data["articles"])
 
 
-_CONTRACTIONS, _NUMBERS, _ARTICLES = _vqa_words()
+_SPECIAL, _ARTICLES = _vqa_words()
 _VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -65,8 +67,8 @@ def vqa_normalise(text: str) -> str:
         spaced = spaced.replace(mark, "" if vanishes else " ")
     if "." in spaced:
         spaced = _PERIOD.sub("", spaced, count=_MOST_PERIODS)
-    words = (_NUMBERS.get(word, word) for word in spaced.lower().split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    become = _SPECIAL.get
+    return " ".join([kept for word in spaced.split() if (kept := become(word, word))])
 
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -93,5 +95,8 @@ _YES_NO = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_])")
 
 def first_yes_no(text: str) -> str | None:
     """Return the first whole word that is yes or no, else None."""
-    found = _YES_NO.search(text.lower())
+    text = text.lower()
+    if "yes" not in text and "no" not in text:  # cheaper than the search, and mostly so
+        return None
+    found = _YES_NO.search(text)
     return found.group(1) if found else None

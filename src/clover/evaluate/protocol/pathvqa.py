@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from functools import partial
 
 from clover.evaluate.protocol.base import Item, Protocol, Rating
 from clover.evaluate.protocol.bleu import matches
-from clover.evaluate.protocol.llava_med import Normal, exact_score, token_scores
+from clover.evaluate.protocol.llava_med import count, exact_score, token_scores
 from clover.evaluate.protocol.normalise import first_yes_no, remember
 
 _NOT_LETTERS = re.compile("[^a-zA-Z ]")
 
 
 @remember
-def _letters(text: str) -> Normal:
-    words = _NOT_LETTERS.sub("", text).lower().split()
-    return Normal(" ".join(words), Counter(words), len(words))
+def _letters(text: str) -> list[str]:
+    return _NOT_LETTERS.sub("", text).lower().split()
 
 
 def rate(item: Item) -> Rating:
     """Rate one item, open or closed; where the script returns "0 (warning ...)" this is 0."""
-    said, gold = _letters(item.prediction), _letters(item.answer)
+    said, gold = count(_letters(item.prediction)), count(_letters(item.answer))
     _, _, f1 = token_scores(said, gold)
     label = first_yes_no(item.prediction) if item.is_closed else None
     return Rating(f1=f1, exact=exact_score(said, gold), label=label)
@@ -40,7 +38,7 @@ def bleu(prediction: str, answer: str, order: int) -> float | None:
     """
     if not prediction:
         return None
-    said, gold = _letters(prediction).text.split(), _letters(answer).text.split()
+    said, gold = _letters(prediction), _letters(answer)
     total = 0.0
     for length in range(1, order + 1):
         hits, among = matches(said, gold, length)

@@ -18,9 +18,9 @@ def rate(item: Item) -> Rating:
     """
     if not item.is_closed:
         return rate_open(item)
-    words = normal(item.prediction).text.replace(",", "").split(" ")
+    words = normal(item.prediction).replace(",", "").split(" ")
     label = "no" if "no" in words or "not" in words else "yes"
-    gold = item.yes_no_answer.lower() if item.yes_no_answer else normal(item.answer).text
+    gold = item.yes_no_answer.lower() if item.yes_no_answer else normal(item.answer)
     closed = float(label == gold) if gold in ("yes", "no") else None
     return Rating(closed=closed, label=label)
 

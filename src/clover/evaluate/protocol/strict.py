@@ -14,9 +14,9 @@ from clover.evaluate.protocol.normalise import first_yes_no, remember, strict_wo
 
 
 @remember
-def _counted(text: str) -> tuple[list[str], Counter[str]]:
-    words = strict_words(text)
-    return words, Counter(words)
+def strict_form(text: str) -> str:
+    """Return a text's normal form, by which answers are equal or not."""
+    return " ".join(strict_words(text))
 
 
 def gold_label(item: Item) -> str | None:
@@ -30,15 +30,18 @@ def word_scores(prediction: str, answer: str) -> tuple[float, float, float, floa
     A word counts as found as often as it stands in both texts. An empty prediction, or an empty
     answer, matches nothing.
     """
-    said, said_counts = _counted(prediction)
-    gold, gold_counts = _counted(answer)
-    common = sum(min(said_counts[word], gold_counts[word]) for word in said_counts)
-    if not common:
+    said_form, gold_form = strict_form(prediction), strict_form(answer)
+    said, gold = said_form.split(), gold_form.split()
+    shared = set(said).intersection(gold)
+    if not shared:
         return 0.0, 0.0, 0.0, 0.0
+    common = len(shared)
+    if common < len(said) and common < len(gold):  # else no shared word can stand twice in both
+        common = (Counter(said) & Counter(gold)).total()
     precision = common / len(said)
     recall = common / len(gold)
     f1 = 2 * precision * recall / (precision + recall)
-    return precision, recall, f1, float(said == gold)
+    return precision, recall, f1, float(said_form == gold_form)
 
 
 def rate(item: Item) -> Rating:

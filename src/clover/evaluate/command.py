@@ -1,0 +1,73 @@
+"""The verbs of this room: `clover score`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(epilog="Example: clover score predictions.jsonl --protocol strict,llava-med,quilt")
+@click.argument("predictions", type=click.Path(path_type=Path))
+@click.option(
+    "--protocol",
+    default="strict",
+    show_default=True,
+    help="Comma-separated: strict, llava-med, llava-med-batch, llava-med-pvqa, quilt, "
+    "pathvqa-official.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, by protocol.")
+@click.option(
+    "--per-item",
+    type=click.Path(path_type=Path),
+    help="Write one JSON line an item and protocol: the ratings as fractions, and BLEU.",
+)
+@click.option(
+    "--truth",
+    type=click.Path(path_type=Path),
+    help="Take question, answer and answer_type from this file, by id.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Compare with another prediction file for the same items.",
+)
+@click.option(
+    "--trainable",
+    type=float,
+    help="Trainable parameters (187e6): also print score / log10(millions).",
+)
+@click.option("--draws", default=1000, show_default=True, type=click.IntRange(0, 100_000))
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap draws.")
+def score(predictions: Path, protocol: str, as_json: bool, **options: Any) -> None:
+    """Score anybody's PREDICTIONS: a JSON line is id, question, answer, answer_type, prediction.
+
+    Further fields are used where there are any: yes_no_answer (QUILT-VQA), image (questions about
+    one image are drawn together for the intervals), form (questions of one form share a
+    question-only baseline). Without answer_type, an item is closed if its answer is yes or no.
+    Warnings go to stderr.
+    """
+    from clover.evaluate.score import compare_files, read_sheet, score_sheet
+    from clover.evaluate.table import comparison_lines, score_lines
+
+    draws, seed, truth = options["draws"], options["seed"], options["truth"]
+    rated = read_sheet(predictions, protocol, truth=truth, per_item=options["per_item"])
+    against = options["against"]
+    other = None if against is None else read_sheet(against, protocol, truth=truth)
+    scores = score_sheet(*rated, draws=draws, seed=seed, trainable_parameters=options["trainable"])
+    comparison = None if other is None else compare_files(rated, other, draws=draws, seed=seed)
+    for line in dict.fromkeys(
+        warning for found in scores.values() for warning in found["details"]["warnings"]
+    ):
+        click.echo(f"clover: {line}", err=True)
+    if as_json:
+        if comparison is not None:
+            for name, found in comparison.items():
+                scores[name]["against"] = {"file": str(against), **found}
+        click.echo(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+        return
+    click.echo("\n".join(score_lines(scores)))
+    if comparison is not None:
+        click.echo("\n" + "\n".join(comparison_lines(comparison, str(against))))

@@ -1,0 +1,271 @@
+"""Anybody's prediction lines, read one by one; whatever is odd about them is counted.
+
+In: JSON Lines (or one JSON list) of ``id, question, answer, answer_type, prediction`` with
+``yes_no_answer, image, group, form`` where there are any; a first line ``{"header": ...}`` is kept
+apart. Out: `Item`s, one at a time, so that a million lines need no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from clover.core.errors import CloverError
+from clover.evaluate.protocol import Item
+
+_SYNONYMS = {
+    "id": ("question_id", "qid"),
+    "question": ("prompt", "sent"),
+    "answer": ("question_ans", "gold", "label"),
+    "prediction": ("pred", "predict_ans", "predicted", "response", "text"),
+    "image": ("image_path", "img_id", "group"),
+}
+_OPEN = frozenset({"open", "other", "number"})
+_CLOSED = frozenset({"closed", "yes/no", "yes_no", "close"})
+
+
+class Problems:
+    """Counts of what was odd in the input, each as one line for the user."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, where: object = None) -> None:
+        """Count one oddity; the first place is remembered."""
+        self.counts[kind] += 1
+        if where is not None:
+            self._first.setdefault(kind, str(where)[:60])
+
+    def lines(self) -> list[str]:
+        """Return one line a kind: ``3 duplicate ids: the first counts (first: 17)``."""
+        return [
+            f"{count:,} {kind}" + (f" (first: {self._first[kind]})" if kind in self._first else "")
+            for kind, count in self.counts.items()
+        ]
+
+
+def _decoded(lines: Iterable[bytes], problems: Problems) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            problems.add("lines are not UTF-8 and were read as Windows-1252", f"line {number}")
+            yield line.decode("cp1252", errors="replace")
+
+
+def read_rows(path: str | Path, problems: Problems) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a `.jsonl` file, or of a `.json` list; headers included.
+
+    Raises:
+        CloverError: no such file, or a `.json` file that is not a list.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CloverError(f"no file {path}")
+    with path.open("rb") as handle:
+        is_utf16 = handle.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    if path.suffix.lower() == ".json":
+        yield from _read_list(path, "utf-16" if is_utf16 else "utf-8-sig", problems)
+    elif is_utf16:
+        with path.open(encoding="utf-16", errors="replace") as text:
+            yield from _parsed(text, problems)
+    else:
+        with path.open("rb") as handle:
+            yield from _parsed(_decoded(handle, problems), problems)
+
+
+def _read_list(path: Path, encoding: str, problems: Problems) -> Iterator[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding=encoding, errors="replace"))
+    except json.JSONDecodeError as error:
+        raise CloverError(f"{path} is not JSON ({error}); name it .jsonl if it is lines") from error
+    if not isinstance(rows, list):
+        raise CloverError(f"{path} holds a JSON {type(rows).__name__}; a list of objects is needed")
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict):
+            yield row
+        else:
+            problems.add("entries are not JSON objects and were left out", f"entry {number}")
+
+
+def _parsed(lines: Iterable[str], problems: Problems) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            problems.add("lines are not JSON and were left out", f"line {number}")
+            continue
+        if isinstance(row, dict):
+            yield row
+        else:
+            problems.add("lines are not JSON objects and were left out", f"line {number}")
+
+
+def _text(value: Any) -> str | None:
+    """Return a value as text, or None where there is none (missing, NaN, a list of several)."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return _text(value[0])
+    return None
+
+
+def field(row: Mapping[str, Any], name: str) -> Any:
+    """Return a field under our name, or under one that others use."""
+    if row.get(name) is not None:
+        return row[name]
+    for other in _SYNONYMS.get(name, ()):
+        if row.get(other) is not None:
+            return row[other]
+    return None
+
+
+def _is_closed(row: Mapping[str, Any], answer: str, problems: Problems, where: object) -> bool:
+    stated = row.get("answer_type")
+    if isinstance(stated, str) and stated.strip():
+        kind = stated.strip().lower()
+        if kind in _CLOSED:
+            return True
+        if kind in _OPEN:
+            return False
+        problems.add(f"items have the unknown answer_type '{kind[:20]}': told by the answer", where)
+    return answer.strip().lower().rstrip(".").rstrip() in ("yes", "no")
+
+
+class ItemReader:
+    """Turns rows into items; keeps the header and counts what is odd."""
+
+    def __init__(self, truth: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.problems = Problems()
+        self.header: dict[str, Any] | None = None
+        self.truth = truth
+        self._seen: set[str] = set()
+        self._num_rows = 0
+        self._num_other_questions = 0
+
+    def items(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
+        """Yield the items that can be scored.
+
+        Raises:
+            CloverError: with a truth file of which no id, or hardly a question, agrees.
+        """
+        for row in rows:
+            if "header" in row and "prediction" not in row:
+                if self.header is None and isinstance(row["header"], dict):
+                    self.header = row["header"]
+                continue
+            self._num_rows += 1
+            if (item := self._item(row)) is not None:
+                yield item
+        self._check_truth()
+
+    def _identity(self, row: Mapping[str, Any]) -> Any:
+        """Return a row's id, or None for a second row of the same id."""
+        identity = field(row, "id")
+        if not isinstance(identity, (str, int)) or isinstance(identity, bool) or identity == "":
+            if identity is not None:
+                identity = json.dumps(identity, default=str)
+            else:
+                self.problems.add("items have no id: numbered by their line", self._num_rows)
+                identity = f"line-{self._num_rows}"
+        key = str(identity)
+        if key in self._seen:
+            self.problems.add("items repeat an id and were left out: the first counts", key)
+            return None
+        self._seen.add(key)
+        return identity
+
+    def _item(self, row: Mapping[str, Any]) -> Item | None:
+        identity = self._identity(row)
+        if identity is None:
+            return None
+        gold: Mapping[str, Any] = row
+        if self.truth is not None:
+            found = self.truth.get(str(identity))
+            if found is None:
+                self.problems.add("ids are not in the truth file and were left out", identity)
+                return None
+            gold = found
+            ours, theirs = _text(field(row, "question")), _text(field(gold, "question"))
+            if ours and theirs and ours.split() != theirs.split():
+                self._num_other_questions += 1
+        answer = _text(field(gold, "answer"))
+        if answer is None:
+            kind = (
+                "no answer" if field(gold, "answer") is None else "an answer that is not one text"
+            )
+            self.problems.add(f"items have {kind} to compare with and were left out", identity)
+            return None
+        return self._complete(identity, row, gold, answer)
+
+    def _complete(
+        self, identity: Any, row: Mapping[str, Any], gold: Mapping[str, Any], answer: str
+    ) -> Item:
+        prediction = _text(field(row, "prediction"))
+        if prediction is None:
+            self.problems.add(
+                "items have no prediction that is one text: scored as empty", identity
+            )
+            prediction = ""
+        image = _text(field(gold, "image"))
+        return Item(
+            id=identity,
+            question=_text(field(gold, "question")) or "",
+            answer=answer,
+            is_closed=_is_closed(gold, answer, self.problems, identity),
+            prediction=prediction,
+            yes_no_answer=_text(gold.get("yes_no_answer")),
+            image=image if image is not None else _text(field(row, "image")),
+            form=_text(gold.get("form")),
+        )
+
+    def _check_truth(self) -> None:
+        if self.truth is None:
+            return
+        unknown = self.problems.counts["ids are not in the truth file and were left out"]
+        known = len(self._seen) - unknown
+        if self._seen and not known:
+            raise CloverError(
+                f"none of the {len(self._seen):,} prediction ids is among the {len(self.truth):,} "
+                "of the truth file; is it the truth of another split or set?"
+            )
+        if self._num_other_questions * 2 > known:
+            raise CloverError(
+                f"the ids agree but {self._num_other_questions:,} of {known:,} questions differ "
+                "from the truth file's; is it the truth of another split or set?"
+            )
+        if self._num_other_questions:
+            kind = "items ask another question than the truth file: scored against it"
+            self.problems.counts[kind] = self._num_other_questions
+        if missing := len(self.truth) - known:
+            self.problems.counts[
+                f"of {len(self.truth):,} ids of the truth file have no prediction: not in n"
+            ] = missing
+
+
+def read_truth(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Read a truth file: rows with an id and an answer, by id.
+
+    Raises:
+        CloverError: no such file, or no row with an id.
+    """
+    problems = Problems()
+    truth = {
+        str(field(row, "id")): row
+        for row in read_rows(path, problems)
+        if field(row, "id") is not None
+    }
+    if not truth:
+        raise CloverError(f"{path} holds no line with an id; a truth line is id, question, answer")
+    return truth

@@ -1,0 +1,116 @@
+"""The scores as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_TITLES = {
+    "closed": "closed accuracy",
+    "open_recall": "open recall",
+    "open_precision": "open precision",
+    "open_f1": "open F1",
+    "open_exact": "open exact",
+}
+_MOST_COLUMNS = 3
+"""Protocols side by side, so that a table fits a terminal of 120 columns."""
+
+FOOTNOTE = "Research use, not for diagnosis."
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, columns padded to their widest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def cell(figure: Mapping[str, Any]) -> str:
+    """Return ``89.38 [88.31, 90.42]``, or a dash where there is no value."""
+    if figure["value"] is None:
+        return "-"
+    if figure["low"] is None:
+        return f"{figure['value']:.2f}"
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the scores of several protocols as aligned tables with their notes."""
+    names = list(scores)
+    details = scores[names[0]]["details"]
+    lines: list[str] = []
+    for start in range(0, len(names), _MOST_COLUMNS):
+        shown = names[start : start + _MOST_COLUMNS]
+        lines += [*align(_block({name: scores[name] for name in shown})), ""]
+    lines += _per_log_lines(scores)
+    base = _percent(details["base_rate"])
+    lines += [
+        f"closed questions whose truth is yes: {base}% of {details['num_closed']:,}",
+        *_baseline_lines(details),
+        "",
+        "percent [95 % interval]: "
+        f"{details['draws']:,} bootstrap draws of {details['clusters']:,} clusters "
+        f"(by {details['clustered_by']}), seed {details['seed']}",
+        "protocols: " + "; ".join(f"{name} {scores[name]['details']['version']}" for name in names),
+        FOOTNOTE,
+    ]
+    return lines
+
+
+def _block(scores: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["", *scores]]
+    for key, title in _TITLES.items():
+        rows.append([title, *(_counted(found[key]) for found in scores.values())])
+    for key, title in (("unparsed", "closed, unparsed"), ("yes_rate", "closed, says yes")):
+        rows.append([title, *(_percent(found["details"][key]) for found in scores.values())])
+    return rows
+
+
+def _counted(figure: Mapping[str, Any]) -> str:
+    return f"{cell(figure)} n={figure['n']:,}" if figure["n"] else "-"
+
+
+def _per_log_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = [["score / log10(trainable millions)", *_TITLES.values()]]
+    for name, found in scores.items():
+        if "per_log_parameters" in found["details"]:
+            figures = found["details"]["per_log_parameters"]
+            rows.append([name, *(_percent(figures.get(key)) for key in _TITLES)])
+    return [*align(rows), ""] if len(rows) > 1 else []
+
+
+def _baseline_lines(details: Mapping[str, Any]) -> list[str]:
+    rows = [["baselines that see no image (strict)", "closed", "open exact"]]
+    for key, title in (
+        ("majority", "always the commonest answer"),
+        ("question_only", "the commonest answer to the same question"),
+    ):
+        found = details[key]
+        rows.append([title, _percent(found["closed"]), _percent(found["open_exact"])])
+    return align(rows)
+
+
+def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:
+    """Return a paired comparison as an aligned table: ours minus theirs, in points."""
+    rows = [[f"minus {against}", "protocol", "points [95 %]", "p", "n"]]
+    notes = []
+    for name, found in comparison.items():
+        for key, title in _TITLES.items():
+            figure = found[key]
+            if figure["n"]:
+                value = {**figure, "value": figure["difference"]}
+                p_value = "-" if figure["p_value"] is None else f"{figure['p_value']:.3f}"
+                rows.append([title, name, cell(value), p_value, f"{figure['n']:,}"])
+        test = found["closed"]["mcnemar"]
+        if test["n"]:
+            notes.append(
+                f"{name}: right alone {test['only_a']:,} here, {test['only_b']:,} there; "
+                f"McNemar p = {test['p_value']:.3g}"
+            )
+    return [*align(rows), *notes]
