@@ -7,9 +7,13 @@ configuration lies in the folder `tiny_llama` or `tiny_t5` beside it.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
@@ -17,6 +21,7 @@ from benchmarks.parity import Figures, Reference, difference, gradient_differenc
 from clover.core.config import LanguageConfig, PromptConfig
 from clover.language.decoder_only import DecoderOnly
 from clover.language.encoder_decoder import EncoderDecoder
+from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 
 
@@ -66,16 +71,8 @@ def _llama(reference: Reference, visual: Tensor, figures: Figures) -> Tensor:
 
 
 def _t5(reference: Reference, visual: Tensor, figures: Figures) -> Tensor:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(T5Config(**_config(reference, "tiny_t5")))
-    model.load_state_dict(_weights(reference, "t5_model"), strict=False)
-    language = EncoderDecoder(
-        model,
-        _tokenizer(end=1),
-        prompt=Prompt.from_config(PromptConfig()),
-        config=LanguageConfig(kind="encoder_decoder", weights="tiny_t5"),
-    )
+    language = _load_t5(reference)
+    model = language.model
     instructions = _rows(reference, "instruction")
     embedded = model.get_input_embeddings()(reference["in/instruction_ids"])
     figures["llm_inputs_embeds"] = difference(
@@ -88,6 +85,20 @@ def _t5(reference: Reference, visual: Tensor, figures: Figures) -> Tensor:
     figures["logits"] = difference(logits[kept], reference["out/logits"][kept])
     total, count = language.loss_from_ids(visual, instructions, answers)
     return total / count
+
+
+def _load_t5(reference: Reference) -> EncoderDecoder:
+    """Load the published weights from a folder, as a user's would be: head and words untied."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in (reference.path.parent / "tiny_t5").iterdir():
+            if path.name != "model.safetensors":
+                shutil.copyfile(path, folder / path.name)
+        save_file(_weights(reference, "t5_model"), folder / "model.safetensors", {"format": "pt"})
+        settings = LanguageConfig(kind="encoder_decoder", weights=name)
+        language = load_language_model(settings, PromptConfig())
+    assert isinstance(language, EncoderDecoder)
+    return language
 
 
 def _config(reference: Reference, folder: str) -> dict[str, Any]:
