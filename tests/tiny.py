@@ -49,6 +49,7 @@ def write_tokenizer(path: Path, words: list[str] = WORDS) -> Path:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(pieces[:5])
     tokenizer.save(str(path))
     return path
 
