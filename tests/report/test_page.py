@@ -174,6 +174,7 @@ def test_a_run_that_has_only_begun_is_a_page_too(tmp_path: Path) -> None:
     page = read(write_report(tmp_path))
     assert "CLOVER: begun" in page.text
     assert page.text.count("not in this folder") == 6
+    assert not [a for tag, a in page.tags if a.get("class") == "tile"], "no tile without a figure"
 
 
 def test_damaged_files_are_named_and_good_lines_kept(run: Path) -> None:

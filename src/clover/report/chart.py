@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 _WIDTH = 460
 """Drawn width in pixels; narrow, so that a phone shows its text at a size that can be read."""
 _HEIGHT = 250
-_CHARACTER = 6.3
+_CHARACTER = 7.0
 """Mean width of a character of the 12 px labels."""
 _MOST_POINTS = 300
 
@@ -105,7 +105,7 @@ def bar_chart(
     least = min(min(bar.value, bar.low or bar.value, 0.0) for bar in bars)
     if least < 0:
         marks = ticks(marks[-1], low=least, count=4)
-    left = 10 + min(190.0, _CHARACTER * max(len(bar.label) for bar in bars) + 4)
+    left = 10 + min(205.0, _CHARACTER * max(len(bar.label) for bar in bars) + 4)
     right = _WIDTH - 14 - _CHARACTER * max(len(bar.text) for bar in bars)
     row, top = 27, 6
     bottom = top + row * len(bars)
@@ -240,8 +240,10 @@ def _bar_row(bar: Bar, at: _Scale, left: float, middle: float) -> Markup:
     ]
     if bar.low is not None and bar.high is not None:
         low, high = at(bar.low), at(bar.high)
-        parts.append(_stroke(low, middle, high, middle, "whisker"))
-        parts += [_stroke(x, middle - 4, x, middle + 4, "whisker") for x in (low, high)]
+        # A pale edge first, so that a whisker is seen on a dark bar.
+        for line in ("halo", "whisker"):
+            parts.append(_stroke(low, middle, high, middle, line))
+            parts += [_stroke(x, middle - 4, x, middle + 4, line) for x in (low, high)]
         end = max(end, high)
     parts.append(_text(end + 6, middle + 4, bar.text, "value"))
     return Markup("").join(parts)
