@@ -12,6 +12,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from clover import __version__
 from clover.core.assets import resolve
-from clover.core.config import Recipe
+from clover.core.config import LanguageConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
+from clover.core.record import Record
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
@@ -39,6 +41,14 @@ from clover.vision.encoder import ImageEncoder, load_encoder
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
+
+
+@lru_cache(maxsize=2)
+def load_frozen_language(
+    config: LanguageConfig, prompt: PromptConfig, device: Device
+) -> LanguageModel:
+    """Load a frozen language model once a process: stages that follow each other share it."""
+    return load_language_model(config, prompt, device=device.device, dtype=device.dtype)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,11 @@ class Clover:
     def prompt(self) -> Prompt:
         """How image and question are put, in training and here alike."""
         return Prompt.from_config(self.recipe.prompt)
+
+    def question_of(self, record: Record) -> str:
+        """Return a record's question as it is put: a closed one carries the prompt's suffix."""
+        is_closed = record.answer_type == "closed"
+        return self.prompt.question(record.question or "", is_closed=is_closed)
 
     def question_tokens(self, questions: Sequence[str]) -> Tokens | None:
         """Return what the Q-Former reads of the questions; None when it does not read them."""
@@ -283,7 +298,7 @@ def _card(config: dict[str, Any]) -> str:
 |---|---|---|
 | image encoder, frozen, not in this folder | {encoder["id"]} | {encoder["licence"]} |
 | language model, frozen, not in this folder | {language["id"]} | {language["licence"]} |
-| bridge, trained parameters, `bridge.safetensors` | {config["trainable_parameters"]:,} | its data's |
+| bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
 
     clover ask FOLDER image.png "Is there necrosis?"
     clover chat FOLDER image.png
@@ -335,9 +350,7 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
-    language = load_language_model(
-        recipe.language, recipe.prompt, device=where.device, dtype=where.dtype
-    )
+    language = load_frozen_language(recipe.language, recipe.prompt, where)
     bridge = build_bridge(
         recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
         encoder,

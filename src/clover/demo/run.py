@@ -24,12 +24,10 @@ from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.record import read_records, write_records, write_rejected
 from clover.core.run import RunFolder
 from clover.demo.table import demo_table
-from clover.evaluate.predict import PredictionJob
-from clover.evaluate.run import Evaluation, evaluate
+from clover.evaluate.run import evaluate_folder
 from clover.phantom.write import make_phantom
 from clover.report.page import write_report
 from clover.tune.run import tune
-from clover.vision.dataset import load_feature_set
 
 Say = Callable[[str], None]
 
@@ -140,8 +138,8 @@ def make_instructions(demo: Demo, run: RunFolder) -> Path:
         )
         write_records(hybrid, mixed)
     demo.say(
-        f"  {len(template):,} template-based, {len(generated):,} generated, {len(truth):,} from the "
-        f"phantom's truth -> {len(mixed):,} in the hybrid set"
+        f"  {len(template):,} template-based, {len(generated):,} generated, {len(truth):,} from "
+        f"the phantom's truth -> {len(mixed):,} in the hybrid set"
     )
     write_json(done, {"key": key})
     return hybrid
@@ -155,16 +153,14 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
     from clover.instruct.filter import filter_records
     from clover.instruct.generate import GenerateSettings, generate_file
     from clover.instruct.prices import Price
-    from clover.language.load import load_language_model
+    from clover.model import load_frozen_language
     from clover.serve.local_endpoint import serve_language_model
     from clover.training.device import choose_device
 
     folder, captions = demo.instructions, demo.train / "captions.jsonl"
     device = choose_device(demo.recipe.device, demo.recipe.precision)
     with run.timed("instruct generate") as bill:
-        model = load_language_model(
-            demo.recipe.language, demo.recipe.prompt, device=device.device, dtype=device.dtype
-        )
+        model = load_frozen_language(demo.recipe.language, demo.recipe.prompt, device)
         with serve_language_model(model, "local") as endpoint:  # type: ignore[arg-type]
             summary = generate_file(
                 captions,
@@ -197,8 +193,6 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
 
 def _evaluate(demo: Demo, run: RunFolder, folder: Path) -> dict[str, Any]:
     """Ask the model about fresh images, with controls; write `scores.json`."""
-    from clover.model import load
-
     path = demo.out / "scores.json"
     key = read_json(folder / "config.json")["key"]
     if path.exists() and read_json(path)["details"].get("model_key") == key:
@@ -206,33 +200,14 @@ def _evaluate(demo: Demo, run: RunFolder, folder: Path) -> dict[str, Any]:
         return found
     demo.say("evaluation: fresh images, and three controls")
     with run.timed("evaluate"):
-        model = load(folder, device=demo.recipe.device, precision=demo.recipe.precision)
-        config = demo.recipe.evaluate
-        questions = load_feature_set(
-            demo.validation / "vqa.jsonl",
-            needs="question",
-            encoder=model.encoder,
+        scores = evaluate_folder(
+            folder,
+            data=demo.validation / "vqa.jsonl",
+            out=demo.out / "evaluation",
             cache=demo.cache,
-        )
-        train = load_feature_set(
-            demo.train / "vqa.jsonl", needs="question", encoder=model.encoder, cache=demo.cache
-        )
-        job = PredictionJob(
-            model=model,
-            data=questions,
-            settings=model.default_settings(),
-            batch_size=config.batch_size,
-            model_key=key,
-            seed=demo.recipe.seed,
-        )
-        scores = evaluate(
-            Evaluation(
-                job,
-                demo.out / "evaluation",
-                control_items=config.control_items,
-                train=train,
-                draws=config.bootstrap,
-            )
+            train=demo.train / "vqa.jsonl",
+            controls=True,
+            control_items=demo.recipe.evaluate.control_items,
         )
     total = {
         name: round(sum(item[name] for item in run.costs()), 4) for name in ("seconds", "dollars")

@@ -1,4 +1,4 @@
-"""The verbs of this room: `clover score`."""
+"""The verbs of this room: `clover score` and `clover evaluate`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from clover.core.options import feature_option
 
 
 @click.command(epilog="Example: clover score predictions.jsonl --protocol strict,llava-med,quilt")
@@ -71,3 +73,57 @@ def score(predictions: Path, protocol: str, as_json: bool, **options: Any) -> No
     click.echo("\n".join(score_lines(scores)))
     if comparison is not None:
         click.echo("\n" + "\n".join(comparison_lines(comparison, str(against))))
+
+
+@click.command(
+    epilog="Example: clover evaluate model/ --data vqa_val.jsonl --out evaluation/ --controls"
+)
+@click.argument("model", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="Questions with answers."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("evaluation"),
+    show_default=True,
+    help="Where predictions and scores.json go.",
+)
+@click.option("--controls", is_flag=True, help="Ask also blind, with another image, with noise.")
+@click.option(
+    "--control-items", type=click.IntRange(0), default=0, help="Questions a control; 0 = all."
+)
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path),
+    help="Training questions: adds the colour-only baseline and the linear probe.",
+)
+@click.option("--images", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print scores.json.")
+@feature_option
+def evaluate(model: Path, data: Path, out: Path, **options: Any) -> None:
+    """Ask MODEL the questions of a file and score its answers by the strict rule.
+
+    Writes OUT/predictions.jsonl (rescore it with clover score) and OUT/scores.json. With
+    --controls it says how much of the score is owed to the image. Research use only, not for
+    diagnosis.
+    """
+    from clover.evaluate.run import evaluate_folder
+    from clover.evaluate.summary import evaluation_lines
+
+    scores = evaluate_folder(
+        model,
+        data=data,
+        out=out,
+        cache=options["cache"],
+        images=options["images"],
+        train=options["train"],
+        controls=options["controls"],
+        control_items=options["control_items"],
+    )
+    if options["as_json"]:
+        click.echo(json.dumps(scores, ensure_ascii=False))
+        return
+    for line in evaluation_lines(scores):
+        click.echo(line)
+    click.echo(f"{out / 'scores.json'}; research use only, not for diagnosis")

@@ -86,7 +86,7 @@ def predict(
             out.write(json.dumps(header) + "\n")
         for start in range(0, len(order), job.batch_size):
             part = order[start : start + job.batch_size]
-            questions = [job.data.records[i].question or "" for i in part]
+            questions = [job.model.question_of(job.data.records[i]) for i in part]
             texts = job.model.answer_features(viewer.features(part), questions, job.settings)
             for index, text in zip(part, texts, strict=True):
                 answers[keys[index]] = text.strip()

@@ -9,23 +9,31 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clover.core.files import write_json, write_jsonl
 from clover.core.record import write_rejected
-from clover.evaluate.baseline import colour_only_baseline
+from clover.evaluate.baseline import (
+    colour_only_baseline,
+    linear_probe_baseline,
+    question_only_baseline,
+)
 from clover.evaluate.interval import paired_bootstrap
 from clover.evaluate.item import ItemReader
 from clover.evaluate.predict import PredictionJob, Row, predict, row_of
 from clover.evaluate.protocol.strict import rate
 from clover.evaluate.score import per_log_parameters, score
 from clover.evaluate.view import CONTROLS
-from clover.vision.dataset import FeatureSet
+from clover.model import load, read_config
+from clover.vision.dataset import FeatureSet, load_feature_set
 
 PROTOCOL = "strict"
+_BASELINES = {"colour": "colour_only", "question_only": "question_only", "probe": "linear_probe"}
 _SCORES = ("closed", "open_recall", "open_precision", "open_f1", "open_exact")
 
 
@@ -62,13 +70,50 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
             # The blind view asks each question once, so that all of them cost little.
             chosen = None if view == "blind" else few
             rows[view] = predict(job, out / f"{view}.jsonl", view=view, indices=chosen)
-    colour = _colour_rows(evaluation)
-    if colour:
-        write_jsonl(out / "colour.jsonl", [{"header": {"model": "colour-only"}}, *colour])
-    scores = _scores(evaluation, rows, colour)
+    baselines = _baseline_rows(evaluation)
+    for name, found in baselines.items():
+        write_jsonl(out / f"{name}.jsonl", [{"header": {"model": name}}, *found])
+    scores = _scores(evaluation, rows, baselines)
     scores["seconds"] = round(time.perf_counter() - start, 1)
     write_json(out / "scores.json", scores)
     return scores
+
+
+def evaluate_folder(
+    folder: Path,
+    *,
+    data: Path,
+    out: Path,
+    cache: Path,
+    images: Path | None = None,
+    train: Path | None = None,
+    controls: bool = False,
+    control_items: int = 0,
+) -> dict[str, Any]:
+    """Evaluate a model folder on a file of questions; see `evaluate`."""
+    model = load(folder)
+    config = model.recipe.evaluate
+    read = partial(
+        load_feature_set, needs="question", encoder=model.encoder, cache=cache, images=images
+    )
+    job = PredictionJob(
+        model=model,
+        data=read(data),
+        settings=model.default_settings(),
+        batch_size=config.batch_size,
+        model_key=read_config(folder).get("key", ""),
+        seed=model.recipe.seed,
+    )
+    return evaluate(
+        Evaluation(
+            job,
+            out,
+            controls=controls,
+            control_items=control_items,
+            train=read(train) if train is not None else None,
+            draws=config.bootstrap,
+        )
+    )
 
 
 def _sample(size: int, wanted: int, seed: int) -> list[int] | None:
@@ -78,17 +123,38 @@ def _sample(size: int, wanted: int, seed: int) -> list[int] | None:
     return sorted(random.choice(size, wanted, replace=False).tolist())
 
 
-def _colour_rows(evaluation: Evaluation) -> list[Row]:
+def _baseline_rows(evaluation: Evaluation) -> dict[str, list[Row]]:
+    """Answer by colour alone, by the question alone, and by a linear probe of the same features.
+
+    The probe is told the question's form and its possible answers, and learns one classifier each:
+    an upper reference for what the frozen features hold, not a rival.
+    """
     train, test = evaluation.train, evaluation.job.data
     if train is None:
-        return []
-    return colour_only_baseline(
-        train.records, test.records, train_folder=train.images, test_folder=test.images
-    )
+        return {}
+    return {
+        "colour": colour_only_baseline(
+            train.records, test.records, train_folder=train.images, test_folder=test.images
+        ),
+        "question_only": question_only_baseline(train.records, test.records),
+        "probe": linear_probe_baseline(
+            pooled(train), pooled(test), train=train.records, test=test.records, penalty=10.0
+        ),
+    }
+
+
+def pooled(data: FeatureSet) -> NDArray[np.float32]:
+    """Return mean and standard deviation over an image's tokens, [N, 2E], a row a record."""
+    known: dict[str, NDArray[np.float32]] = {}
+    for index, digest in enumerate(data.digests):
+        if digest not in known:
+            tokens = data.features([index])[0].numpy()
+            known[digest] = np.concatenate([tokens.mean(axis=0), tokens.std(axis=0)])
+    return np.stack([known[digest] for digest in data.digests])
 
 
 def _scores(
-    evaluation: Evaluation, rows: Mapping[str, list[Row]], colour: list[Row]
+    evaluation: Evaluation, rows: Mapping[str, list[Row]], others: Mapping[str, list[Row]]
 ) -> dict[str, Any]:
     views = {view: score(found, PROTOCOL, draws=evaluation.draws) for view, found in rows.items()}
     gains = {
@@ -99,12 +165,9 @@ def _scores(
     image, blind = views["image"], gains.get("blind")
     parameters = sum(item.numel() for item in evaluation.job.model.bridge.parameters())
     baselines = {
-        name: image["details"][name]
-        for name in ("majority", "question_only")
-        if name in image["details"]
+        _BASELINES[name]: _figures(score(found, PROTOCOL, draws=evaluation.draws))
+        for name, found in others.items()
     }
-    if colour:
-        baselines["colour_only"] = _figures(score(colour, PROTOCOL, draws=evaluation.draws))
     return {
         "closed": image["closed"]["value"],
         "open_recall": image["open_recall"]["value"],
@@ -132,7 +195,7 @@ def _scores(
             "yes_rate": image["details"]["yes_rate"],
             "base_rate": image["details"]["base_rate"],
             "baselines": baselines,
-            "forms": form_table(rows, colour),
+            "forms": form_table(rows, others),
             "verdict": verdict(gains.get("blind"), gains.get("shuffled")),
         },
     }
@@ -189,11 +252,13 @@ def image_gain(
     return gains
 
 
-def form_table(rows: Mapping[str, Sequence[Row]], colour: Sequence[Row]) -> dict[str, Any]:
-    """Return accuracy (closed) or recall (open) in percent for each question form and view."""
+def form_table(
+    rows: Mapping[str, Sequence[Row]], others: Mapping[str, Sequence[Row]]
+) -> dict[str, Any]:
+    """Return accuracy (closed) or recall (open) in percent: question form by view or baseline."""
     forms = {str(row["id"]): str(row.get("form") or row["question"]) for row in rows["image"]}
     table: dict[str, dict[str, Any]] = {}
-    for view, found in {**rows, "colour": colour}.items():
+    for view, found in {**rows, **others}.items():
         values = defaultdict(list)
         for name, (is_closed, value, _) in ratings(found).items():
             key = forms[name], is_closed

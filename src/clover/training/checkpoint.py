@@ -6,6 +6,8 @@ code; the declared set of tensors must agree exactly, so a missing key is an err
 
 from __future__ import annotations
 
+import logging
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -18,7 +20,16 @@ from torch.optim import Optimizer
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
 
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt$")
+_TORN = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 
 
 def save_checkpoint(
@@ -54,8 +65,10 @@ def load_latest(folder: Path, *, module: nn.Module, optimizer: Optimizer, key: s
     for path in reversed(_sorted(folder)):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError):
-            continue  # torn by a crash of the disk, not of ours: the one before it serves
+        except _TORN:
+            # Torn by a crash of the disk, not of ours: the one before it serves.
+            _LOG.warning("%s cannot be read; continuing from the checkpoint before it", path)
+            continue
         if state["key"] != key:
             raise CloverError(
                 f"{path} was made with other settings; "

@@ -50,7 +50,7 @@ class TuneObjective:
         records = [self.data.records[index] for index in indices]
         return InstructionBatch(
             self.data.features(indices),
-            [record.question or "" for record in records],
+            [self.model.question_of(record) for record in records],
             [record.answer or "" for record in records],
         )
 

@@ -9,8 +9,13 @@ from clover.core.config import Recipe
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import write_rejected
 from clover.core.run import RunFolder
-from clover.language.load import load_language_model
-from clover.model import Clover, build_bridge, load_bridge, load_tokenizer
+from clover.model import (
+    Clover,
+    build_bridge,
+    load_bridge,
+    load_frozen_language,
+    load_tokenizer,
+)
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.tune.objective import TuneObjective
@@ -69,9 +74,7 @@ def tune(
     )
     if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
         return TuneResult(out, data.summary(), True)
-    language = load_language_model(
-        recipe.language, recipe.prompt, device=device.device, dtype=device.dtype
-    )
+    language = load_frozen_language(recipe.language, recipe.prompt, device)
     bridge = build_bridge(recipe, encoder, tokenizer, language_width=language.hidden_size)
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
