@@ -95,7 +95,9 @@ class Asker:
         start = time.perf_counter()
         try:
             reply = await self._client.send(request.body)
-            self._settle(attempt, request, reply, time.perf_counter() - start)
+            estimated_input = estimate_message_tokens(request.body["messages"])
+            seconds = time.perf_counter() - start
+            self.settle(attempt, reply, estimated_input=estimated_input, seconds=seconds)
         except Refused as error:
             self._ledger.refuse(attempt, str(error))
             if not self._answered and "cannot connect" in str(error):
@@ -127,10 +129,7 @@ class Asker:
         return self._done > 0
 
     async def _reserve(self, request: Request) -> int:
-        messages = request.body["messages"]
-        # No byte-level tokeniser makes more tokens of a text than it has bytes.
-        worst = Worst(request.text_bytes + _FORMAT_TOKENS, request.body["max_tokens"])
-        del messages
+        worst = worst_case(request)
         while True:
             attempt = self._ledger.reserve(
                 request.key,
@@ -146,11 +145,15 @@ class Asker:
             # What lands settles below its worst case, and may free enough.
             await self._landed.wait()
 
-    def _settle(self, attempt: int, request: Request, reply: Reply, seconds: float) -> None:
-        tokens = reply.tokens or (
-            estimate_message_tokens(request.body["messages"]),
-            estimate_tokens(reply.text),
-        )
+    def settle(
+        self, attempt: int, reply: Reply, *, estimated_input: int, seconds: float = 0.0
+    ) -> None:
+        """Book a reply that arrived.
+
+        Raises:
+            Unusable: it is paid for and booked, but no answer to what was asked.
+        """
+        tokens = reply.tokens or (estimated_input, estimate_tokens(reply.text))
         estimated = reply.tokens is None
         fault = self._fault(reply)
         if fault is not None:
@@ -193,6 +196,12 @@ class Asker:
             return 0.0
         longest = min(self._settings.longest_wait_s, 0.5 * 2**state.attempt_number)
         return random.uniform(longest / 2, longest)
+
+
+def worst_case(request: Request) -> Worst:
+    """Return what a request can cost at most."""
+    # No byte-level tokeniser makes more tokens of a text than it has bytes.
+    return Worst(request.text_bytes + _FORMAT_TOKENS, request.body["max_tokens"])
 
 
 def _is_same_model(asked: str, answered: str) -> bool:

@@ -47,10 +47,10 @@ def instruct() -> None:
 @click.option("--key-env", default="OPENAI_API_KEY", show_default=True, help="Holds the API key.")
 @click.option("--retry-failed", is_flag=True, help="Ask again about captions failed for good.")
 @click.option("--any-language", is_flag=True, help="Keep captions that are not in English.")
+@click.option("--batch", is_flag=True, help="Batch API: half the price, within a day.")
+@click.option("--poll", type=float, default=30.0, show_default=True, help="Seconds, for --batch.")
 @click.option("--dry-run", is_flag=True, help="Predict dollars and hours; send nothing.")
-def generate(
-    captions: Path, out: Path, dry_run: bool, price: str | None, **options: object
-) -> None:
+def generate(captions: Path, out: Path, dry_run: bool, price: str | None, **options: Any) -> None:
     """Generate question and answer pairs from captions with a language model.
 
     Text goes to the endpoint you name and nowhere else. The same command again continues and pays
@@ -73,20 +73,31 @@ def generate(
         )
         click.echo(
             f"about ${plan.usd:.4f} at ${plan.price.input_usd:g} in, ${plan.price.output_usd:g} "
-            f"out per million ({plan.price.source}); about {plan.hours:.2f} hours at "
-            f"{settings.concurrency} in flight. Nothing was sent."
+            f"out per million ({plan.price.source}); {_duration(plan.hours, settings)}. "
+            "Nothing was sent."
         )
         return
     _report(generate_file(captions, out=out, settings=settings), out)
 
 
-def _settings(price: str | None, **options: object) -> GenerateSettings:
+def _duration(hours: float, settings: GenerateSettings) -> str:
+    if settings.batch:
+        return "within a day a batch"
+    return f"about {hours:.2f} hours at {settings.concurrency} in flight"
+
+
+def _settings(price: str | None, *, batch: bool, poll: float, **options: Any) -> GenerateSettings:
+    from clover.instruct.batch import BatchSettings
     from clover.instruct.generate import GenerateSettings
     from clover.instruct.prices import parse_price
 
     renamed = {"budget": "budget_usd", "timeout": "timeout_s"}
     fields = {renamed.get(name, name): value for name, value in options.items()}
-    return GenerateSettings(price=parse_price(price) if price else None, **fields)  # type: ignore[arg-type]
+    return GenerateSettings(
+        price=parse_price(price) if price else None,
+        batch=BatchSettings(poll_s=poll) if batch else None,
+        **fields,
+    )
 
 
 def _report(summary: GenerateSummary, out: Path) -> None:
@@ -311,3 +322,26 @@ def ledger(path: Path, as_json: bool) -> None:
         )
     for reason, count in failures:
         click.echo(f"failed {count:,}: {reason}")
+
+
+@instruct.command()
+@click.argument("file", type=_FILE)
+@click.option("--out", required=True, type=_FILE, help="HTML page to write.")
+@click.option("--samples", type=int, default=40, show_default=True, help="Shown for review.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which samples.")
+def stats(file: Path, out: Path, samples: int, seed: int) -> None:
+    """Describe an instruction set on one HTML page, with samples to review by hand.
+
+    \b
+    Example:
+      clover instruct stats hybrid.jsonl --out stats.html
+    """
+    from clover.core.record import read_records
+    from clover.instruct.statistics import facts, write_statistics
+
+    found = read_records(file, needs="question")
+    write_statistics(found.records, out=out, title=file.name, samples=samples, seed=seed)
+    click.echo(", ".join(f"{name} {value}" for name, value in facts(found.records)))
+    if found.rejected:
+        click.echo(found.summary())
+    click.echo(f"-> {out}")

@@ -21,6 +21,7 @@ from clover.core.files import write_jsonl
 from clover.core.record import Record, write_records, write_rejected
 from clover.core.terminal import Advance, progress
 from clover.instruct.ask import Asker, BudgetReached, Stop
+from clover.instruct.batch import BatchSettings, ask_in_batches
 from clover.instruct.caption import Captions
 from clover.instruct.client import Client, check_endpoint, find_key, is_loopback
 from clover.instruct.ledger import Ledger, ledger_path, writing
@@ -62,6 +63,8 @@ class GenerateSettings:
     """Ask again also about captions that failed for good."""
     any_language: bool = False
     """Keep captions that do not read as English."""
+    batch: BatchSettings | None = None
+    """Use the Batch API: half the price, an answer within a day."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Plan:
 
 
 @dataclass
-class _Job:
+class Job:
     """All that one run holds in its hands."""
 
     settings: GenerateSettings
@@ -126,8 +129,11 @@ def resolve_price(settings: GenerateSettings) -> Price:
     Raises:
         CloverError: an unlisted model on another machine.
     """
-    if settings.price is not None:
-        return settings.price
+    price = settings.price or _known_price(settings)
+    return price.halved() if settings.batch else price
+
+
+def _known_price(settings: GenerateSettings) -> Price:
     listed = find_price(settings.model, is_local=False)
     found = listed or find_price(settings.model, is_local=is_loopback(settings.endpoint))
     if found is None:
@@ -223,11 +229,12 @@ def generate_file(captions: Path, *, out: Path, settings: GenerateSettings) -> G
     total = sum(1 for _ in source)  # also finds a broken file before a cent is spent
     start = time.perf_counter()
     with writing(ledger_path(out)) as ledger:
-        job = _Job(settings, prompt, price, endpoint, ledger)
+        job = Job(settings, prompt, price, endpoint, ledger)
         ledger.recover()
         try:
             with progress("generate", total) as advance:
-                asyncio.run(_ask_all(source, job=job, key=key, advance=advance))
+                run = _ask_all if settings.batch is None else ask_in_batches
+                asyncio.run(run(source, job=job, key=key, advance=advance))
         finally:
             summary = write_output(source, out=out, job=job, seconds=time.perf_counter() - start)
     return summary
@@ -251,7 +258,7 @@ def generate_shard(
     prompt, price = load_prompt(settings.prompt), resolve_price(settings)
     shard = list(records)
     with writing(ledger) as books:
-        job = _Job(settings, prompt, price, endpoint, books)
+        job = Job(settings, prompt, price, endpoint, books)
         books.recover()
         key = find_key(endpoint, settings.key_env)
         asyncio.run(_ask_all(shard, job=job, key=key, advance=lambda *_, **__: None))
@@ -259,7 +266,7 @@ def generate_shard(
             yield from _pairs_of(record, job)
 
 
-async def _ask_all(records: Iterable[Record], *, job: _Job, key: str, advance: Advance) -> None:
+async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Advance) -> None:
     """Ask about every record with bounded concurrency; the first request goes alone."""
     settings = job.settings
     stream = iter(records)
@@ -309,7 +316,7 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
             yield error
 
 
-def _pairs_of(record: Record, job: _Job) -> Iterator[Record]:
+def _pairs_of(record: Record, job: Job) -> Iterator[Record]:
     """Yield the instruction records of one caption from the ledger."""
     request = build_request(job.prompt, record.caption or "", model=job.settings.model)
     stored = job.ledger.reply(request.key)
@@ -333,7 +340,7 @@ def _pairs_of(record: Record, job: _Job) -> Iterator[Record]:
         )
 
 
-def write_output(source: Captions, *, out: Path, job: _Job, seconds: float) -> GenerateSummary:
+def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> GenerateSummary:
     """Write the output and the list of failures from the ledger; return the summary."""
     counts = {"asked": 0, "done": 0, "failed": 0, "pairs": 0}
     failures: list[dict[str, Any]] = []

@@ -40,9 +40,10 @@ CREATE TABLE IF NOT EXISTS attempts (
   usd REAL NOT NULL DEFAULT 0, seconds REAL, is_estimated INTEGER NOT NULL DEFAULT 0, note TEXT
 );
 CREATE INDEX IF NOT EXISTS attempts_by_state ON attempts (state, key);
-CREATE INDEX IF NOT EXISTS attempts_by_batch ON attempts (batch, key);
+CREATE INDEX IF NOT EXISTS attempts_by_batch ON attempts (batch, state);
+CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, state);
 CREATE TABLE IF NOT EXISTS batches (
-  id TEXT PRIMARY KEY, input_file TEXT, state TEXT NOT NULL, created REAL NOT NULL, note TEXT
+  name TEXT PRIMARY KEY, remote TEXT, state TEXT NOT NULL, note TEXT
 );
 """
 
@@ -351,10 +352,43 @@ class Ledger:
         )
         return [(str(reason), int(count)) for reason, count in rows.fetchall()]
 
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """The database, for the Batch API's own table."""
-        return self._db
+    # -- batches --------------------------------------------------------------------------
+
+    def open_batches(self) -> list[tuple[str, str | None]]:
+        """Return name and remote id of the batches that are not ingested yet."""
+        rows = self._db.execute("SELECT name, remote FROM batches WHERE state = 'open'").fetchall()
+        return [(str(name), remote) for name, remote in rows]
+
+    def note_batch(
+        self, name: str, *, remote: str | None = None, state: str = "open", note: str = ""
+    ) -> None:
+        """Write down what is known of a batch."""
+        self._db.execute(
+            "INSERT INTO batches (name, remote, state, note) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET remote = COALESCE(excluded.remote, remote), "
+            "state = excluded.state, note = excluded.note",
+            (name, remote, state, note[:200]),
+        )
+
+    def num_batches(self) -> int:
+        """Return how many batches were ever begun."""
+        return int(self._db.execute("SELECT COUNT(*) FROM batches").fetchone()[0])
+
+    def in_batch(self, name: str) -> dict[int, tuple[str, int]]:
+        """Return the attempts of a batch still in flight: number to key and worst-case input."""
+        rows = self._db.execute(
+            "SELECT id, key, worst_input FROM attempts WHERE batch = ? AND state = 'reserved'",
+            (name,),
+        ).fetchall()
+        return {int(number): (str(key), int(worst)) for number, key, worst in rows}
+
+    def is_in_batch(self, key: str) -> bool:
+        """Say whether a request waits in a batch."""
+        found = self._db.execute(
+            "SELECT 1 FROM attempts WHERE key = ? AND state = 'reserved' AND batch IS NOT NULL",
+            (key,),
+        )
+        return found.fetchone() is not None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
