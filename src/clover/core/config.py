@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
@@ -168,6 +168,14 @@ class OptimizerConfig(Section):
     seed: int | None = None
     """Order of the data and dropout; the recipe's seed when absent."""
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> OptimizerConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+            )
+        return self
+
 
 class AlignConfig(OptimizerConfig):
     """Stage 1: contrast, match, caption."""
@@ -278,6 +286,8 @@ def _explain(error: ValidationError, source: str) -> str:
     if first["type"] == "extra_forbidden":
         known = _known_keys(Recipe, first["loc"][:-1])
         return f"{source}: unknown key '{path}'{nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "value_error":
+        return f"{source}: {path}: {first['ctx']['error']}"
     value = f" (found {first['input']!r})" if first["type"] != "missing" else ""
     return f"{source}: {path}: {first['msg'].lower()}{value}"
 

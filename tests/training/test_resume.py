@@ -1,0 +1,153 @@
+"""Stopped anywhere and called again: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from clover.align.run import align
+from clover.core.config import Recipe
+from clover.core.errors import CloverError
+from clover.core.run import RunFolder
+from clover.tune.run import tune
+from tiny import Tiny, tiny_recipe
+
+Stage = Literal["align", "tune"]
+STAGES: tuple[Stage, ...] = ("align", "tune")
+
+
+def run_stage(
+    stage: Stage,
+    tiny: Tiny,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    max_steps: int | None = None,
+) -> Path:
+    """Run one stage in `out`; return the file of its weights."""
+    chosen = recipe or tiny.recipe
+    cache = tiny.folder / "cache"
+    if stage == "align":
+        align(chosen, captions=tiny.captions, out=out, cache=cache, max_steps=max_steps)
+        return out / "align.safetensors"
+    tune(
+        chosen,
+        instructions=tiny.instructions,
+        out=out / "model",
+        run=out,
+        cache=cache,
+        max_steps=max_steps,
+    )
+    return out / "model" / "bridge.safetensors"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Stage, bytes]:
+    """Return each stage's weights after 20 steps in one go."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {stage: run_stage(stage, tiny, folder / stage).read_bytes() for stage in STAGES}
+
+
+# 24 captions in batches of 4 make 6 steps an epoch, 48 questions make 12.
+@pytest.mark.parametrize(
+    ("stage", "stops"),
+    [
+        ("align", [10]),
+        ("align", [6]),
+        ("align", [3, 12, 19]),
+        ("tune", [10]),
+        ("tune", [12]),
+    ],
+)
+def test_a_run_in_parts_gives_the_weights_of_a_run_in_one_go(
+    stage: Stage, stops: list[int], tiny: Tiny, tmp_path: Path, unbroken: dict[Stage, bytes]
+) -> None:
+    for stop in stops:
+        weights = run_stage(stage, tiny, tmp_path, max_steps=stop)
+        assert not weights.exists()
+    assert run_stage(stage, tiny, tmp_path).read_bytes() == unbroken[stage]
+
+
+def test_another_seed_gives_other_weights(
+    tiny: Tiny, tmp_path: Path, unbroken: dict[Stage, bytes]
+) -> None:
+    recipe = tiny.recipe.model_copy(update={"seed": 1})
+    assert run_stage("align", tiny, tmp_path, recipe=recipe).read_bytes() != unbroken["align"]
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "garbage"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    damage: str, tiny: Tiny, tmp_path: Path, unbroken: dict[Stage, bytes]
+) -> None:
+    run_stage("align", tiny, tmp_path, max_steps=10)
+    checkpoints = sorted((tmp_path / "checkpoints" / "align").glob("step-*.pt"))
+    assert [path.name for path in checkpoints] == ["step-00000005.pt", "step-00000010.pt"]
+    newest = checkpoints[-1]
+    whole = newest.read_bytes()
+    newest.write_bytes(
+        {"half": whole[: len(whole) // 2], "empty": b"", "garbage": b"\x80\x04no" * 999}[damage]
+    )
+    assert run_stage("align", tiny, tmp_path).read_bytes() == unbroken["align"]
+    steps = [row["step"] for row in RunFolder(tmp_path).metrics("align")]
+    assert steps == [10, 20]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_other_settings_are_refused_in_one_line(stage: Stage, tiny: Tiny, tmp_path: Path) -> None:
+    run_stage(stage, tiny, tmp_path, max_steps=5)
+    changed = tiny_recipe(tiny.folder, **{stage: {"learning_rate": 0.01}})
+    with pytest.raises(CloverError, match="made with other settings") as error:
+        run_stage(stage, tiny, tmp_path, recipe=changed)
+    assert "\n" not in str(error.value)
+
+
+def test_a_finished_stage_is_not_run_again(tiny: Tiny, tmp_path: Path) -> None:
+    weights = run_stage("align", tiny, tmp_path)
+    before = weights.stat().st_mtime_ns
+    run_stage("align", tiny, tmp_path)
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_at_the_same_weights(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    # Long enough to be caught in the middle; no checkpoint falls due before the end.
+    settings = {"steps": 400, "checkpoint_every": 100_000}
+    recipe.write_text(tiny_recipe(tiny.folder, align=settings).to_yaml())
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "clover.cli", "align", "--recipe", str(recipe)]
+        command += ["--data", str(tiny.captions), "--out", str(out)]
+        command += ["--features", str(tiny.folder / "cache")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    stopped = start(tmp_path / "stopped")
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and stopped.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    _, message = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130 and len(message.strip().splitlines()) == 1, message
+    assert "continues" in message
+    saved = list((tmp_path / "stopped" / "checkpoints" / "align").glob("step-*.pt"))
+    assert len(saved) == 1 and 0 < int(saved[0].stem[5:]) < 400
+    for name in ("stopped", "whole"):
+        done = start(tmp_path / name)
+        _, message = done.communicate(timeout=240)
+        assert done.returncode == 0, message
+    first, second = (
+        (tmp_path / name / "align.safetensors").read_bytes() for name in ("stopped", "whole")
+    )
+    assert first == second
