@@ -101,3 +101,11 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(
     with pytest.raises(CloverError, match=words) as error:
         start_from_bert(bridge_of(**changes), bert[0])
     assert "\n" not in str(error.value)
+
+
+def test_a_torn_checkpoint_is_one_line(bert: tuple[Path, object], tmp_path: Path) -> None:
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(bert[0].read_bytes()[:500])
+    with pytest.raises(CloverError, match="is not a whole safetensors file") as error:
+        start_from_bert(bridge_of(), torn)
+    assert "\n" not in str(error.value)

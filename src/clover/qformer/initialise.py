@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clover.core.errors import CloverError
@@ -31,11 +33,13 @@ def start_from_bert(bridge: Bridge, path: str | Path) -> None:
     """Copy a BERT checkpoint (safetensors) into the bridge's Q-Former and next-word head.
 
     Raises:
-        CloverError: a tensor is missing or has another shape.
+        CloverError: the file is damaged, or a tensor is missing or has another shape.
     """
-    from safetensors.torch import load_file
-
-    state = {name.removeprefix("bert."): tensor for name, tensor in load_file(str(path)).items()}
+    try:
+        loaded = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise CloverError(f"{path} is not a whole safetensors file: {error}") from error
+    state = {name.removeprefix("bert."): tensor for name, tensor in loaded.items()}
     qformer = bridge.qformer
     _copy_rows(qformer.word_embedding.weight, state, "embeddings.word_embeddings.weight")
     _copy_rows(qformer.position_embedding.weight, state, "embeddings.position_embeddings.weight")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,12 +138,7 @@ class FeatureMapEncoder:
 def _load_in_order(network: nn.Module, config: EncoderConfig) -> None:
     """Load a checkpoint whose tensors are the network's in the same order under other names."""
     path = resolve(str(config.weights))
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(str(path))
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read_tensors(path)
     source = [item for name, item in state.items() if not name.endswith("num_batches_tracked")]
     target = {
         name: item
@@ -152,6 +151,19 @@ def _load_in_order(network: nn.Module, config: EncoderConfig) -> None:
         if name not in loaded or loaded[name].shape != item.shape:
             raise CloverError(f"{path} does not fit {config.model}: tensor {name} differs in shape")
     network.load_state_dict(loaded, strict=False)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CloverError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is torn, or holds "
+            "more than tensors; use safetensors or a plain state dict"
+        ) from error
+    return state
 
 
 class TinyEncoder:
