@@ -107,6 +107,7 @@ def _scores(run: Path) -> None:
                 "base_rate": 50.0,
                 "baselines": {
                     "colour_only": {"closed": _figure(55.0), "open_recall": _figure(44.0)},
+                    "linear_probe": {"closed": _figure(88.8), "open_recall": _figure(84.4)},
                     "majority": {"closed": 50.0, "open_exact": 22.5},
                     "question_only": {"closed": 50.8, "open_exact": 30.1},
                 },
@@ -117,6 +118,7 @@ def _scores(run: Path) -> None:
                         "image": 80.0 + index,
                         "blind": 50.0,
                         "colour": 55.5,
+                        "probe": 79.3,
                         "majority": 50.0,
                     }
                     for index, (form, (kind, _, _)) in enumerate(FORMS.items())

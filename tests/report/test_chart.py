@@ -49,6 +49,12 @@ def test_a_line_goes_through_its_points_from_left_to_right() -> None:
     assert (x1 - x0, y1 - y0) == (pytest.approx(x2 - x1), pytest.approx(y2 - y1))
 
 
+def test_a_line_of_one_point_is_seen() -> None:
+    svg = line_chart([Series("loss", [(3, 10)])], title="t", x_label="x", y_label="y")
+    (points,) = re.findall(r'points="([^"]+)"', svg)
+    assert len(set(points.split())) == 2
+
+
 def test_a_line_of_very_many_points_is_thinned() -> None:
     many = [(float(x), 1.0) for x in range(10_000)]
     svg = line_chart([Series("loss", many)], title="t", x_label="x", y_label="y")

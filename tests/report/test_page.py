@@ -86,6 +86,7 @@ def test_a_whole_run_shows_every_section_and_its_figures(run: Path) -> None:
         "9 min 34 s",
         "$0.0042",
         "41.7 %",
+        "79.3",
         "3.37",
         "The model looks",
         "least even form: is ",
@@ -151,6 +152,7 @@ def test_charts_can_be_read_without_seeing_them(run: Path) -> None:
     labels = " ".join(chart["aria-label"] or "" for chart in charts)
     assert "without an image 50.1" in labels
     assert "commonest answer (exact) 22.5" in labels
+    assert "linear probe 88.8" in labels
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -71,6 +71,8 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: s
     parts.append(_text(12, (top + bottom) / 2, y_label, "axis", "middle", is_turned=True))
     for index, item in enumerate(shown):
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in item.points)
+        if len(item.points) == 1:  # a line of one point cannot be seen
+            path += f" {x_at(item.points[0][0]) - 6:.1f},{y_at(item.points[0][1]):.1f}"
         name = f"{item.name}: {item.points[0][1]:.3g} to {item.points[-1][1]:.3g}"
         parts.append(
             Markup('<polyline class="line s{}" points="{}"><title>{}</title></polyline>').format(

@@ -66,7 +66,7 @@ def examples(run: Run) -> dict[str, Any]:
         "wrong": [pair for pair in judged if pair[1].kind != "right"],
     }
     folder = image_folder(run)
-    used: set[str] = set()
+    used: Counter[str] = Counter()
     shown = {
         name: [_card(row, judgement, blind, folder) for row, judgement in _choose(pairs, used)]
         for name, pairs in groups.items()
@@ -79,8 +79,10 @@ def examples(run: Run) -> dict[str, Any]:
     }
 
 
-def _choose(pairs: Sequence[tuple[Row, Judgement]], used: set[str]) -> list[tuple[Row, Judgement]]:
-    """Take one of each form in turn, and of each form an image that was not shown yet."""
+def _choose(
+    pairs: Sequence[tuple[Row, Judgement]], used: Counter[str]
+) -> list[tuple[Row, Judgement]]:
+    """Take one of each form in turn, and of each form the image that was shown least."""
     forms: dict[tuple[str, str], list[tuple[Row, Judgement]]] = defaultdict(list)
     for row, judgement in pairs:
         key = (str(row.get("form") or row.get("question")), str(row.get("answer_type")))
@@ -89,11 +91,10 @@ def _choose(pairs: Sequence[tuple[Row, Judgement]], used: set[str]) -> list[tupl
     while len(chosen) < _EACH and any(forms.values()):
         for found in forms.values():
             if found and len(chosen) < _EACH:
-                index = next(
-                    (i for i, pair in enumerate(found) if pair[0].get("image") not in used), 0
-                )
+                shown = [used[str(row.get("image"))] for row, _ in found]
+                index = shown.index(min(shown))
                 pair = found.pop(index)
-                used.add(str(pair[0].get("image")))
+                used[str(pair[0].get("image"))] += 1
                 chosen.append(pair)
     return chosen
 

@@ -17,10 +17,12 @@ _VIEWS = {
     "noise": "noise image",
 }
 _BASELINES = {
+    "linear_probe": "linear probe",
     "colour_only": "colour alone",
     "question_only": "question alone",
     "majority": "commonest answer",
 }
+_FORM_COLUMNS = ("blind", "probe", "colour", "majority")
 _KINDS = {"closed": "closed", "open": "open_recall"}
 
 
@@ -145,7 +147,9 @@ def form_rows(run: Run) -> list[dict[str, Any]]:
                 "n": decimal(found.get("n"), 0),
                 "image": image,
                 "gain": "–" if image is None or blind is None else signed(image - blind),
-                **{key: decimal(found.get(key)) for key in ("blind", "colour", "majority")},
+                **{
+                    key: decimal(found.get(key)) for key in ("blind", "probe", "colour", "majority")
+                },
                 "image_text": decimal(image),
             }
         )
@@ -164,6 +168,8 @@ def notes(run: Run) -> list[str]:
     ):
         if number(details.get(key)) is not None:
             said.append(f"{decimal(details[key])} % {text}")
+    if part(details, "baselines", "linear_probe"):
+        said.append("linear probe: a linear classifier for each form, on the same frozen features")
     fewer = []
     for view in ("shuffled", "noise"):
         counts = [score(run, kind, view).count for kind in _KINDS]
