@@ -55,15 +55,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "predictions.jsonl"
         write_predictions(path, count=options.count)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         score_file(path, options.protocol, draws=options.draws)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     figures = {
         "benchmark": "score",
         "predictions": options.count,
         "protocols": options.protocol,
         "draws": options.draws,
         "seconds": round(seconds, 1),
+        "processor_seconds": round(cpu, 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
     }
     print(json.dumps(figures))

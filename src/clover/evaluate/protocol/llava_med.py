@@ -8,6 +8,7 @@ is hit by "normal" and "nodule".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from clover.evaluate.protocol.base import DROPPED, Item, Protocol, Rating
@@ -15,19 +16,16 @@ from clover.evaluate.protocol.bleu import sentence_bleu
 from clover.evaluate.protocol.normalise import first_yes_no, remember, vqa_normalise
 
 
-class Counted(NamedTuple):
-    """A text's words, counted in order of appearance, and how many there are in all."""
+class Words(NamedTuple):
+    """A text's words as they come, and which ones there are."""
 
-    counts: dict[str, int]
-    total: int
+    listed: list[str]
+    distinct: set[str]
 
 
-def count(words: Sequence[str]) -> Counted:
-    """Count words."""
-    counts: dict[str, int] = {}
-    for word in words:
-        counts[word] = counts.get(word, 0) + 1
-    return Counted(counts, len(words))
+def listed(words: list[str]) -> Words:
+    """Return words with the set of them."""
+    return Words(words, set(words))
 
 
 @remember
@@ -36,15 +34,14 @@ def normal(text: str) -> str:
     return vqa_normalise(text.lower())
 
 
-@remember
-def counted(text: str) -> Counted:
-    """Count the words of a text that the caller, and again the metric, has normalised."""
+def metric_words(text: str) -> Words:
+    """Return the words of a text that the caller, and again the metric, has normalised."""
     once = normal(text)
     # The second pass changes something only where a full stop is left.
-    return count((vqa_normalise(once) if "." in once else once).split())
+    return listed((vqa_normalise(once) if "." in once else once).split())
 
 
-def token_scores(said: Counted, gold: Counted) -> tuple[float, float, float]:
+def token_scores(said: Words, gold: Words) -> tuple[float, float, float]:
     """Return precision, recall and F1, each in 0..1.
 
     True positives are counted in the prediction alone: a matched word that is repeated raises
@@ -52,31 +49,35 @@ def token_scores(said: Counted, gold: Counted) -> tuple[float, float, float]:
 
     Source: METRICS, section 1.3.
     """
-    common = said.counts.keys() & gold.counts.keys()
-    if not common:
+    hits = sum(map(gold.distinct.__contains__, said.listed))
+    if not hits:
         return 0.0, 0.0, 0.0
-    hits = sum([said.counts[word] for word in common])
-    missed = gold.total - sum([gold.counts[word] for word in common])
-    precision = hits / said.total
+    missed = len(gold.listed) - sum(map(said.distinct.__contains__, gold.listed))
+    precision = hits / len(said.listed)
     recall = hits / (hits + missed)
     return precision, recall, 2 * precision * recall / (precision + recall)
 
 
-def exact_score(said: Counted, gold: Counted) -> float:
+def exact_score(said: Words, gold: Words) -> float:
     """Return distinct gold words found / words of the prediction: "exact match" by name only.
 
     Source: METRICS, section 1.4.
     """
-    if not said.total:
+    if not said.listed:
         return 0.0
-    return len(said.counts.keys() & gold.counts.keys()) / said.total
+    return len(said.distinct & gold.distinct) / len(said.listed)
+
+
+@lru_cache(maxsize=64)  # several protocols ask for the same item, one after the other
+def _open_rating(prediction: str, answer: str) -> Rating:
+    said, gold = metric_words(prediction), metric_words(answer)
+    precision, recall, f1 = token_scores(said, gold)
+    return Rating(recall=recall, precision=precision, f1=f1, exact=exact_score(said, gold))
 
 
 def rate_open(item: Item) -> Rating:
     """Rate an open item; the three scripts, and Quilt-LLaVA's, agree on it."""
-    said, gold = counted(item.prediction), counted(item.answer)
-    precision, recall, f1 = token_scores(said, gold)
-    return Rating(recall=recall, precision=precision, f1=f1, exact=exact_score(said, gold))
+    return _open_rating(item.prediction, item.answer)
 
 
 def _label(said: str) -> str | None:
@@ -102,7 +103,7 @@ def rate_batch(item: Item) -> Rating:
     if not item.is_closed:
         return rate_open(item)
     said, gold = normal(item.prediction), normal(item.answer)
-    precision, recall, f1 = token_scores(counted(item.prediction), counted(item.answer))
+    precision, recall, f1 = token_scores(metric_words(item.prediction), metric_words(item.answer))
     return Rating(float(gold in said), recall, precision, f1, label=_label(said))
 
 
@@ -150,8 +151,8 @@ class CandidateAnswers:
         Nearest: the largest share of the candidate's distinct words; the first of equals, hence
         the first of all for an empty prediction.
         """
-        said = counted(prediction).counts
-        shares = [len(words & said.keys()) / len(words) if words else 0.0 for words in self._words]
+        said = metric_words(prediction).distinct
+        shares = [len(words & said) / len(words) if words else 0.0 for words in self._words]
         chosen = self.texts[shares.index(max(shares))]
         return float(chosen == vqa_normalise(normal(answer)))
 

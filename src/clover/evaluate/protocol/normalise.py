@@ -18,13 +18,14 @@ import yaml
 
 Result = TypeVar("Result")
 
-_LONGEST_CACHED = 256
-"""Answers repeat, so their normal forms are kept; essays do not, and would fill the memory."""
+_LONGEST_CACHED = 64
+_MOST_CACHED = 1 << 16
+"""Short answers and words repeat, so their normal forms are kept; essays would fill the memory."""
 
 
 def remember(function: Callable[[str], Result]) -> Callable[[str], Result]:
     """Keep the results of a function of one text, for short texts alone."""
-    cached = lru_cache(maxsize=1 << 16)(function)
+    cached = lru_cache(maxsize=1 << 12)(function)
 
     def remembered(text: str) -> Result:
         return cached(text) if len(text) <= _LONGEST_CACHED else function(text)
@@ -74,19 +75,32 @@ def vqa_normalise(text: str) -> str:
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+class _StrictWords(dict[str, str]):
+    """Raw word -> lower-case word without punctuation, filled as words come."""
+
+    def __missing__(self, raw: str) -> str:
+        word = raw.lower()
+        if not word.isascii():
+            composed = unicodedata.normalize("NFC", word)
+            word = "".join(mark for mark in composed if unicodedata.category(mark)[0] != "P")
+        word = word.translate(_ASCII_PUNCTUATION)
+        if len(raw) <= _LONGEST_CACHED:
+            if len(self) >= _MOST_CACHED:
+                self.clear()
+            self[raw] = word
+        return word
+
+
+_STRICT_WORDS = _StrictWords()
+
+
 def strict_words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles, as SQuAD does.
 
     Where only articles are left they stay: "A" is an answer too. Unicode punctuation goes with
     the rest, and accents are composed.
     """
-    text = text.lower()
-    if text.isascii():
-        text = text.translate(_ASCII_PUNCTUATION)
-    else:
-        composed = unicodedata.normalize("NFC", text).translate(_ASCII_PUNCTUATION)
-        text = "".join(mark for mark in composed if unicodedata.category(mark)[0] != "P")
-    words = text.split()
+    words = [word for raw in text.split() if (word := _STRICT_WORDS[raw])]
     return [word for word in words if word not in _ARTICLES] or words
 
 

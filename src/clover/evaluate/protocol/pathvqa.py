@@ -12,7 +12,7 @@ from functools import partial
 
 from clover.evaluate.protocol.base import Item, Protocol, Rating
 from clover.evaluate.protocol.bleu import matches
-from clover.evaluate.protocol.llava_med import count, exact_score, token_scores
+from clover.evaluate.protocol.llava_med import exact_score, listed, token_scores
 from clover.evaluate.protocol.normalise import first_yes_no, remember
 
 _NOT_LETTERS = re.compile("[^a-zA-Z ]")
@@ -25,7 +25,7 @@ def _letters(text: str) -> list[str]:
 
 def rate(item: Item) -> Rating:
     """Rate one item, open or closed; where the script returns "0 (warning ...)" this is 0."""
-    said, gold = count(_letters(item.prediction)), count(_letters(item.answer))
+    said, gold = listed(_letters(item.prediction)), listed(_letters(item.answer))
     _, _, f1 = token_scores(said, gold)
     label = first_yes_no(item.prediction) if item.is_closed else None
     return Rating(f1=f1, exact=exact_score(said, gold), label=label)

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import Counter
 
 from clover.evaluate.protocol.base import Item, Protocol, Rating
-from clover.evaluate.protocol.normalise import first_yes_no, remember, strict_words
+from clover.evaluate.protocol.normalise import first_yes_no, strict_words
 
 
-@remember
 def strict_form(text: str) -> str:
     """Return a text's normal form, by which answers are equal or not."""
     return " ".join(strict_words(text))
@@ -30,8 +29,7 @@ def word_scores(prediction: str, answer: str) -> tuple[float, float, float, floa
     A word counts as found as often as it stands in both texts. An empty prediction, or an empty
     answer, matches nothing.
     """
-    said_form, gold_form = strict_form(prediction), strict_form(answer)
-    said, gold = said_form.split(), gold_form.split()
+    said, gold = strict_words(prediction), strict_words(answer)
     shared = set(said).intersection(gold)
     if not shared:
         return 0.0, 0.0, 0.0, 0.0
@@ -41,7 +39,7 @@ def word_scores(prediction: str, answer: str) -> tuple[float, float, float, floa
     precision = common / len(said)
     recall = common / len(gold)
     f1 = 2 * precision * recall / (precision + recall)
-    return precision, recall, f1, float(said_form == gold_form)
+    return precision, recall, f1, float(said == gold)
 
 
 def rate(item: Item) -> Rating:

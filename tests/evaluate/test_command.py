@@ -1,0 +1,89 @@
+"""`clover score`, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LINES = [
+    {"header": {"model": "a"}},
+    {"id": 1, "question": "Is it?", "answer": "no", "prediction": "normal", "image": "a.png"},
+    {"id": 2, "question": "Is it?", "answer": "yes", "prediction": "yes", "image": "b.png"},
+    {"id": 3, "question": "What?", "answer": "fat cells", "prediction": "fat", "image": "b.png"},
+    {"id": 4, "question": "Is it?", "answer": "no", "prediction": "Yes", "image": "c.png"},
+]
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    return path
+
+
+def clover(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "clover.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_json_has_the_promised_keys(predictions: Path) -> None:
+    done = clover("score", predictions, "--protocol", "strict,llava-med,quilt", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["strict", "llava-med", "quilt"]
+    for scores in found.values():
+        for key in ("closed", "open_recall", "open_precision", "open_f1", "open_exact"):
+            assert scores[key].keys() == {"value", "n", "low", "high"}
+    assert found["strict"]["closed"]["value"] == pytest.approx(100 / 3)
+    assert found["llava-med"]["closed"]["value"] == pytest.approx(200 / 3)
+    assert found["strict"]["details"]["header"] == {"model": "a"}
+
+
+def test_per_item_file_has_one_line_an_item_and_protocol(predictions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "items.jsonl"
+    names = "strict,llava-med-pvqa"
+    assert clover("score", predictions, "--protocol", names, "--per-item", out).returncode == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 8
+    assert list(rows[0])[:7] == ["id", "protocol", "closed", "recall", "precision", "f1", "exact"]
+    by_key = {(line["id"], line["protocol"]): line for line in rows}
+    assert by_key[4, "llava-med-pvqa"]["closed"] == "dropped"
+    assert by_key[1, "strict"]["closed"] == 0.0
+    assert by_key[1, "strict"]["recall"] is None
+    assert by_key[3, "strict"]["closed"] is None
+    assert by_key[3, "strict"]["recall"] == 0.5
+
+
+def test_table_names_value_interval_n_and_baselines(predictions: Path) -> None:
+    done = clover("score", predictions, "--against", predictions, "--trainable", "187e6")
+    assert done.returncode == 0, done.stderr
+    for words in ("closed accuracy", "33.33 [", "n=3", "unparsed", "truth is yes: 33.33%"):
+        assert words in done.stdout
+    assert "not for diagnosis" in done.stdout
+    assert "McNemar p = 1" in done.stdout
+    assert "log10" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jsonl"], "no file absent.jsonl"),
+        (["{file}", "--protocol", "stict"], "no protocol 'stict'; did you mean 'strict'?"),
+        (["{file}", "--trainable", "187"], "more than 1,000,000"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    predictions: Path, arguments: list[str], message: str
+) -> None:
+    done = clover("score", *(part.format(file=predictions) for part in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_has_an_example() -> None:
+    assert "Example: clover score" in clover("score", "--help").stdout
