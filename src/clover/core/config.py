@@ -316,7 +316,8 @@ def _assign(tree: dict[str, Any], setting: str) -> None:
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that comes with CLOVER."""
     path = Path(name)
-    if path.exists():
+    # A folder of that name is none: `clover phantom phantom` makes one.
+    if path.is_file():
         return path
     shipped = RECIPES / f"{path.stem}.yaml"
     if shipped.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import random
 import resource
@@ -72,8 +73,13 @@ class RunFolder:
     def log(self, stage: str, step: int, **values: float | int | str) -> None:
         """Append one line to `metrics.jsonl`."""
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        with (self.path / "metrics.jsonl").open("ab+") as out:
+            # A crash may have torn the last line; the next one must not be glued to it.
+            if out.tell() > 0:
+                out.seek(-1, os.SEEK_END)
+                line = line if out.read(1) == b"\n" else "\n" + line
+            out.write(line.encode())
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Return the logged lines, of one stage or all; a torn last line is passed over.

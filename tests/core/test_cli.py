@@ -1,0 +1,63 @@
+"""The command line: quick, and one line for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from clover.cli import VERBS, main
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys\nfrom clover.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print('IMPORTED', *sorted(sys.modules), file=sys.stderr)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
+    done = run("--help")
+    assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
+    assert "not for diagnosis" in " ".join(done.stdout.split())
+    imported = set(done.stderr.split())
+    heavy = {"torch", "transformers", "timm", "scipy", "numpy", "PIL", "pydantic", "rich"}
+    assert "clover.cli" in imported and not imported & heavy
+
+
+@pytest.mark.parametrize("verb", ["ask", "chat", "fetch", "doctor"])
+def test_the_help_of_a_verb_has_an_example_and_does_not_import_torch(verb: str) -> None:
+    done = run(verb, "--help")
+    assert done.returncode == 0 and f"Example: clover {verb}" in done.stdout
+    assert not set(done.stderr.split()) & {"torch", "transformers", "timm", "scipy"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["aks"], "no verb 'aks'; did you mean 'ask'?"),
+        (["ask"], "Missing argument"),
+        (["ask", "--nonsense"], "No such option"),
+        (["ask", "m", "i", "q", "--beams", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert words in captured.err and captured.err.count("\n") == 1
+    assert captured.err.startswith("clover: ")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert not stop.value.code and "clover" in capsys.readouterr().out

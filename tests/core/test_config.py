@@ -1,0 +1,118 @@
+"""Recipes: closed to unknown keys, checked, and changed from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clover.core.config import RECIPES, Recipe, load_recipe
+from clover.core.errors import CloverError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ntune:\n  steps: 7\n")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_and_survives_its_own_yaml(path: Path) -> None:
+    recipe = load_recipe(path.stem)
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert load_recipe(path) == recipe
+
+
+def test_there_are_recipes() -> None:
+    assert {"phantom", "histology"} <= {path.stem for path in RECIPES.glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("tune:\n  stepss: 3", "unknown key 'tune.stepss'; did you mean 'steps'?"),
+        ("tunne: {}", "unknown key 'tunne'; did you mean 'tune'?"),
+        ("qformer:\n  num_query: 3", "did you mean 'num_queries'?"),
+        ("tune:\n  steps: 0", "tune.steps"),
+        ("tune:\n  learning_rate: -1", "tune.learning_rate"),
+        ("precision: half", "precision"),
+        ("qformer:\n  dropout: 1.5", "(found 1.5)"),
+        ("encoder:\n  kind: cnn", "encoder.kind"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: r\n{content}\n")
+    with pytest.raises(CloverError) as error:
+        load_recipe(path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "", "\x00"])
+def test_what_is_no_recipe_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(CloverError) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_change_values_and_the_last_one_counts(recipe: Path) -> None:
+    found = load_recipe(
+        recipe,
+        ("tune.steps=9", "tune.steps=11", "align.learning_rate=1e-4", "encoder.levels=[2, 3]",
+         "phantom.images=16", "tune.clip_norm=null", "seed=3"),
+    )  # fmt: skip
+    assert (found.tune.steps, found.align.learning_rate, found.seed) == (11, 1e-4, 3)
+    assert found.encoder.levels == (2, 3) and found.tune.clip_norm is None
+    assert found.phantom is not None and found.phantom.images == 16
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("tune.step=9", "did you mean 'steps'?"),
+        ("tune.steps", "section.key=value"),
+        ("=9", "section.key=value"),
+        ("tune.steps.more=9", "steps is a value, not a section"),
+        ("tune.steps=[", "is not a YAML value"),
+        ("tune.steps=many", "tune.steps"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(recipe: Path, setting: str, words: str) -> None:
+    with pytest.raises(CloverError) as error:
+        load_recipe(recipe, (setting,))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_named_like_a_shipped_recipe_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `clover phantom phantom` makes such a folder.
+    (tmp_path / "phantom").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("phantom").phantom is not None
+
+
+def test_the_fingerprint_changes_with_its_sections_and_no_others(recipe: Path) -> None:
+    before = load_recipe(recipe)
+    after = load_recipe(recipe, ("tune.steps=8",))
+    assert before.fingerprint("align", "qformer") == after.fingerprint("align", "qformer")
+    assert before.fingerprint("tune") != after.fingerprint("tune")
+
+
+def test_every_recipe_field_explains_itself() -> None:
+    def walk(model: type, path: str) -> list[str]:
+        silent = []
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            if not field.description:
+                silent.append(f"{path}{name}")
+            if hasattr(field.annotation, "model_fields"):
+                silent += walk(field.annotation, f"{path}{name}.")
+        return silent
+
+    assert walk(Recipe, "") == []

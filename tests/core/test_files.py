@@ -1,0 +1,98 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from clover.core.errors import CloverError, nearest
+from clover.core.files import (
+    atomic_path,
+    fingerprint,
+    read_json,
+    sha256_file,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+
+def test_a_failing_block_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), atomic_path(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    words = r"No space left.*run the same command again"
+    with pytest.raises(CloverError, match=words) as error, atomic_path(path) as partial:
+        partial.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(path) in str(error.value) and path.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_rows_that_fail_half_way_leave_the_old_lines(tmp_path: Path) -> None:
+    def rows() -> object:
+        yield {"a": 1}
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.jsonl"
+    assert write_jsonl(path, [{"ä": 1}, {"b": 2}]) == 2
+    with pytest.raises(KeyboardInterrupt):
+        write_jsonl(path, rows())  # type: ignore[arg-type]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"ä": 1}, {"b": 2}]
+
+
+def test_folders_are_made_and_the_file_is_readable_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deep" / "a.txt"
+    write_text(path, "x")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("x")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(CloverError, match="cannot write"):
+        write_text(tmp_path / "file" / "a.txt", "x")
+
+
+def test_nan_is_not_json_and_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path) == {"a": 1}
+
+
+def test_json_that_is_none_or_absent_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="no file"):
+        read_json(tmp_path / "absent.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(CloverError, match="is not JSON"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_hashes_are_of_content_and_order_of_keys_does_not_matter(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_file(tmp_path / "a") == expected
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_the_nearest_word_or_all_words_are_named() -> None:
+    assert nearest("stpes", ["steps", "seed"]) == "; did you mean 'steps'?"
+    assert nearest("zzz", ["steps", "seed"]) == "; known: seed, steps"
+    assert nearest("zzz", []) == ""

@@ -1,0 +1,155 @@
+"""Records as people have them: other columns, other line ends, and what is set aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clover.core.errors import CloverError
+from clover.core.record import (
+    Record,
+    image_path,
+    iterate_records,
+    read_records,
+    write_records,
+    write_rejected,
+)
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json"])
+def test_every_form_with_every_line_end_gives_the_same_records(
+    tmp_path: Path, form: str, end: str, mark: str
+) -> None:
+    rows = [
+        {"id": "1", "image": "a.png", "caption": 'Glands, "back to back"; naïve – 40×'},
+        {"id": "2", "image": "b.png", "caption": "Fat"},
+    ]
+    if form in ("csv", "tsv"):
+        split = {"csv": ",", "tsv": "\t"}[form]
+        quoted = [[value.replace('"', '""') for value in row.values()] for row in rows]
+        lines = [split.join(rows[0])] + [split.join(f'"{v}"' for v in row) for row in quoted]
+    elif form == "jsonl":
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    else:
+        lines = json.dumps(rows, ensure_ascii=False, indent=1).split("\n")
+    path = tmp_path / f"data.{form}"
+    path.write_bytes((mark + end.join(lines) + end).encode())
+    found = read_records(path, needs="caption")
+    assert [record.row() for record in found.records] == rows and found.rejected == []
+
+
+def test_other_peoples_column_names_are_understood_and_further_ones_kept(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "vqa.jsonl",
+        [{"qid": 7, "img": "x.png", "sent": "Is there fat?", "label": "Yes", "site": "skin"}],
+    )
+    record = read_records(path, needs="question").records[0]
+    assert (record.id, record.image, record.question) == ("7", "x.png", "Is there fat?")
+    assert record.answer == "Yes" and record.row()["site"] == "skin"
+
+
+def test_our_own_name_wins_over_a_synonym(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "c.jsonl", [{"caption": "ours", "text": "theirs", "image": "a", "path": "b"}]
+    )
+    record = read_records(path, needs="caption").records[0]
+    assert (record.caption, record.image) == ("ours", "a")
+
+
+def test_a_missing_column_names_those_found_and_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("image,captoin\na.png,Glands\n")
+    with pytest.raises(CloverError) as error:
+        read_records(path, needs="caption")
+    message = str(error.value)
+    assert "no 'caption' column (found: image, captoin)" in message
+    assert "did you mean 'captoin'?" in message and "\n" not in message
+
+
+def test_lines_that_cannot_be_used_are_set_aside_with_line_and_reason(tmp_path: Path) -> None:
+    good = {
+        "image": "a.png",
+        "question": "Is there fat?",
+        "answer": "Yes.",
+        "answer_type": "CLOSED",
+    }
+    lines = [
+        json.dumps({"id": 1, **good}),
+        json.dumps({"id": 2, **good, "question": "  "}),
+        json.dumps({"id": 3, **good, "answer": ""}),
+        json.dumps({"id": 4, **good, "answer": "There is some fat."}),
+        json.dumps({"id": 5, **good, "answer_type": "maybe"}),
+        json.dumps({"id": 1, **good}),
+        '{"id": 7, "torn',
+        "[1, 2]",
+        "",
+        json.dumps({"id": 8, **good, "answer": "no, none"}),
+    ]
+    path = tmp_path / "vqa.jsonl"
+    path.write_text("\n".join(lines))
+    found = read_records(path, needs="question")
+    assert [record.id for record in found.records] == ["1", "8"]
+    reasons = {item.line: item.reason for item in found.rejected}
+    assert reasons.pop(5).startswith("bad answer_type")
+    assert reasons == {
+        2: "empty question",
+        3: "empty answer",
+        4: "closed question answered with prose",
+        6: "duplicate id",
+        7: "not a JSON object",
+        8: "not a JSON object",
+    }
+    assert found.summary().startswith("2 records; 7 set aside (2 not a JSON object")
+    write_rejected(tmp_path / "rejected.jsonl", found.rejected)
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 7
+    write_rejected(tmp_path / "none.jsonl", [])
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.jsonl", None, "no file"),
+        ("empty.jsonl", "", "the file is empty"),
+        ("bad.json", "{", "is not JSON"),
+        ("one.json", "{}", "is not a JSON list"),
+        ("all-bad.jsonl", '{"caption": " "}\n', "no usable record: 1 empty caption"),
+    ],
+)
+def test_a_file_without_one_good_record_is_one_line(
+    tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CloverError) as error:
+        read_records(tmp_path / name, needs="caption")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_written_is_read_back_and_the_limit_holds(tmp_path: Path) -> None:
+    records = [Record(id=str(i), image=f"{i}.png", caption=f"n° {i}") for i in range(5)]
+    path = tmp_path / "deep" / "records.jsonl"
+    assert write_records(path, records) == 5
+    assert read_records(path).records == records
+    assert read_records(path, limit=2).records == records[:2]
+    assert list(iterate_records(path)) == records
+
+
+def test_a_line_without_id_gets_one_that_tells_file_and_line(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "c.jsonl", [{"caption": "a"}, {"caption": "b"}])
+    assert [record.id for record in read_records(path).records] == ["c-1", "c-2"]
+
+
+def test_a_record_without_an_image_says_so(tmp_path: Path) -> None:
+    assert image_path(Record(id="1", image="a.png"), tmp_path) == tmp_path / "a.png"
+    with pytest.raises(CloverError, match="record 1 names no image"):
+        image_path(Record(id="1"), tmp_path)
