@@ -81,7 +81,8 @@ def contact_sheet(seed: int = 0, *, scale: float = 0.56) -> Image.Image:
         for column, (label, case) in enumerate(cells):
             left = _GAP + column * (side + _GAP)
             top = _GAP + row * (side + _LABEL_HEIGHT + _GAP)
-            label = label.replace("immunohistochemistry", "IHC")
+            label = label.replace("immunohistochemistry", "IHC").replace("h&e", "H&E")
+            label = label.replace("pas", "PAS").replace("infiltrate, ", "inf., ")
             pen.text((left, top + 3), label, fill="black", font=font)
             tile = Image.fromarray(render(case)).resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(tile, (left, top + _LABEL_HEIGHT))

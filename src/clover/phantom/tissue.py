@@ -305,7 +305,7 @@ def kidney(canvas: Canvas, rng: Generator) -> None:
     canvas.add("small", points_in((tuft > 0.8) & (loops < 0.7), tight))
     wall, direction = ring(np.array(centre), radius, canvas.spacing * 1.5, rng)
     canvas.add("flat", plane.back(wall), direction + np.pi / 2, is_parenchyma=False)
-    spacing = max(canvas.spacing * 0.85, 9.0)
+    spacing = max(canvas.spacing, 9.5)
     rings = [ring(middle, pitch * 0.34, spacing, rng)[0] for middle in centres]
     points = plane.back(np.concatenate(rings))
     canvas.add("round", points_in((tubule > 0.7) & (hollow < 0.3), points))
