@@ -64,11 +64,13 @@ def score(predictions: Path, protocol: str, as_json: bool, **options: Any) -> No
         warning for found in scores.values() for warning in found["details"]["warnings"]
     ):
         click.echo(f"clover: {line}", err=True)
+    for line in [] if other is None else other[1].problems.lines():
+        click.echo(f"clover: {against}: {line}", err=True)
     if as_json:
         if comparison is not None:
             for name, found in comparison.items():
                 scores[name]["against"] = {"file": str(against), **found}
-        click.echo(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+        click.echo(json.dumps(scores, indent=2, allow_nan=False, default=str))
         return
     click.echo("\n".join(score_lines(scores)))
     if comparison is not None:

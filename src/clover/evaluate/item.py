@@ -99,7 +99,7 @@ def _parsed(lines: Iterable[str], problems: Problems) -> Iterator[dict[str, Any]
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError also for numbers of 5,000 digits
             problems.add("lines are not JSON and were left out", f"line {number}")
             continue
         if isinstance(row, dict):

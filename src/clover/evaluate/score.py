@@ -190,7 +190,8 @@ def compare_files(
     """Compare two rated files over the items that both hold: first minus second, in points.
 
     Returns:
-        By protocol and score the paired bootstrap's figures; closed has McNemar's test beside.
+        By protocol and score the paired bootstrap's figures, closed with McNemar's test beside,
+        and pairs: how many items both files hold.
 
     Raises:
         CloverError: the files share no id.
@@ -219,6 +220,7 @@ def compare_files(
             )
             for place, key in enumerate(SCORE_KEYS)
         }
+        result[protocol.name]["pairs"] = len(pairs)
         result[protocol.name]["closed"]["mcnemar"] = mcnemar(left[:, 0], right[:, 0])
     return result
 

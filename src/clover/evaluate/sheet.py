@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
 from clover.evaluate.prior import majority, question_only
-from clover.evaluate.protocol import DROPPED, METRICS, Item, Protocol
+from clover.evaluate.protocol import DROPPED, METRICS, Item, Protocol, Rating
 from clover.evaluate.protocol.strict import gold_label, strict_form
 
 SCORE_KEYS = ("closed", "open_recall", "open_precision", "open_f1", "open_exact")
@@ -44,8 +44,8 @@ class Sheet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, item: Item) -> None:
-        """Rate one item under every protocol."""
+    def add(self, item: Item) -> list[Rating]:
+        """Rate one item under every protocol; return the ratings in their order."""
         self.ids.append(item.id)
         image = item.image
         self.images.append(None if image is None else self._same.setdefault(image, image))
@@ -56,12 +56,13 @@ class Sheet:
         self._question_codes.append(self._questions.setdefault(form, len(self._questions)))
         answer = gold or strict_form(item.answer)
         self._answer_codes.append(self._answers.setdefault(answer, len(self._answers)))
-        for protocol in self.protocols:
-            rating = protocol.rate(item)
+        ratings = [protocol.rate(item) for protocol in self.protocols]
+        for protocol, rating in zip(self.protocols, ratings, strict=True):
             self._ratings[protocol.name].extend(
                 [_NAN if value is None else value for value in rating[:5]]
             )
             self._labels[protocol.name].append(_LABELS[rating.label])
+        return ratings
 
     def ratings(self, name: str) -> NDArray[np.float64]:
         """Return a protocol's ratings [N, 5] in the order of `METRICS`; NaN where there is none."""
@@ -187,9 +188,7 @@ def _summary(table: NDArray[np.float64], means: NDArray[np.float64]) -> dict[str
 def rated_rows(sheet: Sheet, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
     """Rate items one by one and yield a row an item and protocol, for `--per-item`."""
     for item in items:
-        sheet.add(item)
-        for protocol in sheet.protocols:
-            rating = protocol.rate(item)
+        for protocol, rating in zip(sheet.protocols, sheet.add(item), strict=True):
             row: dict[str, Any] = {"id": item.id, "protocol": protocol.name}
             row.update(zip(METRICS, rating[:5], strict=True))
             if rating.closed == DROPPED:

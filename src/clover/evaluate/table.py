@@ -99,7 +99,7 @@ def _baseline_lines(details: Mapping[str, Any]) -> list[str]:
 def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:
     """Return a paired comparison as an aligned table: ours minus theirs, in points."""
     rows = [[f"minus {against}", "protocol", "points [95 %]", "p", "n"]]
-    notes = []
+    notes: list[str] = []
     for name, found in comparison.items():
         for key, title in _TITLES.items():
             figure = found[key]
@@ -107,6 +107,8 @@ def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) 
                 value = {**figure, "value": figure["difference"]}
                 p_value = "-" if figure["p_value"] is None else f"{figure['p_value']:.3f}"
                 rows.append([title, name, cell(value), p_value, f"{figure['n']:,}"])
+        if not notes:
+            notes.append(f"{found['pairs']:,} items are in both files")
         test = found["closed"]["mcnemar"]
         if test["n"]:
             notes.append(
