@@ -322,6 +322,9 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} is a model folder of format {found}, this CLOVER reads {_FORMAT}; "
             "use the CLOVER version named in its config.json"
         )
+    lacking = [name for name in ("name", "recipe", "encoder", "language") if name not in config]
+    if lacking:
+        raise CloverError(f"{path}/config.json lacks '{lacking[0]}': it is not whole")
     return config
 
 
@@ -341,7 +344,7 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     try:
         recipe = Recipe.model_validate(config["recipe"])
     except ValidationError as error:
-        raise CloverError(f"{path}/config.json holds an unreadable recipe: {error}") from error
+        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     where = choose_device(device, precision)  # type: ignore[arg-type]
     encoder = load_encoder(recipe.encoder)
     if encoder.revision != config["encoder"]["revision"]:

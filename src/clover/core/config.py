@@ -280,7 +280,8 @@ def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain_error(error: ValidationError, source: str) -> str:
+    """Return a validation error of a recipe as one line that names the key and the nearest."""
     first = error.errors()[0]
     path = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -345,4 +346,4 @@ def load_recipe(name: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise CloverError(_explain(error, str(path))) from error
+        raise CloverError(explain_error(error, str(path))) from error

@@ -1,0 +1,106 @@
+"""Stage 1 as a whole: it learns, writes what it promises, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clover.align.contrast import contrastive_loss, similarity
+from clover.align.match import Negatives, sample_negatives
+from clover.align.run import align
+from clover.core.errors import CloverError
+from clover.core.files import read_json
+from clover.core.run import RunFolder
+from tiny import Tiny, tiny_recipe
+
+
+def test_training_brings_images_and_their_captions_together(tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"steps": 60, "batch_size": 12, "learning_rate": 3e-3}
+    recipe = tiny_recipe(tiny.folder, align=settings, qformer={"dropout": 0.0})
+    found = align(
+        recipe,
+        captions=tiny.captions,
+        out=tmp_path,
+        cache=tiny.folder / "cache",
+        validation=tiny.captions,
+    )
+    rows = RunFolder(tmp_path).metrics("align")
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    for name in ("contrast", "match", "caption"):
+        assert rows[-1][name] < rows[0][name], name
+    assert found.scores is not None
+    # 24 pairs, colour decides the tissue: chance is 1 in 6 texts at the first place.
+    assert found.scores.image_to_text_recall_5 >= 80
+    assert read_json(tmp_path / "align.scores.json") == found.scores.row()
+
+
+def test_it_leaves_weights_metrics_and_the_bill(tiny: Tiny, tmp_path: Path) -> None:
+    found = align(tiny.recipe, captions=tiny.captions, out=tmp_path, cache=tiny.folder / "cache")
+    state = load_file(str(found.weights))
+    assert {"heads.temperature", "qformer.query_tokens", "vision_norm.weight"} <= set(state)
+    assert {item["stage"] for item in RunFolder(tmp_path).costs()} == {"features", "align"}
+    assert (tmp_path / "recipe.yaml").exists() and found.is_finished
+
+
+@pytest.mark.parametrize("which", [["contrast"], ["match"], ["caption"], ["contrast", "caption"]])
+def test_losses_can_be_left_out(tiny: Tiny, tmp_path: Path, which: list[str]) -> None:
+    recipe = tiny_recipe(tiny.folder, align={"losses": which, "steps": 10})
+    align(recipe, captions=tiny.captions, out=tmp_path, cache=tiny.folder / "cache")
+    row = RunFolder(tmp_path).metrics("align")[0]
+    assert {"contrast", "match", "caption"} & set(row) == set(which)
+    assert row["loss"] == pytest.approx(sum(row[name] for name in which), abs=1e-4)
+
+
+def test_what_is_set_aside_is_listed_in_the_run_folder(tiny: Tiny, tmp_path: Path) -> None:
+    lines = tiny.captions.read_text().splitlines()
+    broken = json.dumps({"id": "gone", "image": "images/gone.png", "caption": "x"})
+    data = tmp_path / "captions.jsonl"
+    data.write_text("\n".join([*lines, broken]))
+    recipe = tiny_recipe(tiny.folder, data={"images": str(tiny.folder / "data")})
+    found = align(
+        recipe, captions=data, out=tmp_path / "run", cache=tiny.folder / "cache", max_steps=1
+    )
+    listed = (tmp_path / "run" / "align.rejected.jsonl").read_text().splitlines()
+    assert len(listed) == 1 and "missing image" in listed[0]
+    assert "1 set aside" in found.summary
+
+
+def test_one_pair_a_batch_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny.folder, align={"batch_size": 1})
+    with pytest.raises(CloverError, match=r"at least 2 pairs a batch.*align\.batch_size 1"):
+        align(recipe, captions=tiny.captions, out=tmp_path, cache=tiny.folder / "cache")
+
+
+def test_the_contrast_of_perfect_pairs_is_smaller_than_of_swapped_ones() -> None:
+    vectors = torch.eye(4)
+    images = vectors[:, None].expand(4, 2, 4)
+    temperature = torch.tensor(0.07)
+    right = contrastive_loss(similarity(images, vectors, temperature), label_smoothing=0.0)
+    wrong = contrastive_loss(similarity(images, vectors.roll(1, 0), temperature), label_smoothing=0)
+    assert right < 1e-4 and wrong > 10
+
+
+def test_an_image_is_as_similar_to_a_text_as_its_best_query() -> None:
+    image = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [-1.0, 0.0]]])
+    text = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    found = similarity(image, text, torch.tensor(0.5))
+    torch.testing.assert_close(found.image_to_text, torch.tensor([[2.0, 2.0], [1.6, 1.2]]))
+    torch.testing.assert_close(found.text_to_image, found.image_to_text.T)
+
+
+def test_a_single_pair_has_no_negative() -> None:
+    one = similarity(torch.ones(1, 1, 2), torch.ones(1, 2), torch.tensor(1.0))
+    with pytest.raises(CloverError, match="the least is 2"):
+        sample_negatives(one)
+
+
+def test_of_two_pairs_the_negative_is_the_other() -> None:
+    two = similarity(torch.randn(2, 3, 4), torch.randn(2, 4), torch.tensor(0.07))
+    for _ in range(5):
+        found = sample_negatives(two)
+        assert isinstance(found, Negatives)
+        assert found.image_for_text.tolist() == found.text_for_image.tolist() == [1, 0]
