@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clover import __version__
 from clover.core.assets import resolve
-from clover.core.config import LanguageConfig, PromptConfig, Recipe
+from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
