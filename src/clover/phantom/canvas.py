@@ -14,7 +14,7 @@ from clover.phantom.case import SIZE, Case, Region
 from clover.phantom.stamp import Blend, choose, paste
 from clover.phantom.texture import Layer, Points, grid, smooth_noise
 
-_SPACING = {"low": 25.0, "moderate": 14.5, "high": 9.0}
+_SPACING = {"low": 29.0, "moderate": 14.5, "high": 9.0}
 
 
 def _empty() -> Layer:

@@ -81,7 +81,7 @@ def infiltrate(canvas: Canvas, rng: Generator, region: Region) -> None:
     distance = _region_distance(rng, region)
     mask = _region_mask(distance, region)
     lymphoid = canvas.case.infiltrate == "lymphoid"
-    every = jittered_points(rng, 9.4 if lymphoid else 11.4, jitter=0.2)
+    every = jittered_points(rng, 8.9 if lymphoid else 11.4, jitter=0.2)
     dense, fringe = points_in(mask > 0.4, every), points_in(distance < 1.45, every)
     stragglers = fringe[rng.random(len(fringe)) < 0.12]
     canvas.drop_sites(mask > 0.3)

@@ -180,7 +180,7 @@ def adipose_tissue(canvas: Canvas, rng: Generator) -> None:
     pitch = rng.uniform(50, 60)
     centres = jittered_points(rng, pitch, jitter=0.16, margin=40)
     nearest, second, which = two_nearest(plane.x, plane.y, centres)
-    half_wall = float(np.interp(canvas.spacing, [9.0, 14.5, 25.0], [4.6, 2.4, 1.3]))
+    half_wall = float(np.interp(canvas.spacing, [9.0, 14.5, 29.0], [4.6, 2.4, 1.3]))
     to_wall = (second - nearest) / 2
     vacuole = soft_step(np.minimum(to_wall - half_wall, 0.56 * pitch - nearest))
     wall = 1 - vacuole
@@ -209,7 +209,7 @@ def liver(canvas: Canvas, rng: Generator) -> None:
     field = band_noise(rng, 60.0)
     labyrinth = np.abs(field)
     slit = soft_step(0.24 - labyrinth, 0.1)
-    spacing = float(np.clip(canvas.spacing * 1.22, 11.5, 28.0))
+    spacing = float(np.clip(canvas.spacing * 1.22, 11.5, 33.0))
     centres = jittered_points(rng, spacing, margin=20)
     nearest, second, _ = two_nearest(plane.x, plane.y, centres)
     border = np.exp(-(((second - nearest) / 2.0) ** 2))
@@ -323,7 +323,7 @@ def lung(canvas: Canvas, rng: Generator) -> None:
     pitch = rng.uniform(72, 88)
     centres = jittered_points(rng, pitch, jitter=0.26, margin=60)
     nearest, second, _ = two_nearest(plane.x, plane.y, centres, step=4)
-    half_wall = float(np.interp(canvas.spacing, [9.0, 14.5, 25.0], [7.5, 5.5, 4.0]))
+    half_wall = float(np.interp(canvas.spacing, [9.0, 14.5, 29.0], [7.5, 5.5, 4.0]))
     rough = 1.6 * smooth_noise(rng, 4.0)
     gaps = soft_step(smooth_noise(rng, 16.0) - 1.35, 0.15)
     wall = soft_step(half_wall + rough - (second - nearest) / 2, 1.2) * (1 - gaps)
