@@ -95,7 +95,9 @@ class Asker:
         start = time.perf_counter()
         try:
             reply = await self._client.send(request.body)
-            estimated_input = estimate_message_tokens(request.body["messages"])
+            estimated_input = 0
+            if reply.tokens is None:
+                estimated_input = estimate_message_tokens(request.body["messages"])
             seconds = time.perf_counter() - start
             self.settle(attempt, reply, estimated_input=estimated_input, seconds=seconds)
         except Refused as error:

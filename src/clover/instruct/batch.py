@@ -193,7 +193,7 @@ class _Runner:
             if response.get("status_code") != 200:
                 error = body.get("error") or row.get("error") or {}
                 raise Lost(f"{response.get('status_code')}: {error.get('message', 'no reason')}")
-            self._asker.settle(attempt, _reply(body), estimated_input=worst_input // 4)
+            self._asker.settle(attempt, read_reply(body), estimated_input=worst_input // 4)
         except Unusable as error:
             self._ledger.fail(key, str(error), is_final=False)
         except Lost as error:
@@ -220,10 +220,3 @@ def _line(attempt: int, request: Request) -> bytes:
         "body": request.body,
     }
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-
-
-def _reply(body: dict[str, Any]) -> Any:
-    """Read a result's body as the official client reads a reply."""
-    from openai.types.chat import ChatCompletion
-
-    return read_reply(ChatCompletion.construct(**body))

@@ -55,7 +55,9 @@ _CHATTER = re.compile(
     r"|\bMicro\b(?=\s+(?:H&E|GMS|PAS|low|med|high|[A-Z])|\s*$)",
     re.I,
 )
-_ARROWS = re.compile(r"\s*\(?\b(?:arrow(?:head)?s?|asterisks?)\)?\b", re.I)
+_ARROWS = re.compile(
+    r"\s*\(\s*(?:arrow(?:head)?s?|asterisks?)\s*\)|\s*\b(?:arrow(?:head)?s?|asterisks?)\b", re.I
+)
 
 
 @dataclass

@@ -166,7 +166,16 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
 @click.option("--out", required=True, type=_FILE, help="JSONL to write.")
 @click.option("--captions", type=_FILE, help="Captions by image, when the records carry none.")
 @click.option("--review", type=_FILE, help="JSONL of {id, verdict} from the stats page.")
-def filter_file(file: Path, out: Path, captions: Path | None, review: Path | None) -> None:
+@click.option(
+    "--min-overlap",
+    type=float,
+    default=0.6,
+    show_default=True,
+    help="Share of an answer's words that the caption must hold.",
+)
+def filter_file(
+    file: Path, out: Path, captions: Path | None, review: Path | None, min_overlap: float
+) -> None:
     """Keep the good pairs; list every other one with the rule that turned it away.
 
     \b
@@ -177,13 +186,17 @@ def filter_file(file: Path, out: Path, captions: Path | None, review: Path | Non
     from clover.core.record import read_records, write_records, write_rejected
     from clover.instruct.filter import filter_records, rule_counts
 
+    if not 0 <= min_overlap <= 1:
+        raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
     records = read_records(file, needs="question")
     by_image = None
     if captions is not None:
         known = read_records(captions, needs="caption").records
         by_image = {item.image: item.caption for item in known if item.image and item.caption}
     reviewed = _verdicts(review) if review is not None else None
-    kept, rejected = filter_records(records.records, captions=by_image, reviewed=reviewed)
+    kept, rejected = filter_records(
+        records.records, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
+    )
     rejected = [*records.rejected, *rejected]
     write_records(out, kept)
     rejected_file = Path(f"{out}.rejected.jsonl")

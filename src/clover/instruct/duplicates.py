@@ -15,7 +15,8 @@ from clover.core.files import fingerprint
 
 _PERMUTATIONS = 64
 _BANDS = 16
-_PRIME = (1 << 61) - 1
+# Products of two numbers below it fit into 64 bits, and wrap around it often enough to mix.
+_PRIME = (1 << 31) - 1
 
 
 class NearDuplicates:
@@ -28,8 +29,8 @@ class NearDuplicates:
     def __init__(self, threshold: float = 0.8) -> None:
         self.threshold = threshold
         generator = np.random.default_rng(0)
-        self._multiply = generator.integers(1, 1 << 31, _PERMUTATIONS, dtype=np.uint64)
-        self._add = generator.integers(0, 1 << 31, _PERMUTATIONS, dtype=np.uint64)
+        self._multiply = generator.integers(1, _PRIME, _PERMUTATIONS, dtype=np.uint64)
+        self._add = generator.integers(0, _PRIME, _PERMUTATIONS, dtype=np.uint64)
         self._bands: dict[tuple[str, int, bytes], list[int]] = defaultdict(list)
         self._sets: list[frozenset[str]] = []
 

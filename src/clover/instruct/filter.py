@@ -37,6 +37,7 @@ def filter_records(
     *,
     captions: Mapping[str, str] | None = None,
     reviewed: Mapping[str, str] | None = None,
+    min_overlap: float = support.MIN_OVERLAP,
 ) -> tuple[list[Record], list[Rejection]]:
     """Keep the records that pass every rule.
 
@@ -45,6 +46,8 @@ def filter_records(
             is checked against; without one, and without an entry in `captions`, only the rules
             that need no caption are applied.
         captions: Image to caption, for records that carry none.
+        min_overlap: Share of an answer's telling words that must stand in the caption; lower it
+            for answers that explain more than the caption says.
         reviewed: Record id to "keep" or "reject", from a review by hand; it overrules the rules.
 
     Returns:
@@ -56,7 +59,7 @@ def filter_records(
     for number, record in enumerate(records, start=1):
         verdict = (reviewed or {}).get(record.id)
         caption = record.caption or (captions or {}).get(record.image or "")
-        reason = None if verdict == "keep" else _reason(record, caption)
+        reason = None if verdict == "keep" else _reason(record, caption, min_overlap)
         if verdict == "reject":
             reason = "review: rejected by hand"
         if reason is None and verdict != "keep":
@@ -73,7 +76,7 @@ def rule_counts(rejected: Iterable[Rejection]) -> Counter[str]:
     return Counter(item.reason.split(":")[0] for item in rejected)
 
 
-def _reason(record: Record, caption: str | None) -> str | None:
+def _reason(record: Record, caption: str | None, min_overlap: float) -> str | None:
     for rule in RULES:
         reason = rule(record)
         if reason is not None:
@@ -81,7 +84,13 @@ def _reason(record: Record, caption: str | None) -> str | None:
     if caption is None or record.origin in _TRUSTED:
         return None
     span = getattr(record, "support", None)
-    return support.fault(record.question or "", record.answer or "", caption, span)
+    return support.fault(
+        record.question or "",
+        record.answer or "",
+        caption,
+        support=span,
+        min_overlap=min_overlap,
+    )
 
 
 def _unparseable(record: Record) -> str | None:

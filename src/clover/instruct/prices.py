@@ -19,6 +19,8 @@ _PER_REQUEST = 3
 # Letters that one token carries on average beyond the first piece of a word (see docs/instruct.md).
 _LETTERS_PER_PIECE = 4.5
 _WHOLE_WORD = 7
+# Words in capitals are rare in what tokenisers learn from, and fall apart.
+_LETTERS_PER_CAPITAL_PIECE = 2.2
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def estimate_tokens(text: str) -> int:
     for piece in _PIECE.findall(text):
         if not piece[0].isascii():
             count += max(1.0, len(piece.encode()) / 2.5)
+        elif piece.isupper() and len(piece) > 3:
+            count += len(piece) / _LETTERS_PER_CAPITAL_PIECE
         elif piece[0].isalpha():
             extra = max(0, len(piece) - _WHOLE_WORD)
             count += 1 + extra / _LETTERS_PER_PIECE

@@ -24,7 +24,12 @@ from clover.instruct.vocabulary import (
 
 MIN_OVERLAP = 0.6
 """Share of an answer's telling words that must stand in the caption."""
+_SENTENCE_SHARE = 0.57
+"""Of that share, what each sentence needs: a long answer must not carry one that is made up."""
+_WORDS_WITHOUT_NOISE = 80
+"""In longer captions ordinary words stand in so many clauses that their negation says nothing."""
 
+_SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?(?!\w)|\b(?:I{1,3}|IV|VI{0,3})\b")
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _ROMAN = {"I": "1", "II": "2", "III": "3", "IV": "4", "V": "5", "VI": "6", "VII": "7", "VIII": "8"}
@@ -40,6 +45,8 @@ class Statement:
     """(dictionary, term) pairs."""
     denied: frozenset[tuple[str, str]]
     numbers: frozenset[str]
+    implied: str = ""
+    """Words that follow from the text: of a fibroadenoma, "benign"."""
 
 
 def read_statement(text: str) -> Statement:
@@ -58,9 +65,11 @@ def read_caption(caption: str) -> Statement:
     """Read a caption, with what its words imply: a carcinoma is a tumour."""
     statement = read_statement(caption)
     stems = set(statement.stems)
+    implied: list[str] = []
     for causes, effects in _implied():
         if causes & statement.stems:
-            stems |= effects
+            stems |= {stem(word) for word in effects}
+            implied += effects
     terms = {stem for _, term in statement.affirmed | statement.denied for stem in _stems(term)}
     return Statement(
         caption,
@@ -68,6 +77,7 @@ def read_caption(caption: str) -> Statement:
         statement.affirmed,
         statement.denied,
         statement.numbers,
+        " ".join(implied),
     )
 
 
@@ -76,9 +86,9 @@ def _stems(text: str) -> list[str]:
 
 
 @functools.cache
-def _implied() -> list[tuple[frozenset[str], frozenset[str]]]:
+def _implied() -> list[tuple[frozenset[str], list[str]]]:
     pairs = load_yaml("dictionary/language")["implied"]
-    return [(frozenset(map(stem, a)), frozenset(map(stem, b))) for a, b in pairs]
+    return [(frozenset(map(stem, causes)), effects) for causes, effects in pairs]
 
 
 @functools.cache
@@ -99,7 +109,14 @@ def _numbers(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def fault(question: str, answer: str, caption: str, support: str | None = None) -> str | None:
+def fault(
+    question: str,
+    answer: str,
+    caption: str,
+    *,
+    support: str | None = None,
+    min_overlap: float = MIN_OVERLAP,
+) -> str | None:
     """Return why a caption does not support a pair, or None.
 
     Args:
@@ -107,6 +124,7 @@ def fault(question: str, answer: str, caption: str, support: str | None = None) 
         answer: The answer.
         caption: The caption that the pair was made from.
         support: The words of the caption that the model gave as the answer's ground.
+        min_overlap: Share of the answer's telling words that must stand in the caption.
     """
     source = read_caption(caption)
     if support and not _holds(caption, support):
@@ -124,17 +142,19 @@ def fault(question: str, answer: str, caption: str, support: str | None = None) 
         reason = _terms_fault(asked, source, "question")
         if reason is not None:
             return reason
-    return _answer_fault(read_statement(rest), source, asked)
+    return _answer_fault(read_statement(rest), source, asked, min_overlap)
 
 
-def _answer_fault(answer: Statement, source: Statement, asked: Statement) -> str | None:
+def _answer_fault(
+    answer: Statement, source: Statement, asked: Statement, min_overlap: float
+) -> str | None:
     checks: tuple[Callable[[], str | None], ...] = (
         lambda: _negation_fault(answer, source),
         lambda: _normality_fault(answer, source),
         lambda: _terms_fault(answer, source, "answer"),
         lambda: _number_fault(answer, source),
         lambda: _opposite_fault(answer, source),
-        lambda: _overlap_fault(answer, source),
+        lambda: _overlap_fault(answer, source, min_overlap),
         lambda: _question_fault(asked, source),
     )
     return next((reason for check in checks if (reason := check()) is not None), None)
@@ -191,7 +211,7 @@ def _speaks_against(asked: Statement, source: Statement) -> str | None:
     for side, other in _sides():
         if (
             side.search(asked.text)
-            and _affirms(other, source.text)
+            and (_affirms(other, source.text) or other.search(source.implied))
             and not side.search(source.text)
         ):
             return "states the opposite"
@@ -251,6 +271,8 @@ def _negation_fault(answer: Statement, source: Statement) -> str | None:
         return f"contradiction: the caption denies {term[1]}"
     for term in sorted(answer.denied & source.affirmed):
         return f"contradiction: the caption states {term[1]}, the answer denies it"
+    if len(source.text.split()) > _WORDS_WITHOUT_NOISE:
+        return None
     # Words that no dictionary knows: "goblet cells are not reduced".
     for word in re.finditer(r"[^\W\d_]{5,}", source.text):
         found = stem(word.group())
@@ -302,12 +324,18 @@ def _opposite_fault(answer: Statement, source: Statement) -> str | None:
     return None
 
 
-def _overlap_fault(answer: Statement, source: Statement) -> str | None:
+def _overlap_fault(answer: Statement, source: Statement, min_overlap: float) -> str | None:
     if not answer.stems:
         return "unsupported: the answer says nothing of the tissue"
     share = len(answer.stems & source.stems) / len(answer.stems)
-    if share < MIN_OVERLAP:
+    if share < min_overlap:
         return f"unsupported: {share:.0%} of the answer's words are in the caption"
+    for sentence in _SENTENCE.split(answer.text):
+        stems = set(_stems(sentence))
+        if len(stems) >= 2 and len(stems & source.stems) < _SENTENCE_SHARE * min_overlap * len(
+            stems
+        ):
+            return f"unsupported: nothing in the caption says '{sentence.strip()[:60]}'"
     return None
 
 

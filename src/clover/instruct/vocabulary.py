@@ -28,7 +28,9 @@ def _pattern(variants: Iterable[str]) -> str:
 @functools.cache
 def load_yaml(name: str) -> Any:
     """Return one of this room's YAML files, by its path without the ending."""
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    # The C loader is as safe and nine times as fast; every command reads these lists.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader=loader)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ def is_denied(text: str, start: int, end: int) -> bool:
     if _negation().search(clause):
         return True
     after = _SENTENCE.split(text[end : end + _REACH])[0]
+    # "prominent nucleoli, and follicles are absent": a new clause begins at the comma.
+    after = re.split(r",\s+and\b", after)[0]
     boundary = words("boundaries").search(after)
     return bool(words("negations_after").search(after[: boundary.start()] if boundary else after))
 
@@ -140,11 +144,10 @@ def _canonical() -> dict[str, str]:
 def stem(word: str) -> str:
     """Return a crude stem: British and American spelling, plural and verb endings fall together."""
     word = word.lower().replace("’", "'").removesuffix("'s")
-    canonical = _canonical().get(word)
-    if canonical is None and word.endswith("s"):
-        canonical = _canonical().get(word[:-1])
-    if canonical is not None:
-        return canonical
+    for ending in ("", "s", "d", "ed", "ing"):
+        known = _canonical().get(word.removesuffix(ending)) if word.endswith(ending) else None
+        if known is not None:
+            return known
     word = word.replace("aem", "em").replace("oed", "ed").replace("our", "or")
     for ending in ("ization", "isation", "ations", "ation", "ingly", "ing", "edly", "ised", "ized"):
         if word.endswith(ending) and len(word) - len(ending) >= 4:

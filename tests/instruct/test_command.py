@@ -1,0 +1,183 @@
+"""The verbs as a user types them, with good files and bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clover.cli import main
+
+from .endpoint import Endpoint, Running, url
+
+CSV = (
+    'image,caption\na.png,"Liver, H&E, with fatty change and no fibrosis."\nb.png,Kidney: normal.\n'
+)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "captions.csv"
+    path.write_text(CSV)
+    return path
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_template_filter_mix_and_stats_follow_on_each_other(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, good, mixed = tmp_path / "t.jsonl", tmp_path / "g.jsonl", tmp_path / "h.jsonl"
+    page = tmp_path / "stats.html"
+    assert run("instruct", "template", source, "--out", made) == 0
+    assert run("instruct", "filter", made, "--out", good) == 0
+    assert run("instruct", "mix", good, "--out", mixed, "--val", "0.5", "--per-image", "3") == 0
+    assert run("instruct", "stats", mixed, "--out", page) == 0
+    assert {row["split"] for row in rows(mixed)} <= {"train", "val"}
+    card = json.loads((tmp_path / "h.jsonl.card.json").read_text())
+    assert card["records"] == len(rows(mixed))
+    text = page.read_text()
+    assert "not for diagnosis" in text
+    assert "Body parts" in text
+    for foreign in ('src="', "href=", "@import", "http://", "https://"):
+        assert foreign not in text
+    capsys.readouterr()
+
+
+def test_generate_and_ledger(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.jsonl"
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", source, "--out", out, "--endpoint", url(endpoint))
+        words = (*words, "--model", "m", "--price", "1,2")
+        assert run(*words, "--dry-run") == 0
+        assert endpoint.requests == 0
+        assert "Nothing was sent" in capsys.readouterr().out
+        assert run(*words) == 0
+        capsys.readouterr()
+        for name in (out, f"{out}.ledger.sqlite"):
+            assert run("instruct", "ledger", name, "--json") == 0
+            found = json.loads(capsys.readouterr().out)
+            assert (found["requests"], found["done"], found["failed"]) == (2, 2, 0)
+            assert found["input_tokens"] == endpoint.input_tokens
+            assert found["output_tokens"] == endpoint.output_tokens
+            dollars = (endpoint.input_tokens + 2 * endpoint.output_tokens) / 1e6
+            assert found["usd"] == pytest.approx(dollars, abs=1e-6)
+
+
+def test_budget_reached_is_said_and_exits_with_2(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", source, "--out", tmp_path / "o", "--model", "m")
+        words = (*words, "--endpoint", url(endpoint), "--price", "100,100", "--budget", "0.01")
+        assert run(*words) == 2
+        assert endpoint.requests == 0
+    error = capsys.readouterr().err
+    assert "budget of $0.01" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image,note\na.png,Liver\n", "no 'caption' column (found: image, note)"),
+        ("", "the file is empty"),
+        ("image,caption\na.png,\nb.png,  \n", "no usable record: 2 empty caption"),
+        ("image,caption\na.png,NaN\n", "no caption that can be asked about"),
+    ],
+)
+def test_a_bad_caption_file_is_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text(content)
+    code = run("instruct", "template", path, "--out", tmp_path / "o")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("instruct", "template", tmp_path / "absent.csv", "--out", tmp_path / "o") == 2
+    assert "absent.csv" in capsys.readouterr().err
+
+
+def test_messy_captions_are_used_or_set_aside_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "o.jsonl"
+    lines = [
+        json.dumps({"img": "1.png", "description": "<i>Liver</i> with fat \U0001f52c"}),
+        json.dumps({"img": "2.png", "description": float("nan")}),
+        json.dumps({"img": "3.png", "description": "Die Leber ist mit der Niere und dem Herz da"}),
+        json.dumps({"img": "4.png", "description": "liver " * 2_000_000}),
+        json.dumps({"img": "5.png", "description": ""}),
+        '{"img": "6.png", "descr',
+        json.dumps({"img": "7.png", "description": "Kidney\r\nwith fibrosis"}),
+    ]
+    path.write_bytes("\r\n".join(lines).encode())
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", path, "--out", out, "--endpoint", url(endpoint))
+        assert run(*words, "--model", "m") == 0
+        assert endpoint.requests == 2
+    assert {row["image"] for row in rows(out)} == {"1.png", "7.png"}
+    reasons = {row["reason"].split(" 8,")[0] for row in rows(Path(f"{out}.rejected.jsonl"))}
+    assert len(rows(Path(f"{out}.rejected.jsonl"))) == 5
+    assert {"not in English", "empty caption", "not a JSON object"} <= reasons
+    assert any("longer than" in reason for reason in reasons)
+    assert Path(f"{out}.rejected.jsonl").stat().st_size < 10_000
+    capsys.readouterr()
+
+
+def test_verdicts_of_a_review_are_applied(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, good, review = tmp_path / "t.jsonl", tmp_path / "g.jsonl", tmp_path / "review.jsonl"
+    run("instruct", "template", source, "--out", made)
+    first = rows(made)[0]["id"]
+    review.write_text(json.dumps({"id": first, "verdict": "reject"}) + "\n")
+    assert run("instruct", "filter", made, "--out", good, "--review", review) == 0
+    assert first not in {row["id"] for row in rows(good)}
+    review.write_text('{"id": "x", "verdict": "maybe"}\n')
+    assert run("instruct", "filter", made, "--out", good, "--review", review) == 2
+    assert "neither keep nor reject" in capsys.readouterr().err
+
+
+def test_stats_page_carries_no_markup_of_the_data(tmp_path: Path) -> None:
+    path, page = tmp_path / "d.jsonl", tmp_path / "d.html"
+    evil = "<script>alert(1)</script>"
+    record = {"id": evil, "question": f"What {evil}?", "answer": evil, "caption": evil}
+    path.write_text(json.dumps(record) + "\n")
+    assert run("instruct", "stats", path, "--out", page) == 0
+    assert evil not in page.read_text()
+
+
+@pytest.mark.parametrize("verb", ["generate", "template", "filter", "mix", "stats", "ledger"])
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("instruct", verb, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"clover instruct {verb}" in text
+    assert "Example:" in text
+
+
+def test_a_wrong_price_shows_the_form(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("instruct", "generate", source, "--out", tmp_path / "o", "--model", "m")
+    words = (*words, "--endpoint", "http://127.0.0.1:1/v1", "--price", "cheap")
+    assert run(*words) == 2
+    assert "0.5,1.5" in capsys.readouterr().err
