@@ -42,6 +42,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
     assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_whoever_is_reading_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old and whole")
+    with path.open() as reader:
+        assert reader.read(3) == "old"
+        write_text(path, "new")
+        assert reader.read() == " and whole"
+    assert path.read_text() == "new"
+
+
 def test_rows_that_fail_half_way_leave_the_old_lines(tmp_path: Path) -> None:
     def rows() -> object:
         yield {"a": 1}

@@ -118,36 +118,26 @@ def test_a_finished_stage_is_not_run_again(tiny: Tiny, tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_the_same_command_ends_at_the_same_weights(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    recipe = tmp_path / "tiny.yaml"
     # Long enough to be caught in the middle; no checkpoint falls due before the end.
-    settings = {"steps": 400, "checkpoint_every": 100_000}
-    recipe.write_text(tiny_recipe(tiny.folder, align=settings).to_yaml())
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "clover.cli", "align", "--recipe", str(recipe)]
-        command += ["--data", str(tiny.captions), "--out", str(out)]
-        command += ["--features", str(tiny.folder / "cache")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-
-    stopped = start(tmp_path / "stopped")
-    log = tmp_path / "stopped" / "metrics.jsonl"
+    settings = {"steps": 150, "checkpoint_every": 100_000}
+    recipe = tiny_recipe(tiny.folder, align=settings)
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
+    whole = run_stage("align", tiny, tmp_path / "whole", recipe=recipe)
+    out = tmp_path / "stopped"
+    command = [sys.executable, "-m", "clover.cli", "align", "--recipe", str(tmp_path / "tiny.yaml")]
+    command += ["--data", str(tiny.captions), "--out", str(out)]
+    command += ["--features", str(tiny.folder / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
-    while not log.exists() and stopped.poll() is None and time.monotonic() < deadline:
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        assert running.poll() is None, "it ended before it trained"
         time.sleep(0.01)
-    stopped.send_signal(signal.SIGINT)
-    _, message = stopped.communicate(timeout=120)
-    assert stopped.returncode == 130 and len(message.strip().splitlines()) == 1, message
+    running.send_signal(signal.SIGINT)
+    _, message = running.communicate(timeout=120)
+    assert running.returncode == 130 and len(message.strip().splitlines()) == 1, message
     assert "continues" in message
-    saved = list((tmp_path / "stopped" / "checkpoints" / "align").glob("step-*.pt"))
-    assert len(saved) == 1 and 0 < int(saved[0].stem[5:]) < 400
-    for name in ("stopped", "whole"):
-        done = start(tmp_path / name)
-        _, message = done.communicate(timeout=240)
-        assert done.returncode == 0, message
-    first, second = (
-        (tmp_path / name / "align.safetensors").read_bytes() for name in ("stopped", "whole")
-    )
-    assert first == second
+    saved = list((out / "checkpoints" / "align").glob("step-*.pt"))
+    assert len(saved) == 1 and 0 < int(saved[0].stem[5:]) < 150
+    again = run_stage("align", tiny, out, recipe=recipe)
+    assert again.read_bytes() == whole.read_bytes()
