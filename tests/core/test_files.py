@@ -45,10 +45,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
 def test_whoever_is_reading_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old and whole")
-    with path.open() as reader:
-        assert reader.read(3) == "old"
+    with path.open("rb", buffering=0) as reader:
+        assert reader.read(3) == b"old"
         write_text(path, "new")
-        assert reader.read() == " and whole"
+        assert reader.read() == b" and whole"
     assert path.read_text() == "new"
 
 
