@@ -6,6 +6,7 @@ A verb lives in its room's `command.py`; this file knows names and one-line help
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -79,6 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        click.echo(
+            f"clover: cannot write {error.filename or 'a file'}: {error.strerror}; what was "
+            "finished is kept, free some space and run the same command again",
+            err=True,
+        )
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from clover.qformer.bridge import AlignmentHeads
+from clover.qformer.vocabulary import vocabulary_loss
 
 
 def caption_inputs(ids: Tensor, *, decode_start: int) -> Tensor:
@@ -35,7 +35,10 @@ def caption_loss(
         label_smoothing: 0.1 as published, spread over the whole vocabulary.
     """
     has_target = mask[:, 1:].bool()
-    logits = heads.language(hidden[:, :-1][has_target], word_embedding)  # [targets, V]
-    return F.cross_entropy(
-        logits.float(), inputs[:, 1:][has_target], label_smoothing=label_smoothing
+    return vocabulary_loss(
+        heads.language.transform(hidden[:, :-1][has_target]),
+        word_embedding,
+        heads.language.bias,
+        inputs[:, 1:][has_target],
+        smoothing=label_smoothing,
     )

@@ -16,6 +16,7 @@ from clover.core.files import atomic_path, fingerprint, read_json, sha256_file, 
 from clover.core.record import write_rejected
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_tokenizer
+from clover.qformer.calibrate import calibrate_alignment, calibrate_image
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.vision.dataset import FeatureSet, load_feature_set
@@ -84,6 +85,7 @@ def align(
         job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps)
         with run.timed("align") as details:
             objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
+            calibrate(objective, num_samples=recipe.qformer.calibrate)
             is_finished = train(objective, job)
             details["trainable_parameters"] = bridge.num_trainable()
         if not is_finished:
@@ -98,6 +100,16 @@ def align(
     if validation is not None:
         scores = _validate(recipe, weights, validation, data, out)
     return AlignResult(weights, data.summary(), scores, True)
+
+
+def calibrate(objective: AlignObjective, *, num_samples: int) -> None:
+    """Start the bridge's fresh weights at the scale of the first `num_samples` pairs."""
+    if num_samples < 2:
+        return
+    features, text = objective.collate(range(min(num_samples, objective.num_samples())))
+    bridge = objective.module.to(features.device)
+    calibrate_image(bridge, features)
+    calibrate_alignment(bridge, features, text)
 
 
 def _validate(

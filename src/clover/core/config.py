@@ -56,6 +56,8 @@ class InstructConfig(Section):
     """How many captions are given to the language model for generation-based instructions."""
     template_share: float = Field(0.15, ge=0, le=1)
     """Share of template-based instructions (describe the image) in the hybrid set."""
+    joined_share: float = Field(0.0, ge=0, le=1)
+    """Share of an image's questions that are asked three at once: more answers a step."""
 
 
 class EncoderConfig(Section):
@@ -114,6 +116,8 @@ class QFormerConfig(Section):
     """BERT's epsilon."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    calibrate: int = Field(0, ge=0)
+    """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
 
 
 class LanguageConfig(Section):

@@ -38,13 +38,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         # mkstemp makes the file private; give it what a plain open() would have given.
         partial.chmod(0o666 & ~_umask())
         partial.replace(target)
-    except OSError as error:
+    except CloverError:
+        raise
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
         raise CloverError(
-            f"cannot write {target}: {error.strerror or error}; "
+            f"cannot write {target}: {reason}; "
             "what was finished before is kept, free some space and run the same command again"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return why the disk refused, when that is what an error is about.
+
+    torch and safetensors wrap the system's error in types of their own.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if "No space left" in text or "os error 28" in text or "PytorchStreamWriter failed" in text:
+        return "No space left on device"
+    return None
 
 
 def _umask() -> int:

@@ -107,6 +107,7 @@ def _phantom(demo: Demo, run: RunFolder) -> None:
 
 def make_instructions(demo: Demo, run: RunFolder) -> Path:
     """Write template-based, generated and true instructions and their hybrid; return the hybrid."""
+    from clover.instruct.join import join_questions
     from clover.instruct.mix import mix_records
     from clover.instruct.template import write_template_instructions
 
@@ -125,6 +126,9 @@ def make_instructions(demo: Demo, run: RunFolder) -> Path:
         write_records(folder / "template.jsonl", template)
     generated = _generate(demo, run)
     truth = read_records(demo.train / "vqa.jsonl", needs="question").records
+    truth = join_questions(
+        truth, share=demo.recipe.instruct.joined_share, seed=demo.recipe.seed
+    )
     write_records(folder / "truth.jsonl", truth)
     with run.timed("instruct mix"):
         share = demo.recipe.instruct.template_share
@@ -152,7 +156,6 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
         return []
     from clover.instruct.filter import filter_records
     from clover.instruct.generate import GenerateSettings, generate_file
-    from clover.instruct.prices import Price
     from clover.model import load_frozen_language
     from clover.serve.local_endpoint import serve_language_model
     from clover.training.device import choose_device
@@ -168,8 +171,7 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
                 settings=GenerateSettings(
                     endpoint=endpoint,
                     model="local",
-                    prompt="small-v1",
-                    price=Price.free(),
+                    prompt="plain-v1",
                     limit=wanted,
                     concurrency=16,
                 ),

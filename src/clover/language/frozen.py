@@ -53,6 +53,11 @@ class FrozenLanguage(ABC):
         device: torch.device = self._embed.weight.device
         return device
 
+    def embedding_statistics(self) -> tuple[Tensor, float]:
+        """Return mean `[H]` and overall standard deviation of the word embeddings, float32."""
+        words = self._embed.weight.detach().float()
+        return words.mean(dim=0), float(words.std())
+
     def loss(
         self, visual: Tensor | None, instructions: Sequence[str], answers: Sequence[str]
     ) -> tuple[Tensor, Tensor]:

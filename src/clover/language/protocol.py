@@ -76,6 +76,10 @@ class LanguageModel(Protocol):
         """Licence of the weights."""
         ...
 
+    def embedding_statistics(self) -> tuple[Tensor, float]:
+        """Return mean `[H]` and overall standard deviation of the word embeddings, float32."""
+        ...
+
     def loss(
         self, visual: Tensor | None, instructions: Sequence[str], answers: Sequence[str]
     ) -> tuple[Tensor, Tensor]:

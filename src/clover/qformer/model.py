@@ -119,9 +119,14 @@ class LanguageHead(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D], what the decoder multiplies with the word embedding."""
+        transformed: Tensor = self.norm(F.gelu(self.dense(hidden)))
+        return transformed
+
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
         """[..., D] and the word embedding [V, D] -> logits [..., V]."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embedding, self.bias)
+        return F.linear(self.transform(hidden), word_embedding, self.bias)
 
 
 class QFormer(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from clover.core.config import Recipe
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import write_rejected
@@ -16,6 +18,7 @@ from clover.model import (
     load_frozen_language,
     load_tokenizer,
 )
+from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.tune.objective import TuneObjective
@@ -82,7 +85,9 @@ def tune(
     seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
     job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps)
     with folder.timed("tune") as details:
-        is_finished = train(TuneObjective(model, data), job)
+        objective = TuneObjective(model, data)
+        calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
+        is_finished = train(objective, job)
         details["trainable_parameters"] = bridge.num_trainable()
     if is_finished:
         model.details = {
@@ -92,3 +97,19 @@ def tune(
         }
         model.save(out)
     return TuneResult(out, data.summary(), is_finished)
+
+
+def calibrate(objective: TuneObjective, *, num_samples: int, is_aligned: bool) -> None:
+    """Start the fresh projection, and without stage 1 the cross-attention, at the data's scale."""
+    if num_samples < 2:
+        return
+    model = objective.model
+    batch = objective.collate(range(min(num_samples, objective.num_samples())))
+    bridge = model.bridge.to(model.device.device)
+    features = batch.features.to(model.device.device)
+    if not is_aligned:
+        calibrate_image(bridge, features)
+    with torch.no_grad():
+        prefix = model.visual_prefix(features, batch.questions).float()
+    mean, std = model.language.embedding_statistics()
+    calibrate_projection(bridge, prefix, mean=mean, std=std)
