@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.parity import TOLERANCE, compare, main
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,13 @@ STAGE1 = "reference/stage1_seed0.safetensors"
 def test_stage_1_agrees_with_the_published_classes(shared: Path) -> None:
     figures = compare(shared / STAGE1)
     assert {"loss", "grad_norm", "grad_norm_nodetach", "itm_logits", "lm_logits"} <= set(figures)
+    assert {name: value for name, value in figures.items() if value > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_stage_2_agrees_with_the_published_classes(shared: Path, kind: str) -> None:
+    figures = compare(shared / "reference" / f"stage2_{kind}_seed0.safetensors")
+    assert {"visual_prefix", "logits", "loss", "grad_norm"} <= set(figures)
     assert {name: value for name, value in figures.items() if value > TOLERANCE} == {}
 
 
