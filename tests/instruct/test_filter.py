@@ -70,6 +70,11 @@ def test_every_kind_of_broken_pair_is_mostly_caught() -> None:
         ("Which organ is this?", "", "Liver.", "unparseable"),
         ("Organ?", "Liver.", "Liver.", "length"),
         ("Which organ is this?", "The patient should undergo surgery.", "Liver.", "advice"),
+        ("What is the most common cause?", "Liver fat.", "Liver fat.", "general"),
+        ("What is seen here?", "Fat " * 9, "Liver fat.", "repetition"),
+        ("What is the nature of the fat?", "The nature of the fat.", "Liver fat.", "echo"),
+        ("How do the nuclei look?", "Bone marrow.", "Bone marrow.", "mismatch"),
+        ("What is the origin of the tumor?", "It is not known.", "A tumor.", "nonanswer"),
         ("Which organ is this?", "It is undoubtedly liver.", "Liver.", "overconfident"),
     ],
 )
@@ -77,6 +82,15 @@ def test_each_rule_names_itself(question: str, answer: str, caption: str, rule: 
     found = reason(question, answer, caption)
     assert found is not None
     assert found.split(":")[0] == rule
+
+
+def test_a_diagnosis_named_three_times_is_no_running_in_circles() -> None:
+    caption = (
+        "Large irregular ducts invade. Well to moderately differentiated tubular adenocarcinoma "
+        "(well differentiated tubular adenocarcinoma, moderately differentiated tubular "
+        "adenocarcinoma) of the stomach, with scattered atypical cells between the glands."
+    )
+    assert reason("Describe this image in detail.", caption, caption) is None
 
 
 def test_mitotic_figures_are_no_leak_and_a_look_in_the_mirror_is_no_magnification() -> None:

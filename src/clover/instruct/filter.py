@@ -15,7 +15,8 @@ from clover.core.record import Record, Rejection
 from clover.instruct import support
 from clover.instruct.caption import has_date, has_magnification
 from clover.instruct.duplicates import NearDuplicates
-from clover.instruct.vocabulary import content_stems, words
+from clover.instruct.parse import answer_type
+from clover.instruct.vocabulary import content_stems, dictionary, load_yaml, words
 
 QUESTION_WORDS = (3, 60)
 ANSWER_WORDS = (1, 250)
@@ -27,6 +28,9 @@ _TRUSTED = {"truth", "human"}
 _CUT = re.compile(
     r"(?:\b(?:and|or|the|a|an|of|with|in|to|by|for|is|are|which|that|from|as|its)|,)\s*$", re.I
 )
+_NAMED_ALONE = 4
+"""An answer of at most so many words may be an organ's name and nothing else."""
+_ARTICLES = {"a", "an", "the", "of", "is", "are", "was", "were", "it", "its", "this", "that", "to"}
 _LABEL = re.compile(r"\b(?:question|answer)\s*\d*\s*:|\{\s*\"|```|</?\w+>|\\n", re.I)
 
 Rule = Callable[[Record], str | None]
@@ -141,13 +145,54 @@ def _date_or_magnification(record: Record) -> str | None:
     return "magnification: names a magnification" if has_magnification(text) else None
 
 
+def _general(record: Record) -> str | None:
+    match = words("general").search(record.question or "")
+    return f"general: '{match.group().lower()}' asks a textbook" if match else None
+
+
+def _repetition(record: Record) -> str | None:
+    """Small models run in circles."""
+    tokens = _flat(record.answer or "").split()
+    runs = Counter(zip(*(tokens[offset:] for offset in range(3)), strict=False))
+    most = max(runs.values(), default=0)
+    # Three words that make up two fifths of the answer; a diagnosis named three times does not.
+    if most >= 3 and 3 * most >= 0.4 * len(tokens):
+        return "repetition: the answer says the same again and again"
+    return None
+
+
+def _empty_answer(record: Record) -> str | None:
+    """Find an answer that says nothing, or not what is asked."""
+    question, answer = record.question or "", record.answer or ""
+    stems = set(content_stems(answer))
+    if not stems or answer_type(answer) == "closed" or answer.lower().startswith(("yes", "no")):
+        return None
+    if not set(_flat(answer).split()) - set(_flat(question).split()) - _ARTICLES:
+        return "echo: the answer says no more than the question"
+    if len(answer.split()) > _NAMED_ALONE:
+        return None
+    parts = {stem for part in dictionary("body_parts").stated(answer) for stem in _all_stems(part)}
+    if parts and stems <= parts and not words("where").search(question):
+        return "mismatch: an organ answers what did not ask for one"
+    return None
+
+
+def _all_stems(term: str) -> set[str]:
+    variants = [term, *load_yaml("dictionary/body_parts")[term]]
+    return {stem for variant in variants for stem in content_stems(variant)}
+
+
 RULES: tuple[Rule, ...] = (
     _unparseable,
     _length,
+    _repetition,
+    _general,
+    _word_rule("nonanswer", in_question=False),
     _word_rule("leakage", in_question=True),
     _date_or_magnification,
     _word_rule("advice", in_question=True),
     _word_rule("overconfident", in_question=False),
+    _empty_answer,
 )
 
 

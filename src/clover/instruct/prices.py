@@ -64,7 +64,8 @@ def find_price(model: str, *, is_local: bool) -> Price | None:
         return Price(0.0, 0.0, "on this machine")
     table = load_yaml("prices")
     name = model.lower().rsplit("/", 1)[-1]
-    known = [listed for listed in table["models"] if name.startswith(listed)]
+    # A dated version costs what its model costs; gpt-4o-audio is another model than gpt-4o.
+    known = [x for x in table["models"] if re.fullmatch(rf"{re.escape(x)}(-\d{{4}}.*)?", name)]
     if not known:
         return None
     listed = max(known, key=len)
