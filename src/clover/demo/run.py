@@ -126,9 +126,7 @@ def make_instructions(demo: Demo, run: RunFolder) -> Path:
         write_records(folder / "template.jsonl", template)
     generated = _generate(demo, run)
     truth = read_records(demo.train / "vqa.jsonl", needs="question").records
-    truth = join_questions(
-        truth, share=demo.recipe.instruct.joined_share, seed=demo.recipe.seed
-    )
+    truth = join_questions(truth, share=demo.recipe.instruct.joined_share, seed=demo.recipe.seed)
     write_records(folder / "truth.jsonl", truth)
     with run.timed("instruct mix"):
         share = demo.recipe.instruct.template_share
@@ -177,7 +175,9 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
                 ),
             )
         bill["dollars"] = summary.usd
-    by_image = {r.image: r.caption for r in read_records(captions, needs="caption").records}
+    by_image = {
+        str(r.image): str(r.caption) for r in read_records(captions, needs="caption").records
+    }
     raw_path = folder / "generated.raw.jsonl"
     if summary.pairs == 0:
         demo.say(f"  generation: {summary.done} of {wanted} captions answered, no pair among them")
