@@ -6,6 +6,7 @@ Retries and bookkeeping are the caller's; this file knows HTTP's ways of going w
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from clover.core.errors import CloverError
 
 _MAX_RETRY_AFTER = 120.0
+_CONNECTIONS_EACH = 8
 
 
 class Refused(Exception):
@@ -91,29 +93,40 @@ def find_key(endpoint: str, variable: str) -> str:
 class Client:
     """Sends chat requests; use it as an async context manager."""
 
-    def __init__(self, endpoint: str, *, key: str, timeout_s: float) -> None:
+    def __init__(self, endpoint: str, *, key: str, timeout_s: float, concurrency: int = 1) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         self.endpoint = endpoint
         local = is_loopback(endpoint)
-        # A proxy from the environment must not carry what was addressed to this machine; and plain
-        # http needs no certificates, whose loading takes longer than a local model's first word.
-        http = DefaultAsyncHttpxClient(trust_env=not local, verify=endpoint.startswith("https"))
-        self._openai = AsyncOpenAI(
-            api_key=key, base_url=endpoint, timeout=timeout_s, max_retries=0, http_client=http
-        )
+        self._clients = [
+            AsyncOpenAI(
+                api_key=key,
+                base_url=endpoint,
+                timeout=timeout_s,
+                max_retries=0,
+                # A proxy from the environment must not carry what was addressed to this machine;
+                # and plain http needs no certificates, which take longer to load than to be used.
+                http_client=DefaultAsyncHttpxClient(
+                    trust_env=not local, verify=endpoint.startswith("https")
+                ),
+            )
+            # A pool looks through all its connections at every request: several small are quicker.
+            for _ in range(-(-concurrency // _CONNECTIONS_EACH))
+        ]
+        self._turn = itertools.cycle(self._clients)
         self._limit_field = "max_tokens"
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._openai.close()
+        for client in self._clients:
+            await client.close()
 
     @property
     def openai(self) -> Any:
         """The official client, for files and batches."""
-        return self._openai
+        return self._clients[0]
 
     async def send(self, body: dict[str, Any]) -> Reply:
         """Send one chat request.
@@ -157,7 +170,7 @@ class Client:
         # The client's own way to endpoints it does not know: `chat.completions.create` walks
         # through every message by its type annotations, which costs more than all the rest.
         named = self._named(body)
-        return await self._openai.post("/chat/completions", cast_to=object, body=named)
+        return await next(self._turn).post("/chat/completions", cast_to=object, body=named)
 
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
         return {self._limit_field if k == "max_tokens" else k: v for k, v in body.items()}

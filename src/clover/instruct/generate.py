@@ -270,7 +270,9 @@ async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Ad
     """Ask about every record with bounded concurrency; the first request goes alone."""
     settings = job.settings
     stream = iter(records)
-    async with Client(job.endpoint, key=key, timeout_s=settings.timeout_s) as client:
+    async with Client(
+        job.endpoint, key=key, timeout_s=settings.timeout_s, concurrency=settings.concurrency
+    ) as client:
         asker = Asker(
             client,
             ledger=job.ledger,
