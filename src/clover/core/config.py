@@ -197,6 +197,12 @@ class AlignConfig(OptimizerConfig):
 class TuneConfig(OptimizerConfig):
     """Stage 2: instruction tuning through the frozen language model."""
 
+    grounding_steps: int = Field(0, ge=0)
+    """Steps before the language model is asked, in which visual tokens learn to name the answer."""
+    grounding_batch_size: int = Field(48, ge=1)
+    """Samples of such a step; it is about ten times cheaper than one through a language model."""
+    grounding_learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of these steps."""
     instruction_aware: bool = True
     """Whether the Q-Former reads the question too."""
     max_question_tokens: int = Field(128, ge=4)

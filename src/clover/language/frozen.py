@@ -53,6 +53,11 @@ class FrozenLanguage(ABC):
         device: torch.device = self._embed.weight.device
         return device
 
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings `[N, H]` of token ids `[N]`."""
+        words: Tensor = self._embed(ids).detach()
+        return words
+
     def embedding_statistics(self) -> tuple[Tensor, float]:
         """Return mean `[H]` and overall standard deviation of the word embeddings, float32."""
         words = self._embed.weight.detach().float()

@@ -76,6 +76,14 @@ class LanguageModel(Protocol):
         """Licence of the weights."""
         ...
 
+    def answer_ids(self, answer: str) -> list[int]:
+        """Return the ids of an answer, its end token last."""
+        ...
+
+    def word_embeddings(self, ids: Tensor) -> Tensor:
+        """Return the input embeddings `[N, H]` of token ids `[N]`."""
+        ...
+
     def embedding_statistics(self) -> tuple[Tensor, float]:
         """Return mean `[H]` and overall standard deviation of the word embeddings, float32."""
         ...

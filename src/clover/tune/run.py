@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from clover.core.config import Recipe
+from clover.core.config import Recipe, TuneConfig
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import write_rejected
 from clover.core.run import RunFolder
@@ -21,6 +21,7 @@ from clover.model import (
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
+from clover.tune.grounding import GroundingObjective
 from clover.tune.objective import TuneObjective
 from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
@@ -87,6 +88,8 @@ def tune(
     with folder.timed("tune") as details:
         objective = TuneObjective(model, data)
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
+        if recipe.tune.grounding_steps:
+            ground(objective, job)
         is_finished = train(objective, job)
         details["trainable_parameters"] = bridge.num_trainable()
     if is_finished:
@@ -97,6 +100,24 @@ def tune(
         }
         model.save(out)
     return TuneResult(out, data.summary(), is_finished)
+
+
+def ground(objective: TuneObjective, job: TrainingJob) -> None:
+    """Run the grounding steps, or what is left of them, before the language model's own."""
+    config = job.config
+    assert isinstance(config, TuneConfig)
+    own = config.model_copy(
+        update={
+            "steps": config.grounding_steps,
+            "batch_size": config.grounding_batch_size,
+            "learning_rate": config.grounding_learning_rate,
+            "accumulate": 1,
+        }
+    )
+    train(
+        GroundingObjective(objective.model, objective.data),
+        replace(job, stage="ground", config=own, max_steps=None),
+    )
 
 
 def calibrate(objective: TuneObjective, *, num_samples: int, is_aligned: bool) -> None:
