@@ -28,9 +28,7 @@ def test_demo_leaves_the_files_that_others_read(demo: Path) -> None:
     assert {"colour_only", "question_only", "linear_probe"} <= set(scores["details"]["baselines"])
     assert (out / "model" / "bridge.safetensors").exists()
     assert "<html" in (out / "report.html").read_text()
-    origins = {
-        json.loads(line)["origin"] for line in (out / "instructions/hybrid.jsonl").open()
-    }
+    origins = {json.loads(line)["origin"] for line in (out / "instructions/hybrid.jsonl").open()}
     assert {"template", "truth"} <= origins
 
 
@@ -53,9 +51,7 @@ def test_a_finished_demo_is_not_run_again(demo: Path) -> None:
 
 def test_ask_prints_json_and_the_library_says_the_same(demo: Path) -> None:
     image = "clover-demo/phantom-validation/images/00000.png"
-    done = run_clover(
-        "ask", "clover-demo/model", image, "Is there necrosis?", "--json", cwd=demo
-    )
+    done = run_clover("ask", "clover-demo/model", image, "Is there necrosis?", "--json", cwd=demo)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert set(answer) >= {"answer", "model", "seconds"}

@@ -66,3 +66,15 @@ def test_a_template_without_its_slots_is_refused(template: str, message: str) ->
 def test_impossible_generation_settings_name_the_limit(wrong: dict[str, int]) -> None:
     with pytest.raises(CloverError, match="it must be"):
         GenerationSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_conversation_does_not_repeat_the_worked_examples() -> None:
+    prompt = Prompt.from_config(
+        PromptConfig(
+            template="<u>yes Is it?<a>yes<e>\n<u>{image} {question}<a>",
+            answer_end="<e>",
+        )
+    )
+    before, after = prompt.conversation([("Which tissue?", "kidney")], "Which stain?")
+    assert before == "<u>yes Is it?<a>yes<e>\n<u>"
+    assert after == " Which tissue?<a>kidney<e>\n<u> Which stain?<a>"

@@ -65,6 +65,17 @@ class Prompt:
         """Return the text before and after the visual tokens."""
         return self.before_image, f"{self.before_question}{question}{self.after_question}"
 
+    def _opening(self) -> str:
+        """Return what stands between an answer's end and the next turn's question.
+
+        Worked examples before the image are not repeated: only the last turn's opening is.
+        """
+        if self.answer_end and self.answer_end in self.before_image:
+            return self.before_image.rsplit(self.answer_end, 1)[1]
+        # Chat templates end a turn with a line break; it belongs before the next turn.
+        line_break = "\n" if "\n" in self.before_image + self.after_question else " "
+        return line_break + self.before_image
+
     def conversation(self, turns: Sequence[tuple[str, str]], question: str) -> tuple[str, str]:
         """Return the text before and after the visual tokens when answers went before.
 
@@ -78,8 +89,6 @@ class Prompt:
         for earlier, answer in turns:
             text += f"{opening}{self.before_question}{earlier}{self.after_question}"
             text += answer + self.answer_end
-            # Chat templates end a turn with a line break; it belongs before the next turn.
-            line_break = "\n" if "\n" in self.before_image + self.after_question else " "
-            opening = line_break + self.before_image
+            opening = self._opening()
         before, after = self.split(question)
         return before, text + opening + after
