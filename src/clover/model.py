@@ -362,7 +362,12 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     )
     load_bridge(bridge, path / "bridge.safetensors", sha256=config.get("bridge_sha256"))
     bridge.to(where.device).eval().requires_grad_(False)
-    return Clover(recipe, encoder, bridge, language, tokenizer, where, name=config["name"])
+    kept: dict[str, Any] = {
+        name: config[name] for name in ("key", "data", "stage_1") if name in config
+    }
+    return Clover(
+        recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
+    )
 
 
 def load_bridge(

@@ -116,3 +116,9 @@ def test_every_recipe_field_explains_itself() -> None:
         return silent
 
     assert walk(Recipe, "") == []
+
+
+def test_a_missing_recipe_in_a_folder_is_not_taken_for_the_shipped_one() -> None:
+    with pytest.raises(CloverError, match=r"no recipe my/phantom\.yaml"):
+        load_recipe("my/phantom.yaml")
+    assert load_recipe("recipes/phantom.yaml") == load_recipe("phantom")

@@ -331,7 +331,10 @@ def find_recipe(name: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = RECIPES / f"{path.stem}.yaml"
-    if shipped.exists():
+    # my/phantom.yaml that is not there is a mistake, not the phantom that comes with CLOVER;
+    # recipes/phantom.yaml is how the documentation writes the latter.
+    is_shipped = path.parent in (Path(), Path("recipes"))
+    if is_shipped and shipped.exists():
         return shipped
     known = [item.stem for item in RECIPES.glob("*.yaml")]
     raise CloverError(f"no recipe {name}{nearest(path.stem, known)}")
