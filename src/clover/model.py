@@ -12,7 +12,7 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -123,7 +123,7 @@ class Clover:
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def prompt(self) -> Prompt:
         """How image and question are put, in training and here alike."""
         return Prompt.from_config(self.recipe.prompt)
@@ -257,11 +257,7 @@ def save_folder(model: Clover, path: Path) -> Path:
     """Write a model folder; each file is whole or absent, the configuration comes last."""
     path.mkdir(parents=True, exist_ok=True)
     bridge = path / "bridge.safetensors"
-    state = {
-        name: item.detach().cpu().contiguous() for name, item in model.bridge.state_dict().items()
-    }
-    with atomic_path(bridge) as partial:
-        save_file(state, str(partial), metadata={"format": "pt"})
+    save_bridge(model.bridge, bridge)
     config = {
         "format": _FORMAT,
         "clover": __version__,
@@ -368,6 +364,13 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     return Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+
+
+def save_bridge(bridge: Bridge, path: Path) -> None:
+    """Write what was trained as one safetensors file, atomically."""
+    state = {name: item.detach().cpu().contiguous() for name, item in bridge.state_dict().items()}
+    with atomic_path(path) as partial:
+        save_file(state, str(partial), metadata={"format": "pt"})
 
 
 def load_bridge(

@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from clover.align.evaluate import RetrievalScores, evaluate_alignment
 from clover.align.objective import AlignObjective
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, fingerprint, read_json, sha256_file, write_json
+from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.record import write_rejected
 from clover.core.run import RunFolder
-from clover.model import build_bridge, load_tokenizer
+from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
-from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
 
 
@@ -90,15 +87,17 @@ def align(
             details["trainable_parameters"] = bridge.num_trainable()
         if not is_finished:
             return AlignResult(weights, data.summary(), None, False)
-        state = {
-            name: item.detach().cpu().contiguous() for name, item in bridge.state_dict().items()
-        }
-        with atomic_path(weights) as partial:
-            save_file(state, str(partial))
+        save_bridge(bridge, weights)
         write_json(done, {"key": key, "summary": data.summary()})
     scores = None
     if validation is not None:
-        scores = _validate(recipe, weights, validation, data, out)
+        load_bridge(bridge, weights)  # also when an earlier call trained it
+        held_out = load_feature_set(
+            validation, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
+        )
+        bridge.to(device.device).eval()
+        scores = evaluate_alignment(bridge, held_out, tokenizer, recipe.align, device)
+        write_json(out / "align.scores.json", scores.row())
     return AlignResult(weights, data.summary(), scores, True)
 
 
@@ -110,27 +109,3 @@ def calibrate(objective: AlignObjective, *, num_samples: int) -> None:
     bridge = objective.module.to(features.device)
     calibrate_image(bridge, features)
     calibrate_alignment(bridge, features, text)
-
-
-def _validate(
-    recipe: Recipe, weights: Path, validation: Path, data: FeatureSet, out: Path
-) -> RetrievalScores:
-    from clover.model import load_bridge
-
-    device = choose_device(recipe.device, recipe.precision)
-    encoder, tokenizer = load_encoder(recipe.encoder), load_tokenizer(recipe)
-    bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
-    load_bridge(bridge, weights)
-    held_out = load_feature_set(
-        validation,
-        needs="caption",
-        encoder=encoder,
-        cache=data.cache.path.parent,
-        images=recipe.data.images,
-    )
-    with torch.no_grad():
-        scores = evaluate_alignment(
-            bridge.to(device.device).eval(), held_out, tokenizer, recipe.align, device
-        )
-    write_json(out / "align.scores.json", scores.row())
-    return scores

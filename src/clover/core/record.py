@@ -90,6 +90,15 @@ class Rejection:
         }
 
 
+def set_aside(rejected: Sequence[Rejection]) -> str:
+    """Return ``; 3 set aside (2 missing image, 1 empty caption)``, or nothing for none."""
+    if not rejected:
+        return ""
+    reasons = Counter(item.reason for item in rejected)
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return f"; {len(rejected):,} set aside ({listed})"
+
+
 @dataclass
 class RecordSet:
     """Records read from one file, and what was set aside."""
@@ -105,12 +114,7 @@ class RecordSet:
 
     def summary(self) -> str:
         """Return ``1,200 records`` and, when lines were set aside, how many and why."""
-        text = f"{len(self.records):,} records"
-        if self.rejected:
-            reasons = Counter(item.reason for item in self.rejected)
-            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-            text += f"; {len(self.rejected):,} set aside ({listed})"
-        return text
+        return f"{len(self.records):,} records{set_aside(self.rejected)}"
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -64,7 +64,7 @@ class Demo:
 def run_demo(recipe: Recipe, out: Path, *, say: Say) -> dict[str, Any]:
     """Run or continue the whole recipe in `out`; return what `scores.json` holds."""
     assert recipe.phantom is not None, "the demo's recipe has a phantom section"
-    demo = Demo(recipe.model_copy(update={"data": recipe.data.model_copy()}), out, say)
+    demo = Demo(recipe, out, say)
     run = RunFolder(out)
     run.save_recipe(recipe)
     _phantom(demo, run)

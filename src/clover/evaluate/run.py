@@ -25,7 +25,7 @@ from clover.evaluate.baseline import (
 )
 from clover.evaluate.interval import paired_bootstrap
 from clover.evaluate.item import ItemReader
-from clover.evaluate.predict import PredictionJob, Row, predict, row_of
+from clover.evaluate.predict import PredictionJob, Row, predict
 from clover.evaluate.protocol.strict import rate
 from clover.evaluate.score import per_log_parameters, score
 from clover.evaluate.view import CONTROLS
@@ -314,6 +314,3 @@ def verdict(blind: Mapping[str, Any] | None, shuffled: Mapping[str, Any] | None)
             f"with another image it loses {shuffled['closed']['difference']:.1f} points (closed)"
         )
     return f"{head}: {'; '.join(said)}."
-
-
-__all__ = ["Evaluation", "evaluate", "form_table", "image_gain", "ratings", "row_of", "verdict"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.core.record import Needs, Record, Rejection, read_records
+from clover.core.record import Needs, Record, Rejection, read_records, set_aside
 from clover.vision.cache import FeatureCache, hash_images
 from clover.vision.encoder import ImageEncoder
 
@@ -39,12 +38,8 @@ class FeatureSet:
 
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
-        text = f"{len(self.records):,} records on {len(set(self.digests)):,} images"
-        if self.rejected:
-            reasons = Counter(item.reason for item in self.rejected)
-            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-            text += f"; {len(self.rejected):,} set aside ({listed})"
-        return text
+        images = len(set(self.digests))
+        return f"{len(self.records):,} records on {images:,} images{set_aside(self.rejected)}"
 
 
 def load_feature_set(
