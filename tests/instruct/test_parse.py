@@ -58,7 +58,7 @@ def test_support_is_kept() -> None:
 
 
 def test_every_prompt_that_comes_along_holds_its_own_example_to_its_format() -> None:
-    assert known_prompts() == ["plain-v1", "published-v1", "structured-v1"]
+    assert known_prompts() == ["copied-v1", "plain-v1", "published-v1", "structured-v1"]
     for name in known_prompts():
         prompt = load_prompt(name)
         assert prompt.example is not None

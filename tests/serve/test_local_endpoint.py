@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from tests.language.test_constraint import PAIRS, byte_llama
 from tests.language.tiny import tiny_llama
 
+from clover.core.errors import CloverError
 from clover.language.decoder_only import DecoderOnly
 from clover.language.protocol import GenerationSettings
 from clover.serve.local_endpoint import Batcher, serve_language_model
@@ -98,6 +101,69 @@ def test_one_bad_request_does_not_fail_its_neighbours(language: DecoderOnly) -> 
     with pytest.raises(Exception, match="more than the model's 128"):
         futures[1].result(timeout=30)
     batcher.close()
+
+
+@pytest.fixture(scope="module")
+def writer() -> Iterator[openai.OpenAI]:
+    """A model that can write JSON, because its tokens are bytes."""
+    pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
+    with (
+        serve_language_model(byte_llama(), "bytes", max_batch=4) as url,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client
+
+
+def write(client: openai.OpenAI, response_format: dict | None, seed: int = 0) -> str:
+    reply = client.chat.completions.create(
+        model="bytes",
+        messages=[{"role": "user", "content": f"caption {seed}"}],
+        max_tokens=400,
+        temperature=1.5,
+        seed=seed,
+        **({} if response_format is None else {"response_format": response_format}),  # type: ignore[call-overload]
+    )
+    return reply.choices[0].message.content or ""
+
+
+def wrapped(schema: dict) -> dict:
+    named = {"name": "pairs", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": named}
+
+
+def test_replies_are_held_to_the_schema_of_their_own_request(writer: openai.OpenAI) -> None:
+    word = {"type": "string", "enum": ["liver", "colon"]}
+    forms = [wrapped(PAIRS), wrapped(word), None, wrapped(PAIRS), wrapped(word), wrapped(PAIRS)]
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda item: write(writer, item[1], item[0]), enumerate(forms)))
+    for text, form in zip(texts, forms, strict=True):
+        if form is None:
+            with pytest.raises(ValueError):
+                json.loads(text)
+        elif form["json_schema"]["schema"] is word:
+            assert json.loads(text) in ("liver", "colon")
+        else:
+            assert 2 <= len(json.loads(text)["pairs"]) <= 3
+
+
+def test_text_is_no_constraint_and_a_schema_with_a_fault_is_a_bad_request(
+    writer: openai.OpenAI,
+) -> None:
+    assert write(writer, {"type": "text"}) == write(writer, None)
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        write(writer, wrapped({"type": "array", "uniqueItems": True}))
+    with pytest.raises(openai.BadRequestError, match="has no json_schema"):
+        write(writer, {"type": "json_schema"})
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        write(writer, {"type": "poem"})
+
+
+def test_a_port_that_is_taken_is_named(language: DecoderOnly) -> None:
+    with serve_language_model(language, "tiny") as url:
+        port = int(url.split(":")[2].removesuffix("/v1"))
+        with pytest.raises(CloverError, match=f"port {port} is taken"):  # noqa: SIM117
+            with serve_language_model(language, "tiny", port=port):
+                pass
 
 
 def test_the_endpoint_is_gone_after_its_context(language: DecoderOnly) -> None:

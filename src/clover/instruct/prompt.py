@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
+from clover.instruct.phrase import phrases
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 
@@ -37,6 +40,34 @@ SCHEMA: dict[str, Any] = {
 }
 """What the structured prompt asks the endpoint to hold to."""
 
+QUESTION = r"^(What|Which|Where|How|Who|Why|Describe) [A-Za-z ,'()-]{8,100}\?$"
+"""What a model that copies its answers may ask: one open question, and nothing after its mark."""
+
+
+def copy_schema(phrases: Sequence[str], pairs: tuple[int, int]) -> dict[str, Any]:
+    """Return a schema whose answers can be nothing but phrases of the caption.
+
+    Args:
+        phrases: What may be an answer.
+        pairs: Least and most pairs.
+    """
+    answer = {"type": "string", "enum": list(phrases)}
+    pair = {
+        "type": "object",
+        # The answer first: a small model asks better about words that stand before it.
+        "properties": {"answer": answer, "question": {"type": "string", "pattern": QUESTION}},
+        "required": ["answer", "question"],
+        "additionalProperties": False,
+    }
+    least, most = pairs
+    listed = {"type": "array", "minItems": least, "maxItems": most, "items": pair}
+    return {
+        "type": "object",
+        "properties": {"pairs": listed},
+        "required": ["pairs"],
+        "additionalProperties": False,
+    }
+
 
 class Example(BaseModel):
     """The one worked example of a prompt."""
@@ -53,7 +84,8 @@ class GenerationPrompt(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str
-    format: Literal["text", "json"]
+    format: Literal["text", "json", "copy"]
+    """`json` asks for a schema, `copy` for one whose answers are phrases of the caption."""
     pairs: tuple[int, int]
     temperature: float = 1.0
     top_p: float = 1.0
@@ -77,8 +109,11 @@ class Request:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of all messages: no byte-level tokeniser makes more tokens of them."""
-        return sum(len(message["content"].encode()) for message in self.body["messages"])
+        """UTF-8 bytes of all that is sent: no byte-level tokeniser makes more tokens of them."""
+        messages = sum(len(message["content"].encode()) for message in self.body["messages"])
+        # Some sellers count the schema as input.
+        schema = self.body.get("response_format")
+        return messages + (len(json.dumps(schema)) if schema else 0)
 
 
 def load_prompt(name: str | Path) -> GenerationPrompt:
@@ -131,7 +166,18 @@ def build_request(prompt: GenerationPrompt, caption: str, *, model: str) -> Requ
         "top_p": prompt.top_p,
         "max_tokens": prompt.max_tokens,
     }
-    if prompt.format == "json":
-        schema = {"name": "pairs", "strict": True, "schema": SCHEMA}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    schema = _schema(prompt, caption)
+    if schema is not None:
+        named = {"name": "pairs", "strict": True, "schema": schema}
+        body["response_format"] = {"type": "json_schema", "json_schema": named}
     return Request(fingerprint({"prompt": prompt.version, **body}), body)
+
+
+def _schema(prompt: GenerationPrompt, caption: str) -> dict[str, Any] | None:
+    if prompt.format == "text":
+        return None
+    if prompt.format == "json":
+        return SCHEMA
+    found = phrases(caption)
+    # A caption of function words alone leaves nothing to copy but itself.
+    return copy_schema(found or [caption], prompt.pairs)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from clover.core.errors import CloverError
 from clover.language.decoder_only import DecoderOnly
+from clover.language.generation import Constraint
 from clover.language.protocol import GenerationSettings
 
 Message = Mapping[str, str]
@@ -59,6 +60,7 @@ def complete(
     settings: GenerationSettings,
     *,
     seeds: Sequence[int] | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
 ) -> list[ChatReply]:
     """Answer several conversations as one batch.
 
@@ -67,6 +69,7 @@ def complete(
         conversations: each a list of messages.
         settings: the same for all.
         seeds: one a conversation; a reply does not depend on what else is in the batch.
+        constraints: one a conversation, or none, of what its reply may be.
     """
     prompts = [chat_ids(language, messages) for messages in conversations]
     if not prompts:
@@ -78,6 +81,7 @@ def complete(
         settings,
         prefix=prompts[0][:shared],
         seeds=seeds,
+        constraints=constraints,
     )
     replies = []
     for prompt, ids in zip(prompts, rows, strict=True):

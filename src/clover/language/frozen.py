@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
-from clover.language.generation import collect_tokens, iterate_tokens, stream_text
+from clover.language.generation import Constraint, collect_tokens, iterate_tokens, stream_text
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings
 from clover.language.tokens import Tokens
@@ -52,6 +52,11 @@ class FrozenLanguage(ABC):
         """Where the weights lie."""
         device: torch.device = self._embed.weight.device
         return device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Scores V that the model gives a token; may be more than its tokenizer has tokens."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings `[N, H]` of token ids `[N]`."""
@@ -155,6 +160,7 @@ class FrozenLanguage(ABC):
         *,
         prefix: Sequence[int] = (),
         seeds: Sequence[int] | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
     ) -> list[list[int]]:
         """Return the ids written after ``[prefix][visual][prompt]``, end token included.
 
@@ -164,12 +170,16 @@ class FrozenLanguage(ABC):
             settings: how to write.
             prefix: ids before the visual tokens of every row.
             seeds: one a row; `settings.seed` for every row when absent.
+            constraints: one a row, or none, of what it may write; not for beam search.
         """
         if not prompt_ids:
             return []
         if settings.num_beams > 1:
+            assert constraints is None, "beam search knows no constraints"
             return self._beam_search(visual, prompt_ids, settings, prefix=prefix)
-        steps = self._steps(visual, prompt_ids, settings, prefix=prefix, seeds=seeds)
+        steps = self._steps(
+            visual, prompt_ids, settings, prefix=prefix, seeds=seeds, constraints=constraints
+        )
         return collect_tokens(steps, len(prompt_ids))
 
     @torch.no_grad()
@@ -181,10 +191,17 @@ class FrozenLanguage(ABC):
         *,
         prefix: Sequence[int],
         seeds: Sequence[int] | None = None,
+        constraints: Sequence[Constraint | None] | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
         logits, stepper = self._begin(visual, prompt_ids, prefix, settings.max_tokens)
-        stop_ids = self.tokens.stop_ids
-        yield from iterate_tokens(logits, stepper, settings, stop_ids=stop_ids, seeds=seeds)
+        yield from iterate_tokens(
+            logits,
+            stepper,
+            settings,
+            stop_ids=self.tokens.stop_ids,
+            seeds=seeds,
+            constraints=constraints,
+        )
 
     @abstractmethod
     def _begin(

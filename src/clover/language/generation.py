@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from clover.core.errors import CloverError
 from clover.language.protocol import GenerationSettings
 from clover.language.tokens import Tokens
 
@@ -28,6 +29,18 @@ class Stepper(Protocol):
         ...
 
 
+class Constraint(Protocol):
+    """What one row may still write."""
+
+    def allowed(self) -> Tensor:
+        """Return which tokens may come next: booleans, at least `[V]`."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was written."""
+        ...
+
+
 def iterate_tokens(
     logits: Tensor,
     stepper: Stepper,
@@ -35,6 +48,7 @@ def iterate_tokens(
     *,
     stop_ids: frozenset[int],
     seeds: Sequence[int] | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, the (row, token id) pairs of the rows that are still writing.
 
@@ -44,6 +58,7 @@ def iterate_tokens(
         settings: `num_beams` is not read here.
         stop_ids: tokens that end a row; they are yielded as the row's last token.
         seeds: one seed a row; `settings.seed` for every row when absent.
+        constraints: one a row, or none, of what it may write.
     """
     rows = list(range(len(logits)))
     written: list[list[int]] = [[] for _ in rows]
@@ -56,6 +71,8 @@ def iterate_tokens(
         scores = _adjust(logits.float(), [written[row] for row in rows], settings)
         if position < settings.min_tokens:
             scores[:, list(stop_ids)] = -torch.inf
+        if constraints is not None:
+            _confine(scores, [None if row in ended else constraints[row] for row in rows])
         ids = _pick(scores, settings, [generators[row] for row in rows])
         values = ids.tolist()
         pairs = [(row, token) for row, token in zip(rows, values, strict=True) if row not in ended]
@@ -63,6 +80,8 @@ def iterate_tokens(
             written[row].append(token)
             if token in stop_ids:
                 ended.add(row)
+            elif constraints is not None and (constraint := constraints[row]) is not None:
+                constraint.accept(token)
         yield pairs
         alive = [index for index, row in enumerate(rows) if row not in ended]
         if not alive or position + 1 == settings.max_tokens:
@@ -117,6 +136,23 @@ def _adjust(scores: Tensor, written: list[list[int]], settings: GenerationSettin
             penalty = settings.repetition_penalty
             scores[row, seen] = torch.where(old < 0, old * penalty, old / penalty)
     return scores
+
+
+def _confine(scores: Tensor, constraints: Sequence[Constraint | None]) -> None:
+    """Leave each row of `[B, V]` only the tokens that its constraint allows, in place.
+
+    Raises:
+        CloverError: the constraint allows none.
+    """
+    for row, constraint in enumerate(constraints):
+        if constraint is not None:
+            allowed = constraint.allowed()[: scores.shape[1]]
+            if not allowed.any():
+                raise CloverError(
+                    "no token of this model can go on within the schema; its tokenizer lacks "
+                    "what JSON is written with"
+                )
+            scores[row, ~allowed.to(scores.device)] = -torch.inf
 
 
 def _pick(

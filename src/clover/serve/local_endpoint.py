@@ -2,7 +2,10 @@
 
 In: a language model. Out: a base URL that any OpenAI client can talk to while the context lasts.
 The demo generates instructions through it, so that the path to a large remote model is the path
-that is tested. Requests that arrive together are answered as one batch.
+that is tested. Requests that arrive together are answered as one batch. A request with a JSON
+schema (`response_format`) is held to it token by token.
+
+`python -m clover.serve.local_endpoint` serves a recipe's language model until it is stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import queue
 import random
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -20,16 +24,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from clover.core.errors import CloverError
 from clover.language.chat import ChatReply, complete
+from clover.language.constraint import CompiledSchema, Schema, SchemaCompiler
+from clover.language.decoder_only import DecoderOnly
 from clover.language.protocol import GenerationSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from clover.language.decoder_only import DecoderOnly
 
 _GATHER_SECONDS = 0.02
 """How long the first request of a batch waits for company."""
@@ -57,6 +61,33 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class NamedSchema(BaseModel):
+    """A JSON schema as OpenAI's clients wrap it; it is always held to, `strict` or not."""
+
+    name: str = "reply"
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What form a reply must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("response_format json_schema has no json_schema; give one")
+        return self
+
+    @property
+    def schema_of_reply(self) -> Schema | None:
+        """The schema to hold a reply to; none for text."""
+        if self.type == "text":
+            return None
+        return self.json_schema.schema_ if self.json_schema else {"type": "object"}
+
+
 class ChatRequest(BaseModel):
     """The part of OpenAI's chat completion request that is understood here."""
 
@@ -69,6 +100,7 @@ class ChatRequest(BaseModel):
     seed: int | None = None
     n: Literal[1] = 1
     stream: Literal[False] = False
+    response_format: ResponseFormat | None = None
 
     def settings(self) -> GenerationSettings:
         """Return what requests must share to be answered in one batch."""
@@ -84,6 +116,7 @@ class _Job:
     messages: list[dict[str, str]]
     settings: GenerationSettings
     seed: int
+    schema: CompiledSchema | None = None
     reply: Future[ChatReply] = field(default_factory=Future)
 
 
@@ -97,14 +130,36 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="clover-batcher", daemon=True)
         self._thread.start()
         self.batch_sizes: list[int] = []
+        self._compiler: SchemaCompiler | None = None
 
     def submit(
-        self, messages: list[dict[str, str]], settings: GenerationSettings, seed: int
+        self,
+        messages: list[dict[str, str]],
+        settings: GenerationSettings,
+        seed: int,
+        *,
+        schema: Schema | None = None,
     ) -> Future[ChatReply]:
-        """Queue one conversation; the future carries its reply or its error."""
-        job = _Job(messages, settings, seed)
+        """Queue one conversation; the future carries its reply or its error.
+
+        Args:
+            messages: The conversation.
+            settings: How to write; only requests of equal settings share a batch.
+            seed: Of sampling.
+            schema: A JSON schema that the reply is held to; rows of a batch may differ in it.
+
+        Raises:
+            CloverError: the schema, or any schema with this tokenizer, cannot be held to.
+        """
+        compiled = None if schema is None else self._compile(schema)
+        job = _Job(messages, settings, seed, compiled)
         self._waiting.put(job)
         return job.reply
+
+    def _compile(self, schema: Schema) -> CompiledSchema:
+        if self._compiler is None:
+            self._compiler = SchemaCompiler(self._model.tokens, self._model.vocabulary_size)
+        return self._compiler.compile(schema)
 
     def close(self) -> None:
         """Answer what is running, refuse what still waits, and end the thread."""
@@ -152,6 +207,8 @@ class Batcher:
                 [job.messages for job in batch],
                 batch[0].settings,
                 seeds=[job.seed for job in batch],
+                # Begun here, not when queued: a batch that fails is answered again one by one.
+                constraints=[job.schema.begin() if job.schema else None for job in batch],
             )
         except Exception as error:
             if len(batch) > 1:
@@ -197,7 +254,8 @@ def build_app(batcher: Batcher, name: str) -> FastAPI:
         seed = body.seed if body.seed is not None else random.randrange(1 << 31)
         messages = [message.plain() for message in body.messages]
         try:
-            future = batcher.submit(messages, body.settings(), seed % (1 << 63))
+            schema = body.response_format.schema_of_reply if body.response_format else None
+            future = batcher.submit(messages, body.settings(), seed % (1 << 63), schema=schema)
             reply = await asyncio.wrap_future(future)
         except CloverError as error:
             return refuse(400, str(error))
@@ -236,7 +294,7 @@ def _completion(name: str, reply: ChatReply) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serve_language_model(
-    model: DecoderOnly, name: str = "local", *, max_batch: int = 16
+    model: DecoderOnly, name: str = "local", *, max_batch: int = 16, port: int = 0
 ) -> Iterator[str]:
     """Serve a language model on loopback for as long as the context lasts; yield its base URL.
 
@@ -244,13 +302,21 @@ def serve_language_model(
         model: the frozen model.
         name: what clients call it.
         max_batch: requests answered in one batch.
+        port: where to listen; 0 takes a free one.
+
+    Raises:
+        CloverError: the port is taken.
     """
     import uvicorn
 
     # Bound before the server starts: the port is ours from here on, and the URL is known.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise CloverError(f"port {port} is taken; choose another, or 0 for a free one") from error
     batcher = Batcher(model, max_batch)
     config = uvicorn.Config(
         build_app(batcher, name), log_level="error", access_log=False, lifespan="off"
@@ -271,3 +337,39 @@ def serve_language_model(
         server.should_exit = True
         thread.join(timeout=10)
         listener.close()
+
+
+def main() -> None:
+    """Serve the language model of a recipe on loopback until Ctrl-C."""
+    import argparse
+
+    from clover.core.config import load_recipe
+    from clover.language.load import load_language_model
+    from clover.training.device import choose_device
+
+    parser = argparse.ArgumentParser(prog="python -m clover.serve.local_endpoint")
+    parser.add_argument("--recipe", default="phantom", help="whose language model to serve")
+    parser.add_argument("--name", default="local", help="what clients call the model")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    options = parser.parse_args()
+    try:
+        recipe = load_recipe(options.recipe)
+        device = choose_device(recipe.device, recipe.precision)
+        model = load_language_model(
+            recipe.language, recipe.prompt, device=device.device, dtype=device.dtype
+        )
+        if not isinstance(model, DecoderOnly):
+            raise CloverError(f"{model.id} does not chat; name a recipe with a decoder_only model")
+        with serve_language_model(model, options.name, port=options.port) as url:
+            sys.stdout.write(f"{url} serves '{options.name}'; Ctrl-C stops it\n")
+            sys.stdout.flush()
+            threading.Event().wait()
+    except CloverError as error:
+        sys.stderr.write(f"clover: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
