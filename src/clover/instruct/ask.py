@@ -91,9 +91,11 @@ class Asker:
         """Send a request once and book what came of it."""
         attempt = await self._reserve(request)
         self._flying += 1
-        self.sent += 1
-        start = time.perf_counter()
+        start = None
         try:
+            await self._ledger.committed()
+            self.sent += 1
+            start = time.perf_counter()
             reply = await self._client.send(request.body)
             estimated_input = 0
             if reply.tokens is None:
@@ -119,7 +121,10 @@ class Asker:
                 raise Stop(str(error)) from error
             raise
         except asyncio.CancelledError:
-            self._ledger.lose(attempt, "stopped while this was in flight")
+            if start is None:
+                self._ledger.refuse(attempt, "stopped before this was sent")
+            else:
+                self._ledger.lose(attempt, "stopped while this was in flight")
             raise
         finally:
             self._flying -= 1

@@ -9,6 +9,7 @@ import functools
 import html
 import re
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from clover.instruct.vocabulary import load_yaml
 MAX_CHARACTERS = 8000
 """A longer caption is a document, not a caption; sending one by mistake costs real money."""
 
+_WORD = re.compile(r"[^\W\d_]+")
 _TAG = re.compile(
     r"<(?:script|style)\b.*?</(?:script|style)>|</?[a-zA-Z][^<>]{0,200}>|<!--.*?-->", re.S
 )
@@ -77,12 +79,15 @@ class Captions:
             if isinstance(item, Rejection):
                 self._set_aside(item)
                 continue
-            reason = problem(item.caption or "", any_language=self.any_language)
+            raw = item.caption or ""
+            text = plain_text(raw) if len(raw) <= MAX_CHARACTERS else raw
+            reason = problem(raw, text=text, any_language=self.any_language)
             if reason is not None:
-                content = {"id": item.id, "caption": (item.caption or "")[:200]}
+                content = {"id": item.id, "caption": raw[:200]}
                 self._set_aside(Rejection(str(self.path), count, reason, content))
                 continue
-            yield item.model_copy(update={"caption": plain_text(item.caption or "")})
+            # A copy is dear, and most captions are plain already.
+            yield item if text == raw else item.model_copy(update={"caption": text})
             count += 1
             if self.limit is not None and count >= self.limit:
                 return
@@ -94,11 +99,17 @@ class Captions:
         self.rejected.append(Rejection(item.source, item.line, item.reason, content))
 
 
-def problem(caption: str, *, any_language: bool = False) -> str | None:
-    """Return why a caption cannot be used, or None."""
+def problem(caption: str, *, text: str | None = None, any_language: bool = False) -> str | None:
+    """Return why a caption cannot be used, or None.
+
+    Args:
+        caption: As it stands in the file.
+        text: Its `plain_text`, when that is known already.
+        any_language: Let captions pass that do not read as English.
+    """
     if len(caption) > MAX_CHARACTERS:
         return f"caption longer than {MAX_CHARACTERS:,} characters"
-    text = plain_text(caption)
+    text = plain_text(caption) if text is None else text
     if text.lower() in {"", "nan", "none", "null", "n/a", "na", "-", "."}:
         return "empty caption"
     if not any(character.isalpha() for character in text):
@@ -108,18 +119,33 @@ def problem(caption: str, *, any_language: bool = False) -> str | None:
     return None
 
 
+class _Kept(dict[int, str]):
+    """What each character becomes; a character is looked into once."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category in {"Cc", "Zl", "Zp", "Cf"}:
+            kept = " "
+        elif category in {"So", "Sk", "Cs", "Co", "Cn"} or character in "\ufe0f\u20e3":
+            kept = ""
+        else:
+            kept = character
+        self[code] = kept
+        return kept
+
+
+_KEPT = _Kept()
+
+
 def plain_text(caption: str) -> str:
     """Return a caption without markup, control characters and emoji, on one line."""
     text = caption
     for _ in range(2):  # entities may hide tags: &lt;b&gt;
-        text = _TAG.sub(" ", html.unescape(text))
-    text = unicodedata.normalize("NFC", text)
-    kept = (
-        " " if unicodedata.category(c) in {"Cc", "Zl", "Zp", "Cf"} else c
-        for c in text
-        if unicodedata.category(c) not in {"So", "Sk", "Cs", "Co", "Cn"} and c not in "\ufe0f\u20e3"
-    )
-    return " ".join("".join(kept).split())
+        text = html.unescape(text)
+        if "<" in text:
+            text = _TAG.sub(" ", text)
+    return " ".join(unicodedata.normalize("NFC", text).translate(_KEPT).split())
 
 
 def is_english(text: str) -> bool:
@@ -130,17 +156,23 @@ def is_english(text: str) -> bool:
         foreign = sum("LATIN" not in unicodedata.name(c, "") for c in letters)
         if foreign > 0.3 * len(letters):
             return False
-    tokens = re.findall(r"[^\W\d_]+", text.lower())
-    hits = {name: sum(t in stop for t in tokens) for name, stop in _stop_words().items()}
-    english = hits.pop("english")
-    most = max(hits.values())
+    languages = _stop_words()
+    hits = Counter(
+        name for token in _WORD.findall(text.lower()) for name in languages.get(token, ())
+    )
+    english = hits.pop("english", 0)
+    most = max(hits.values(), default=0)
     return not (most >= 3 and most > english * 1.5)
 
 
 @functools.cache
-def _stop_words() -> dict[str, frozenset[str]]:
-    languages = load_yaml("dictionary/language")["languages"]
-    return {name: frozenset(stop) for name, stop in languages.items()}
+def _stop_words() -> dict[str, tuple[str, ...]]:
+    """Return the languages that each small word belongs to."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for name, words in load_yaml("dictionary/language")["languages"].items():
+        for word in words:
+            found[word].add(name)
+    return {word: tuple(names) for word, names in found.items()}
 
 
 def clean(caption: str) -> str:

@@ -90,28 +90,38 @@ def find_key(endpoint: str, variable: str) -> str:
     )
 
 
+def _http_client(endpoint: str, *, is_plain_local: bool) -> Any:
+    from openai import DefaultAsyncHttpxClient
+
+    if is_plain_local:
+        from clover.instruct.transport import LocalTransport
+
+        return DefaultAsyncHttpxClient(transport=LocalTransport(), trust_env=False)
+    # A proxy from the environment must not carry what was addressed to this machine; and plain
+    # http needs no certificates, which take longer to load than to be used.
+    is_https = endpoint.startswith("https")
+    return DefaultAsyncHttpxClient(trust_env=not is_loopback(endpoint), verify=is_https)
+
+
 class Client:
     """Sends chat requests; use it as an async context manager."""
 
     def __init__(self, endpoint: str, *, key: str, timeout_s: float, concurrency: int = 1) -> None:
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI
 
         self.endpoint = endpoint
-        local = is_loopback(endpoint)
+        is_plain_local = is_loopback(endpoint) and endpoint.startswith("http:")
+        # A pool looks through all its connections at every request: several small are quicker.
+        pools = 1 if is_plain_local else -(-concurrency // _CONNECTIONS_EACH)
         self._clients = [
             AsyncOpenAI(
                 api_key=key,
                 base_url=endpoint,
                 timeout=timeout_s,
                 max_retries=0,
-                # A proxy from the environment must not carry what was addressed to this machine;
-                # and plain http needs no certificates, which take longer to load than to be used.
-                http_client=DefaultAsyncHttpxClient(
-                    trust_env=not local, verify=endpoint.startswith("https")
-                ),
+                http_client=_http_client(endpoint, is_plain_local=is_plain_local),
             )
-            # A pool looks through all its connections at every request: several small are quicker.
-            for _ in range(-(-concurrency // _CONNECTIONS_EACH))
+            for _ in range(pools)
         ]
         self._turn = itertools.cycle(self._clients)
         self._limit_field = "max_tokens"

@@ -9,6 +9,7 @@ was killed loses at most what was in flight, and the same command finishes it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
-from clover.core.record import Record, write_records, write_rejected
+from clover.core.record import Record, write_rejected
 from clover.core.terminal import Advance, progress
 from clover.instruct.ask import Asker, BudgetReached, Stop
 from clover.instruct.batch import BatchSettings, ask_in_batches
@@ -31,6 +32,8 @@ from clover.instruct.prompt import GenerationPrompt, build_request, load_prompt
 
 # What a hosted model takes for a reply of this length, before a ledger knows better.
 _ASSUMED_SECONDS = 3.0
+# Seconds over which the first requests are spread.
+_LONGEST_SPREAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ class Job:
     sent: int = 0
     stopped: str | None = None
     in_flight: set[str] = field(default_factory=set)
+
+    @functools.cached_property
+    def prompt_identity(self) -> str:
+        """Version and hash of the prompt; hashed once a run, not once a record."""
+        return self.prompt.identity
 
 
 def resolve_price(settings: GenerateSettings) -> Price:
@@ -263,7 +271,7 @@ def generate_shard(
         key = find_key(endpoint, settings.key_env)
         asyncio.run(_ask_all(shard, job=job, key=key, advance=lambda *_, **__: None))
         for record in shard:
-            yield from _pairs_of(record, job)
+            yield from map(Record.model_validate, _rows_of(record, job))
 
 
 async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Advance) -> None:
@@ -278,7 +286,7 @@ async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Ad
             ledger=job.ledger,
             price=job.price,
             settings=settings,
-            prompt=job.prompt.identity,
+            prompt=job.prompt_identity,
         )
 
         async def work(first_only: bool = False) -> None:
@@ -298,10 +306,15 @@ async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Ad
 
         try:
             # A wrong address, key or model shows here, before a second request is sent.
-            await work(first_only=True)
-            async with asyncio.TaskGroup() as group:
-                for _ in range(settings.concurrency):
-                    group.create_task(work())
+            with job.ledger.grouped():
+                start = time.perf_counter()
+                await work(first_only=True)
+                # Who starts together comes back together, and stands in a queue ever after.
+                spread = min(time.perf_counter() - start, _LONGEST_SPREAD) / settings.concurrency
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(settings.concurrency):
+                        group.create_task(work())
+                        await asyncio.sleep(spread)
         except* BudgetReached:
             job.stopped = f"the budget of ${settings.budget_usd:g} is reached"
         except* Stop as stops:
@@ -318,28 +331,33 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
             yield error
 
 
-def _pairs_of(record: Record, job: Job) -> Iterator[Record]:
-    """Yield the instruction records of one caption from the ledger."""
+def _rows_of(record: Record, job: Job) -> list[dict[str, Any]]:
+    """Return the instruction records of one caption from the ledger, in JSON-able form."""
     request = build_request(job.prompt, record.caption or "", model=job.settings.model)
     stored = job.ledger.reply(request.key)
     if stored is None:
-        return
-    pairs = parse_pairs(stored[0], is_cut_off=stored[1] == "length")
-    for number, pair in enumerate(pairs, start=1):
-        extra = {"support": pair.support} if pair.support else {}
-        yield record.model_copy(
-            update={
-                "id": f"{record.id}-g{number}",
-                "question": pair.question,
-                "answer": pair.answer,
-                "answer_type": pair.answer_type,
+        return []
+    rows: list[dict[str, Any]] = []
+    for number, pair in enumerate(
+        parse_pairs(stored[0], is_cut_off=stored[1] == "length"), start=1
+    ):
+        own = {
+            "id": f"{record.id}-g{number}",
+            "question": pair.question,
+            "answer": pair.answer,
+            "answer_type": pair.answer_type,
+        }
+        if not rows:
+            common = {
                 "group": record.group or record.image or record.id,
                 "origin": "generated",
-                "prompt": job.prompt.identity,
+                "prompt": job.prompt_identity,
                 "model": job.settings.model,
-                **extra,
             }
-        )
+            # One record gives the others their form: making it is dearer than filling it in.
+            form = record.model_copy(update={**own, **common}).row()
+        rows.append({**form, **own, **({"support": pair.support} if pair.support else {})})
+    return rows
 
 
 def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> GenerateSummary:
@@ -347,10 +365,10 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
     counts = {"asked": 0, "done": 0, "failed": 0, "pairs": 0}
     failures: list[dict[str, Any]] = []
 
-    def rows() -> Iterator[Record]:
+    def rows() -> Iterator[dict[str, Any]]:
         for record in source:
             counts["asked"] += 1
-            pairs = list(_pairs_of(record, job))
+            pairs = _rows_of(record, job)
             if pairs:
                 counts["done"] += 1
                 counts["pairs"] += len(pairs)
@@ -365,7 +383,7 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
     stream = rows()
     first = next(stream, None)
     if first is not None or Path(out).exists():
-        write_records(out, itertools.chain([first] if first else [], stream))
+        write_jsonl(out, itertools.chain([first] if first else [], stream))
     failed_file = Path(f"{out}.failed.jsonl")
     if failures:
         write_jsonl(failed_file, failures)

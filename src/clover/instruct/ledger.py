@@ -8,6 +8,7 @@ One SQLite file beside the output. `requests` holds what was asked, by content, 
              -> lost        no reply arrived; booked at its reserved worst case
 
 so that a process killed at any moment leaves a file that says what is owed at most.
+Outside `grouped` every booking is committed when its method returns.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from clover.core.errors import CloverError
+from clover.instruct.commit import GroupCommit
 from clover.instruct.prices import Price
 
 Outcome = Literal["open", "done", "failed"]
@@ -39,9 +41,7 @@ CREATE TABLE IF NOT EXISTS attempts (
   input_tokens INTEGER NOT NULL DEFAULT 0, output_tokens INTEGER NOT NULL DEFAULT 0,
   usd REAL NOT NULL DEFAULT 0, seconds REAL, is_estimated INTEGER NOT NULL DEFAULT 0, note TEXT
 );
-CREATE INDEX IF NOT EXISTS attempts_by_state ON attempts (state, key);
-CREATE INDEX IF NOT EXISTS attempts_by_batch ON attempts (batch, state);
-CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, state);
+CREATE INDEX IF NOT EXISTS attempts_in_flight ON attempts (key, batch) WHERE state = 'reserved';
 CREATE TABLE IF NOT EXISTS batches (
   name TEXT PRIMARY KEY, remote TEXT, state TEXT NOT NULL, note TEXT
 );
@@ -112,6 +112,7 @@ class Ledger:
         # Summed once: adding up a million rows before each request would be slower than asking.
         self._committed = self._sum_committed()
         self._reserved: dict[int, float] = {}
+        self._group: GroupCommit | None = None
 
     def close(self) -> None:
         """Close the file."""
@@ -159,13 +160,14 @@ class Ledger:
             batch: A batch's name, for the Batch API.
 
         Returns:
-            The attempt's number, or None when the budget does not allow it.
+            The attempt's number, or None when the budget does not allow it. Inside `grouped` it
+            may be sent after `committed` only.
         """
         model, prompt, endpoint = request
         usd = price.dollars(worst.input_tokens, worst.output_tokens)
+        if budget is not None and self._committed + usd > budget + 1e-12:
+            return None
         with self._transaction():
-            if budget is not None and self._committed + usd > budget + 1e-12:
-                return None
             self._db.execute(
                 "INSERT INTO requests (key, model, prompt, outcome) VALUES (?, ?, ?, 'open') "
                 "ON CONFLICT (key) DO UPDATE SET outcome = 'open', reason = NULL",
@@ -390,8 +392,29 @@ class Ledger:
         )
         return found.fetchone() is not None
 
+    # -- transactions ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Let all bookings of one turn of the running event loop share a commit."""
+        self._group = GroupCommit(self._db)
+        try:
+            yield
+        finally:
+            group, self._group = self._group, None
+            group.commit()
+
+    async def committed(self) -> None:
+        """Wait until all that was booked is committed; inside `grouped` that may take a turn."""
+        if self._group is not None:
+            await self._group.committed()
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._group is not None:
+            self._group.begin()
+            yield
+            return
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
