@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clover.core.record import read_records
-from clover.instruct.caption import clean
+from clover.instruct.description import describe
 from clover.instruct.parse import parse_pairs
 from clover.instruct.phrase import MAX_PHRASES, MAX_WORDS, phrases
 from clover.instruct.prompt import build_request, load_prompt
@@ -50,7 +50,7 @@ def test_of_real_captions_every_phrase_is_a_piece(name: str) -> None:
     for record in read_records(TEXT / name, needs="caption").records:
         caption = record.caption or ""
         for phrase in phrases(caption):
-            assert phrase in clean(caption)
+            assert phrase in describe(caption)
             assert len(phrase.split()) <= MAX_WORDS
 
 

@@ -29,7 +29,7 @@ def test_there_are_at_least_forty_templates_and_no_two_alike() -> None:
 
 def test_the_answer_is_the_cleaned_caption() -> None:
     first = write("LIVER: Cirrhosis: Micro low mag H&E (Fig. 3b) taken 12/03/1999")[0]
-    assert first.answer == "Liver: Cirrhosis: H&E taken."
+    assert first.answer == "Liver: Cirrhosis: H&E, taken."
     assert first.origin == "template"
     assert first.answer_type == "open"
 
@@ -45,6 +45,19 @@ def test_attributes_are_asked_only_where_stated() -> None:
     assert kinds == {"concise"}
     answers = {r.answer for r in write("Liver, PAS stain, with necrosis and no fibrosis.")}
     assert {"Liver.", "Periodic acid-Schiff (PAS).", "Yes", "No"} <= answers
+
+
+@pytest.mark.parametrize(
+    ("caption", "finding"),
+    [
+        ("Liver: Primary biliary cirrhosis", "cirrhosis"),
+        ("Pancreas: Cystic fibrosis", "fibrosis"),
+    ],
+)
+def test_a_finding_in_the_name_of_a_disease_is_not_asked_for(caption: str, finding: str) -> None:
+    assert not [r for r in write(caption) if finding in (r.question or "")]
+    seen = [r.question or "" for r in write(f"{caption}, with {finding}.") if r.answer == "Yes"]
+    assert any(finding in question for question in seen)
 
 
 def test_two_organs_leave_the_question_for_the_organ_out() -> None:

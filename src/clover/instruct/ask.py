@@ -34,7 +34,16 @@ class Stop(Exception):
 
 
 class Asker:
-    """Asks about captions, one call each, any number at the same time."""
+    """Asks about captions, one call each, any number at the same time.
+
+    Args:
+        client: The way to the endpoint.
+        ledger: Where every sending is booked.
+        price: Of the model.
+        settings: Model, budget, attempts and pauses.
+        prompt: The prompt's identity, for the books.
+        wants_pairs: A reply without a question and answer pair is no reply.
+    """
 
     def __init__(
         self,
@@ -44,10 +53,12 @@ class Asker:
         price: Price,
         settings: GenerateSettings,
         prompt: str,
+        wants_pairs: bool = True,
     ) -> None:
         self.sent = 0
         self._client, self._ledger, self._price = client, ledger, price
         self._settings, self._prompt = settings, prompt
+        self._wants_pairs = wants_pairs
         self._flying = 0
         self._landed = asyncio.Event()
         self._aliases: set[str] = set()
@@ -189,7 +200,8 @@ class Asker:
             self._aliases.add(reply.model)
         if not reply.text.strip():
             return f"empty reply (finish reason {reply.finish_reason})"
-        if not parse_pairs(reply.text, is_cut_off=reply.finish_reason == "length"):
+        is_cut_off = reply.finish_reason == "length"
+        if self._wants_pairs and not parse_pairs(reply.text, is_cut_off=is_cut_off):
             return "no question and answer pair in the reply"
         return None
 

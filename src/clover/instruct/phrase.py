@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 
-from clover.instruct.caption import clean
+from clover.instruct.description import describe
 from clover.instruct.vocabulary import is_denied, load_yaml
 
 MAX_WORDS = 14
@@ -24,9 +24,9 @@ def phrases(caption: str) -> list[str]:
     """Return the phrases of a caption, in its order, at most `MAX_PHRASES`; the shorter first kept.
 
     Args:
-        caption: Plain text; dates, magnifications and figure references are left out.
+        caption: Plain text; dates, magnifications, headings and remarks are left out.
     """
-    text = clean(caption)
+    text = describe(caption)
     found: dict[str, None] = {}
     for piece in _PIECE.finditer(text):
         for start, end in _spans(piece.group()):

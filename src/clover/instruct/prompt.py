@@ -84,8 +84,9 @@ class GenerationPrompt(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: str
-    format: Literal["text", "json", "copy"]
-    """`json` asks for a schema, `copy` for one whose answers are phrases of the caption."""
+    format: Literal["text", "json", "copy", "answer"]
+    """Pairs as text; as JSON; as JSON whose answers are phrases of the caption; or no pairs: an
+    answer to the question that stands in the caption's place."""
     pairs: tuple[int, int]
     temperature: float = 1.0
     top_p: float = 1.0
@@ -141,7 +142,7 @@ def load_prompt(name: str | Path) -> GenerationPrompt:
 
 
 def known_prompts() -> list[str]:
-    """Return the names of the prompts that come with CLOVER."""
+    """Return the names of the prompts that come with CLOVER and ask for pairs."""
     return sorted(path.stem for path in PROMPTS.glob("*.yaml"))
 
 
@@ -174,10 +175,10 @@ def build_request(prompt: GenerationPrompt, caption: str, *, model: str) -> Requ
 
 
 def _schema(prompt: GenerationPrompt, caption: str) -> dict[str, Any] | None:
-    if prompt.format == "text":
-        return None
     if prompt.format == "json":
         return SCHEMA
+    if prompt.format != "copy":
+        return None
     found = phrases(caption)
     # A caption of function words alone leaves nothing to copy but itself.
     return copy_schema(found or [caption], prompt.pairs)

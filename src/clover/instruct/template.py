@@ -12,6 +12,7 @@ from typing import Any
 
 from clover.core.record import AnswerType, Record
 from clover.instruct.caption import clean
+from clover.instruct.description import describe
 from clover.instruct.vocabulary import dictionary, load_yaml
 
 CONCISE_WORDS = 20
@@ -59,17 +60,18 @@ def write_template_instructions(records: list[Record], *, seed: int) -> list[Rec
 
 
 def _of_caption(record: Record, rng: random.Random) -> list[Record]:
-    answer = clean(record.caption or "")
-    if not any(character.isalpha() for character in answer):
+    caption = clean(record.caption or "")
+    if not any(character.isalpha() for character in caption):
         return []
+    answer = describe(record.caption or "")
     templates = load_yaml("templates")
     style = "concise" if len(answer.split()) <= CONCISE_WORDS else "detailed"
     found: list[tuple[str, str, str, AnswerType]] = [
         (style, rng.choice(templates[style]), answer, "open")
     ]
-    found += _attribute("body_part", "body_parts", _OTHER_BODY_PARTS, answer, rng)
-    found += _attribute("stain", "stains", _OTHER_STAINS, answer, rng)
-    found += _findings(answer, rng)
+    found += _attribute("body_part", "body_parts", _OTHER_BODY_PARTS, caption, rng)
+    found += _attribute("stain", "stains", _OTHER_STAINS, caption, rng)
+    found += _findings(caption, rng)
     return [
         _instruction(record, number, kind=kind, pair=(question, text, answer_type))
         for number, (kind, question, text, answer_type) in enumerate(found, start=1)

@@ -47,10 +47,16 @@ class Mention:
 
 
 class Dictionary:
-    """Terms with their variants, matched as whole words, longest first, plurals included."""
+    """Terms with their variants, matched as whole words, longest first, plurals included.
 
-    def __init__(self, terms: dict[str, list[str]]) -> None:
+    Args:
+        terms: Term to variants.
+        names: Longer names in which a variant is no mention: cystic fibrosis is no fibrosis.
+    """
+
+    def __init__(self, terms: dict[str, list[str]], *, names: Iterable[str] = ()) -> None:
         self.terms = list(terms)
+        self._other_names = re.compile(_pattern(names), re.IGNORECASE) if names else None
         self._names = {
             re.sub(r"\s+", " ", variant.lower()): term
             for term, variants in terms.items()
@@ -70,8 +76,14 @@ class Dictionary:
         """Return every mention in the order of the text."""
         return [
             Mention(self._term(m.group()), m.start(), m.end(), is_denied(text, m.start(), m.end()))
-            for m in self._regex.finditer(text)
+            for m in self._regex.finditer(self._blanked(text))
         ]
+
+    def _blanked(self, text: str) -> str:
+        """Return a text of the same length without the names that merely hold a term."""
+        if self._other_names is None:
+            return text
+        return self._other_names.sub(lambda match: "_" * len(match.group()), text)
 
     def stated(self, text: str) -> list[str]:
         """Return the terms that a text affirms at least once, each once, in order."""
@@ -87,7 +99,8 @@ class Dictionary:
 @functools.cache
 def dictionary(name: str) -> Dictionary:
     """Return one of `DICTIONARIES`."""
-    return Dictionary(load_yaml(f"dictionary/{name}"))
+    names = load_yaml("dictionary/language")["names"] if name == "findings" else ()
+    return Dictionary(load_yaml(f"dictionary/{name}"), names=names)
 
 
 @functools.cache

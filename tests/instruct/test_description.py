@@ -1,0 +1,55 @@
+"""Descriptions: what can be seen stays, what an atlas adds goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clover.core.record import read_records
+from clover.instruct.caption import clean
+from clover.instruct.description import describe
+
+TEXT = Path(__file__).parents[3] / "shared" / "data" / "text"
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("CARDIOVASCULAR: HEART: Heart, old infarct", "Heart, old infarct."),
+        ("HEPATOBILIARY: LIVER: BILIARY: Autoimmune hepatitis", "Liver: Autoimmune hepatitis."),
+        ("Endocrine: Parathyroid, adenoma", "Parathyroid, adenoma."),
+        ("BREAST: Fibroadenoma", "Breast: Fibroadenoma."),
+        # What only looks like a heading is part of the sentence.
+        (
+            "The diagnosis: fibroadenoma of the breast.",
+            "The diagnosis: fibroadenoma of the breast.",
+        ),
+        ("ORAL: Cyst", "Cyst."),
+        ("SKIN: Nevus: Micro low mag H&E good example", "Skin: Nevus: H&E."),
+        ("SKIN: Nevus: Micro H&E nests in dermis", "Skin: Nevus: H&E, nests in dermis."),
+        ("Kidney, nodules in a patient with diabetes, PAS", "Kidney, nodules, PAS."),
+        ("Heart, infarct, 6 days old", "Heart, infarct."),
+        ("Lung: typical carcinoid", "Lung: typical carcinoid."),
+        ("Lung: typical granuloma source unknown", "Lung: granuloma."),
+        ("Lymph node: atypical cells, see other slides", "Lymph node: atypical cells."),
+        # A caption of nothing but headings is still a caption.
+        ("LIVER: ORAL: \n", "Liver."),
+    ],
+)
+def test_headings_remarks_and_histories_are_left_out(caption: str, expected: str) -> None:
+    assert describe(caption) == expected
+
+
+@pytest.mark.parametrize("name", ["captions_peir_histology.csv", "patchgastricadc22_captions.csv"])
+def test_of_real_captions_no_word_is_added_and_none_is_left_without_a_description(
+    name: str,
+) -> None:
+    if not (TEXT / name).exists():
+        pytest.skip(f"no shared file {name}")
+    for record in read_records(TEXT / name, needs="caption").records:
+        caption = record.caption or ""
+        found = describe(caption)
+        assert any(character.isalpha() for character in found)
+        words = {word.strip(".,:;()").lower() for word in found.split()}
+        assert words <= {word.strip(".,:;()").lower() for word in clean(caption).split()}
