@@ -7,6 +7,7 @@ import pytest
 from clover.core.record import Record
 from clover.instruct.duplicates import NearDuplicates
 from clover.instruct.filter import filter_records, rule_counts
+from clover.instruct.mismatch import mismatch
 from clover.instruct.vocabulary import dictionary, is_denied
 
 from . import labelled
@@ -74,6 +75,15 @@ def test_every_kind_of_broken_pair_is_mostly_caught() -> None:
         ("What is seen here?", "Fat " * 9, "Liver fat.", "repetition"),
         ("What is the nature of the fat?", "The nature of the fat.", "Liver fat.", "echo"),
         ("How do the nuclei look?", "Bone marrow.", "Bone marrow.", "mismatch"),
+        ("Which tissue is shown?", "Tuberculosis.", "Lung: tuberculosis.", "mismatch"),
+        ("Which cells are shown?", "The image shows lung.", "Lung cells.", "mismatch"),
+        ("What is the name of the cell?", "HEMATOLOGIC: Bone marrow", "Bone marrow.", "mismatch"),
+        ("What is the size of it?", "It fills the stroma.", "It fills the stroma.", "mismatch"),
+        ("What is the type of tumor?", "Irregular ducts.", "Irregular ducts.", "mismatch"),
+        ("What is the primary lesion?", "Urinary.", "Urinary: kidney.", "mismatch"),
+        ("What is the name of the patient?", "Fibrosis.", "Fibrosis.", "mismatch"),
+        ("What is (seen in the image?", "Fibrosis.", "Fibrosis.", "unparseable"),
+        ("What in the image is in the image?", "Fibrosis.", "Fibrosis.", "unparseable"),
         ("What is the origin of the tumor?", "It is not known.", "A tumor.", "nonanswer"),
         ("Which organ is this?", "It is undoubtedly liver.", "Liver.", "overconfident"),
     ],
@@ -82,6 +92,23 @@ def test_each_rule_names_itself(question: str, answer: str, caption: str, rule: 
     found = reason(question, answer, caption)
     assert found is not None
     assert found.split(":")[0] == rule
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Which tissue is shown?", "Lung with tuberculosis."),
+        ("Which tissue is shown?", "Tumor tissue."),
+        ("Which cells are shown?", "Alveolar macrophages of the lung."),
+        ("Which cells fill the lung?", "Macrophages."),
+        ("How large are the cells of the lung?", "They are of medium size."),
+        ("Which tumor is shown?", "A benign lesion of the lung."),
+        ("What type of tumor is shown?", "A fibroadenoma."),
+        ("Which organ is shown?", "Lung."),
+    ],
+)
+def test_an_answer_of_the_kind_that_is_asked_for_stays(question: str, answer: str) -> None:
+    assert mismatch(question, answer) is None
 
 
 def test_a_diagnosis_named_three_times_is_no_running_in_circles() -> None:

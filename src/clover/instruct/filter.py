@@ -15,8 +15,9 @@ from clover.core.record import Record, Rejection
 from clover.instruct import support
 from clover.instruct.caption import has_date, has_magnification
 from clover.instruct.duplicates import NearDuplicates
+from clover.instruct.mismatch import mismatch
 from clover.instruct.parse import answer_type
-from clover.instruct.vocabulary import content_stems, dictionary, load_yaml, words
+from clover.instruct.vocabulary import content_stems, words
 
 QUESTION_WORDS = (3, 60)
 ANSWER_WORDS = (1, 250)
@@ -28,8 +29,7 @@ _TRUSTED = {"truth", "human"}
 _CUT = re.compile(
     r"(?:\b(?:and|or|the|a|an|of|with|in|to|by|for|is|are|which|that|from|as|its)|,)\s*$", re.I
 )
-_NAMED_ALONE = 4
-"""An answer of at most so many words may be an organ's name and nothing else."""
+_IMAGE = re.compile(r"\bin the (?:above )?image\b", re.I)
 _ARTICLES = {"a", "an", "the", "of", "is", "are", "was", "were", "it", "its", "this", "that", "to"}
 _LABEL = re.compile(r"\b(?:question|answer)\s*\d*\s*:|\{\s*\"|```|</?\w+>|\\n", re.I)
 
@@ -106,9 +106,15 @@ def _unparseable(record: Record) -> str | None:
             return "unparseable: markup or labels are left in the text"
     if not any(c.isalpha() for c in question) or not any(c.isalnum() for c in answer):
         return "unparseable: no words"
-    if _CUT.search(answer) or answer.count("(") != answer.count(")") or answer.count('"') % 2:
+    if _CUT.search(answer) or _is_open(answer):
         return "unparseable: the answer is cut off"
+    if _is_open(question) or len(_IMAGE.findall(question)) > 1:
+        return "unparseable: the question is no sentence"
     return None
+
+
+def _is_open(text: str) -> bool:
+    return text.count("(") != text.count(")") or text.count('"') % 2 == 1
 
 
 def _length(record: Record) -> str | None:
@@ -169,17 +175,7 @@ def _empty_answer(record: Record) -> str | None:
         return None
     if not set(_flat(answer).split()) - set(_flat(question).split()) - _ARTICLES:
         return "echo: the answer says no more than the question"
-    if len(answer.split()) > _NAMED_ALONE:
-        return None
-    parts = {stem for part in dictionary("body_parts").stated(answer) for stem in _all_stems(part)}
-    if parts and stems <= parts and not words("where").search(question):
-        return "mismatch: an organ answers what did not ask for one"
-    return None
-
-
-def _all_stems(term: str) -> set[str]:
-    variants = [term, *load_yaml("dictionary/body_parts")[term]]
-    return {stem for variant in variants for stem in content_stems(variant)}
+    return mismatch(question, answer)
 
 
 RULES: tuple[Rule, ...] = (

@@ -21,6 +21,7 @@ from clover.instruct.vocabulary import FOLDER, dictionary
 
 _BINS = 20
 _LONGEST_BARS = 25
+_WIDEST_LABEL = 380
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     closed = sum(record.answer_type == "closed" for record in records)
     return [
         ("instructions", f"{len(records):,}"),
-        ("images", f"{len({r.image for r in records if r.image}):,}"),
+        # Some caption files name no image file: their records know which belong together.
+        ("images", f"{len({r.image or r.group or r.id for r in records}):,}"),
         ("closed", f"{closed:,}"),
         ("mean question", f"{sum(questions) / len(questions):.1f} words"),
         ("mean answer", f"{sum(answers) / len(answers):.1f} words"),
@@ -167,12 +169,14 @@ def draw(panel: Panel) -> str:
 def _bars(panel: Panel) -> str:
     most = max(count for _, count in panel.values)
     height = 22 * len(panel.values) + 4
-    label, width = 250, 560
+    longest = max(len(name) for name, _ in panel.values)
+    label, width = min(_WIDEST_LABEL, max(250, 7 * longest)), 560
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_safe(panel.title)}">']
     for row, (name, count) in enumerate(panel.values):
         y = 22 * row + 4
         length = (width - label - 70) * count / most
-        shown = name if len(name) <= 36 else name[:35] + "…"
+        letters = (label - 8) // 6
+        shown = name if len(name) <= letters else name[: letters - 1] + "…"
         kind = "unknown" if name == UNKNOWN else "bar"
         parts.append(
             f"<g><title>{_safe(name)}: {count:,}</title>"
@@ -226,7 +230,7 @@ def _draw_samples(records: Sequence[Record], count: int, seed: int) -> list[Reco
 def _sample(record: Record) -> dict[str, str]:
     return {
         "id": record.id,
-        "image": record.image or "",
+        "image": record.image or record.id,
         "caption": record.caption or "",
         "question": record.question or "",
         "answer": record.answer or "",

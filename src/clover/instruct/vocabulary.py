@@ -106,7 +106,11 @@ def dictionary(name: str) -> Dictionary:
 @functools.cache
 def words(name: str) -> re.Pattern[str]:
     """Return a list of `dictionary/language.yaml` as one regex of whole words."""
-    variants = load_yaml("dictionary/language")[name]
+    return phrase_pattern(load_yaml("dictionary/language")[name])
+
+
+def phrase_pattern(variants: Iterable[str]) -> re.Pattern[str]:
+    """Return words and phrases as one regex of whole words, in any case."""
     return re.compile(_pattern(variants) + r"(?!\w)", re.IGNORECASE)
 
 
