@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from clover.core.errors import CloverError
-from clover.core.record import Record, read_records
-from clover.instruct.generate import GenerateSettings, generate_file, generate_shard, plan_file
+from clover.core.record import read_records
+from clover.instruct.generate import GenerateSettings, generate_file, plan_file
 from clover.instruct.ledger import Ledger, ledger_path
 from clover.instruct.prices import Price, estimate_tokens
 
@@ -240,16 +240,6 @@ def test_a_second_process_on_the_same_output_is_turned_away(tmp_path: Path) -> N
         pytest.raises(CloverError, match="another process"),
     ):
         generate_file(source, out=out, settings=settings(endpoint))
-
-
-def test_a_shard_is_a_pure_function_of_its_records(tmp_path: Path) -> None:
-    shard = [Record(id=str(i), image=f"{i}.png", caption=f"Case {i} of liver.") for i in range(6)]
-    with Running(Endpoint()) as endpoint:
-        chosen = settings(endpoint)
-        whole = list(generate_shard(shard, ledger=tmp_path / "a.sqlite", settings=chosen))
-        first = list(generate_shard(shard[:3], ledger=tmp_path / "b.sqlite", settings=chosen))
-        second = list(generate_shard(shard[3:], ledger=tmp_path / "c.sqlite", settings=chosen))
-    assert [r.row() for r in whole] == [r.row() for r in first + second]
 
 
 def test_token_estimate_is_close_to_a_real_tokeniser() -> None:

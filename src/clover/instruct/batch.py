@@ -41,9 +41,7 @@ class BatchSettings:
     """Seconds between two looks at a batch."""
 
 
-async def ask_in_batches(
-    records: Iterable[Record], *, job: Job, key: str, advance: Advance
-) -> None:
+async def ask_in_batches(records: Iterable[Record], *, job: Job, advance: Advance) -> None:
     """Take up open batches, then send what is not asked yet, batch by batch, and wait.
 
     Raises:
@@ -53,7 +51,7 @@ async def ask_in_batches(
 
     batch = job.settings.batch
     assert batch is not None
-    async with Client(job.endpoint, key=key, timeout_s=job.settings.timeout_s) as client:
+    async with Client(job.endpoint, key=job.key, timeout_s=job.settings.timeout_s) as client:
         runner = _Runner(client, job, batch, advance)
         try:
             await runner.adopt()

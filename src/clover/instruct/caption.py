@@ -69,6 +69,8 @@ class Captions:
     path: Path
     any_language: bool = False
     limit: int | None = None
+    is_clean: bool = False
+    """The captions were cleaned before; they are taken as they stand."""
     rejected: list[Rejection] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Record]:
@@ -78,6 +80,9 @@ class Captions:
         for item in iterate_records(self.path, needs="caption"):
             if isinstance(item, Rejection):
                 self._set_aside(item)
+                continue
+            if self.is_clean:
+                yield item
                 continue
             raw = item.caption or ""
             text = plain_text(raw) if len(raw) <= MAX_CHARACTERS else raw

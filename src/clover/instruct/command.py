@@ -49,8 +49,18 @@ def instruct() -> None:
 @click.option("--any-language", is_flag=True, help="Keep captions that are not in English.")
 @click.option("--batch", is_flag=True, help="Batch API: half the price, within a day.")
 @click.option("--poll", type=float, default=30.0, show_default=True, help="Seconds, for --batch.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes to use.")
+@click.option("--ray", is_flag=True, help="Run the workers under Ray (extra [ray], RAY_ADDRESS).")
 @click.option("--dry-run", is_flag=True, help="Predict dollars and hours; send nothing.")
-def generate(captions: Path, out: Path, dry_run: bool, price: str | None, **options: Any) -> None:
+def generate(
+    captions: Path,
+    out: Path,
+    dry_run: bool,
+    price: str | None,
+    workers: int,
+    ray: bool,
+    **options: Any,
+) -> None:
     """Generate question and answer pairs from captions with a language model.
 
     Text goes to the endpoint you name and nowhere else. The same command again continues and pays
@@ -77,7 +87,18 @@ def generate(captions: Path, out: Path, dry_run: bool, price: str | None, **opti
             "Nothing was sent."
         )
         return
-    _report(generate_file(captions, out=out, settings=settings), out)
+    if workers == 1 and not ray:
+        _report(generate_file(captions, out=out, settings=settings), out)
+        return
+    from clover.instruct.shard import generate_in_shards, import_ray, run_locally, run_under_ray
+
+    if ray:
+        import_ray()  # its absence shows before anything is sent
+    runner = run_under_ray if ray else run_locally
+    summary = generate_in_shards(
+        captions, out=out, settings=settings, workers=workers, runner=runner
+    )
+    _report(summary, out)
 
 
 def _duration(hours: float, settings: GenerateSettings) -> str:
@@ -317,7 +338,14 @@ def ledger(path: Path, as_json: bool) -> None:
       clover instruct ledger generated.jsonl --json
     """
     from clover.instruct.ledger import Ledger, ledger_path
+    from clover.instruct.merge import unmerged_shards
 
+    left = unmerged_shards(Path(str(path).removesuffix(".ledger.sqlite")))
+    if left:
+        click.echo(
+            f"{len(left):,} shards are not counted yet; the same generate command merges them",
+            err=True,
+        )
     with Ledger(ledger_path(path), must_exist=True) as books:
         totals, rows, failures = books.totals(), books.breakdown(), books.failures()
     if as_json:

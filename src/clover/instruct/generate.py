@@ -9,6 +9,7 @@ was killed loses at most what was in flight, and the same command finishes it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import time
@@ -26,6 +27,7 @@ from clover.instruct.batch import BatchSettings, ask_in_batches
 from clover.instruct.caption import Captions
 from clover.instruct.client import Client, check_endpoint, find_key, is_loopback
 from clover.instruct.ledger import Ledger, ledger_path, writing
+from clover.instruct.merge import remove_shards
 from clover.instruct.parse import parse_pairs
 from clover.instruct.prices import Price, estimate_message_tokens, estimate_tokens, find_price
 from clover.instruct.prompt import GenerationPrompt, build_request, load_prompt
@@ -120,6 +122,7 @@ class Job:
     prompt: GenerationPrompt
     price: Price
     endpoint: str
+    key: str = field(repr=False)
     ledger: Ledger
     sent: int = 0
     stopped: str | None = None
@@ -150,6 +153,11 @@ def _known_price(settings: GenerateSettings) -> Price:
             "dollars per million tokens (--price 0,0 when it is free); nothing sent"
         )
     return found
+
+
+def budget_reached(settings: GenerateSettings) -> str:
+    """Say why a run ended early."""
+    return f"the budget of ${settings.budget_usd or 0:g} is reached"
 
 
 def check_settings(settings: GenerateSettings) -> None:
@@ -228,58 +236,48 @@ def generate_file(captions: Path, *, out: Path, settings: GenerateSettings) -> G
         CloverError: a bad file, URL, key, price or prompt, before anything is sent; or an endpoint
             that stopped answering, after what was finished has been written.
     """
-    check_settings(settings)
-    price = resolve_price(settings)
-    prompt = load_prompt(settings.prompt)
-    endpoint = check_endpoint(settings.endpoint)
-    key = find_key(endpoint, settings.key_env)
     source = Captions(Path(captions), settings.any_language, settings.limit)
+    return generate_from(source, out=out, settings=settings)
+
+
+def generate_from(source: Captions, *, out: Path, settings: GenerateSettings) -> GenerateSummary:
+    """Generate instructions for captions that can be read more than once; see `generate_file`."""
+    check_settings(settings)
     total = sum(1 for _ in source)  # also finds a broken file before a cent is spent
     start = time.perf_counter()
-    with writing(ledger_path(out)) as ledger:
-        job = Job(settings, prompt, price, endpoint, ledger)
-        ledger.recover()
+    with open_job(out, settings) as job:
         try:
             with progress("generate", total) as advance:
-                run = _ask_all if settings.batch is None else ask_in_batches
-                asyncio.run(run(source, job=job, key=key, advance=advance))
+                run = ask_all if settings.batch is None else ask_in_batches
+                asyncio.run(run(source, job=job, advance=advance))
         finally:
             summary = write_output(source, out=out, job=job, seconds=time.perf_counter() - start)
     return summary
 
 
-def generate_shard(
-    records: Iterable[Record], *, ledger: Path, settings: GenerateSettings
-) -> Iterator[Record]:
-    """Generate instructions for a shard of records: a pure function of shard, ledger and settings.
+@contextlib.contextmanager
+def open_job(out: Path, settings: GenerateSettings) -> Iterator[Job]:
+    """Open the ledger of an output to spend from, and settle what a killed run left behind.
 
-    Args:
-        records: Records with captions, already plain text (see `caption.Captions`).
-        ledger: The shard's own ledger; a budget holds per ledger.
-        settings: Where and how to ask.
-
-    Yields:
-        One record a pair, in the order of the captions.
+    Raises:
+        CloverError: a bad URL, key, price or prompt; or another process writes this output.
     """
     check_settings(settings)
+    price, prompt = resolve_price(settings), load_prompt(settings.prompt)
     endpoint = check_endpoint(settings.endpoint)
-    prompt, price = load_prompt(settings.prompt), resolve_price(settings)
-    shard = list(records)
-    with writing(ledger) as books:
-        job = Job(settings, prompt, price, endpoint, books)
-        books.recover()
-        key = find_key(endpoint, settings.key_env)
-        asyncio.run(_ask_all(shard, job=job, key=key, advance=lambda *_, **__: None))
-        for record in shard:
-            yield from map(Record.model_validate, _rows_of(record, job))
+    key = find_key(endpoint, settings.key_env)
+    with writing(ledger_path(out)) as ledger:
+        ledger.recover()
+        remove_shards(ledger, out)
+        yield Job(settings, prompt, price, endpoint, key, ledger)
 
 
-async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Advance) -> None:
+async def ask_all(records: Iterable[Record], *, job: Job, advance: Advance) -> None:
     """Ask about every record with bounded concurrency; the first request goes alone."""
     settings = job.settings
     stream = iter(records)
     async with Client(
-        job.endpoint, key=key, timeout_s=settings.timeout_s, concurrency=settings.concurrency
+        job.endpoint, key=job.key, timeout_s=settings.timeout_s, concurrency=settings.concurrency
     ) as client:
         asker = Asker(
             client,
@@ -287,6 +285,7 @@ async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Ad
             price=job.price,
             settings=settings,
             prompt=job.prompt_identity,
+            wants_pairs=job.prompt.format != "answer",
         )
 
         async def work(first_only: bool = False) -> None:
@@ -316,7 +315,7 @@ async def _ask_all(records: Iterable[Record], *, job: Job, key: str, advance: Ad
                         group.create_task(work())
                         await asyncio.sleep(spread)
         except* BudgetReached:
-            job.stopped = f"the budget of ${settings.budget_usd:g} is reached"
+            job.stopped = budget_reached(settings)
         except* Stop as stops:
             raise CloverError(str(next(_leaves(stops)))) from None
         finally:
@@ -360,10 +359,18 @@ def _rows_of(record: Record, job: Job) -> list[dict[str, Any]]:
     return rows
 
 
+def _failure(record: Record, job: Job) -> dict[str, Any] | None:
+    """Return the line about a caption that brought no pairs, if it was asked."""
+    request = build_request(job.prompt, record.caption or "", model=job.settings.model)
+    reason = job.ledger.reason(request.key)
+    if reason is None:
+        return None
+    return {"id": record.id, "image": record.image, "reason": reason}
+
+
 def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> GenerateSummary:
     """Write the output and the list of failures from the ledger; return the summary."""
     counts = {"asked": 0, "done": 0, "failed": 0, "pairs": 0}
-    failures: list[dict[str, Any]] = []
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in source:
@@ -373,20 +380,17 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
                 counts["done"] += 1
                 counts["pairs"] += len(pairs)
                 yield from pairs
-                continue
-            request = build_request(job.prompt, record.caption or "", model=job.settings.model)
-            reason = job.ledger.reason(request.key)
-            if reason is not None:
+            elif _failure(record, job) is not None:
                 counts["failed"] += 1
-                failures.append({"id": record.id, "image": record.image, "reason": reason})
 
     stream = rows()
     first = next(stream, None)
     if first is not None or Path(out).exists():
         write_jsonl(out, itertools.chain([first] if first else [], stream))
     failed_file = Path(f"{out}.failed.jsonl")
-    if failures:
-        write_jsonl(failed_file, failures)
+    if counts["failed"]:
+        # Looked up once more rather than kept: a bad endpoint may fail a million of them.
+        write_jsonl(failed_file, filter(None, (_failure(record, job) for record in source)))
     else:
         failed_file.unlink(missing_ok=True)
     write_rejected(f"{out}.rejected.jsonl", source.rejected)

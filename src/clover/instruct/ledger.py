@@ -45,7 +45,14 @@ CREATE INDEX IF NOT EXISTS attempts_in_flight ON attempts (key, batch) WHERE sta
 CREATE TABLE IF NOT EXISTS batches (
   name TEXT PRIMARY KEY, remote TEXT, state TEXT NOT NULL, note TEXT
 );
+CREATE TABLE IF NOT EXISTS merged (name TEXT PRIMARY KEY);
 """
+_OUTCOME = ("outcome", "reason", "is_final", "reply", "finish_reason")
+_ATTEMPT = (
+    *("key", "day", "model", "endpoint", "state", "batch"),
+    *("worst_input", "worst_output", "worst_usd", "input_price", "output_price"),
+    *("input_tokens", "output_tokens", "usd", "seconds", "is_estimated", "note"),
+)
 
 
 def ledger_path(out: str | Path) -> Path:
@@ -280,6 +287,40 @@ class Ledger:
         for attempt, _ in rows:
             self.lose(attempt, "the process was stopped while this was in flight")
         return [key for _, key in rows]
+
+    def merge(self, path: Path) -> int:
+        """Take over the books of a shard, once: a second time nothing is booked.
+
+        Args:
+            path: The shard's ledger, with nothing in flight. Its file name must be its own.
+
+        Returns:
+            The attempts taken over.
+        """
+        self._db.execute("ATTACH ? AS shard", (str(path),))
+        try:
+            with self._transaction():
+                row = (path.name,)
+                if not self._db.execute("INSERT OR IGNORE INTO merged VALUES (?)", row).rowcount:
+                    return 0
+                columns, news = (
+                    ", ".join(_OUTCOME),
+                    ", ".join(f"{c} = excluded.{c}" for c in _OUTCOME),
+                )
+                self._db.execute(
+                    f"INSERT INTO requests (key, model, prompt, {columns}) "
+                    f"SELECT key, model, prompt, {columns} FROM shard.requests WHERE true "
+                    f"ON CONFLICT (key) DO UPDATE SET {news} WHERE requests.outcome != 'done'"
+                )
+                columns = ", ".join(_ATTEMPT)
+                taken = self._db.execute(
+                    f"INSERT INTO attempts ({columns}) "
+                    f"SELECT {columns} FROM shard.attempts ORDER BY id"
+                ).rowcount
+        finally:
+            self._db.execute("DETACH shard")
+        self._committed = self._sum_committed()
+        return int(taken)
 
     # -- reading --------------------------------------------------------------------------
 
