@@ -56,7 +56,7 @@ def _no_tissue(answer: str) -> str | None:
     is_disease = dictionary("diagnoses").stated(answer) or dictionary("findings").stated(answer)
     if len(answer.split()) > _NAMED_ALONE or not is_disease:
         return None
-    if dictionary("body_parts").stated(answer) or re.search(r"tissue|cell", answer, re.I):
+    if dictionary("body_parts").stated(answer) or re.search(r"tissue|cells\b", answer, re.I):
         return None
     return "a disease answers what asked for a tissue"
 
