@@ -29,9 +29,8 @@ from clover.instruct.shard import (
     ShardResult,
     generate_in_shards,
     generate_shard,
-    run_locally,
-    run_under_ray,
 )
+from clover.instruct.workers import run_locally, run_under_ray
 
 from .endpoint import Endpoint, Running, url
 from .test_command import run
@@ -222,7 +221,9 @@ def test_a_wrong_key_stops_at_the_first_call_of_all(
     source, out = captions(tmp_path / "c.jsonl", 40), tmp_path / "o.jsonl"
     with Running(Endpoint(key="right")) as endpoint:
         with pytest.raises(CloverError, match="does not accept the API key"):
-            generate_in_shards(source, out=out, settings=settings(endpoint), workers=2)
+            generate_in_shards(
+                source, out=out, settings=settings(endpoint), workers=2, runner=run_here
+            )
         assert endpoint.kinds["401"] == 1
 
 
