@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from clover.core.files import write_jsonl
 from clover.core.record import Record, Rejection, iterate_records
 from clover.instruct.vocabulary import load_yaml
 
@@ -64,44 +65,62 @@ _ARROWS = re.compile(
 
 @dataclass
 class Captions:
-    """A pass over a caption file: iterate it; `rejected` fills as the pass goes on."""
+    """A caption file of any size: iterate it, as often as you like; `reasons` counts as you go."""
 
     path: Path
     any_language: bool = False
     limit: int | None = None
     is_clean: bool = False
     """The captions were cleaned before; they are taken as they stand."""
-    rejected: list[Rejection] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why captions were set aside, of the last pass."""
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the usable records with their captions as plain text, one at a time."""
-        self.rejected.clear()
+        self.reasons.clear()
+        for item in self._items():
+            if isinstance(item, Record):
+                yield item
+            else:
+                self.reasons[item.reason] += 1
+
+    @property
+    def num_rejected(self) -> int:
+        """How many captions the last pass set aside."""
+        return self.reasons.total()
+
+    def write_rejected(self, path: str | Path) -> None:
+        """Write what the last pass set aside; nothing is written when that is nothing."""
+        if self.num_rejected:
+            # Read once more rather than kept: they may be most of a million.
+            rejected = (item for item in self._items() if isinstance(item, Rejection))
+            write_jsonl(path, (_shortened(item).row() for item in rejected))
+
+    def _items(self) -> Iterator[Record | Rejection]:
         count = 0
         for item in iterate_records(self.path, needs="caption"):
-            if isinstance(item, Rejection):
-                self._set_aside(item)
-                continue
-            if self.is_clean:
-                yield item
-                continue
-            raw = item.caption or ""
-            text = plain_text(raw) if len(raw) <= MAX_CHARACTERS else raw
-            reason = problem(raw, text=text, any_language=self.any_language)
-            if reason is not None:
-                content = {"id": item.id, "caption": raw[:200]}
-                self._set_aside(Rejection(str(self.path), count, reason, content))
-                continue
-            # A copy is dear, and most captions are plain already.
-            yield item if text == raw else item.model_copy(update={"caption": text})
-            count += 1
+            if not self.is_clean and isinstance(item, Record):
+                item = self._cleaned(item, count)
+            yield item
+            count += isinstance(item, Record)
             if self.limit is not None and count >= self.limit:
                 return
 
-    def _set_aside(self, item: Rejection) -> None:
-        content = item.content
-        if isinstance(content, dict):
-            content = {key: str(value)[:200] for key, value in content.items()}
-        self.rejected.append(Rejection(item.source, item.line, item.reason, content))
+    def _cleaned(self, item: Record, count: int) -> Record | Rejection:
+        raw = item.caption or ""
+        text = plain_text(raw) if len(raw) <= MAX_CHARACTERS else raw
+        reason = problem(raw, text=text, any_language=self.any_language)
+        if reason is not None:
+            return Rejection(str(self.path), count, reason, {"id": item.id, "caption": raw})
+        # A copy is dear, and most captions are plain already.
+        return item if text == raw else item.model_copy(update={"caption": text})
+
+
+def _shortened(item: Rejection) -> Rejection:
+    content = item.content
+    if isinstance(content, dict):
+        content = {key: str(value)[:200] for key, value in content.items()}
+    return Rejection(item.source, item.line, item.reason, content)
 
 
 def problem(caption: str, *, text: str | None = None, any_language: bool = False) -> str | None:

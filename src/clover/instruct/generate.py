@@ -20,7 +20,7 @@ from typing import Any
 
 from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
-from clover.core.record import Record, write_rejected
+from clover.core.record import Record
 from clover.core.terminal import Advance, progress
 from clover.instruct.ask import Asker, BudgetReached, Stop
 from clover.instruct.batch import BatchSettings, ask_in_batches
@@ -207,7 +207,7 @@ def plan_file(captions: Path, *, out: Path, settings: GenerateSettings) -> Plan:
     return Plan(
         captions=total,
         requests=len(keys),
-        set_aside=len(source.rejected),
+        set_aside=source.num_rejected,
         input_tokens=inputs,
         output_tokens=outputs,
         usd=price.dollars(inputs, outputs),
@@ -393,12 +393,12 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
         write_jsonl(failed_file, filter(None, (_failure(record, job) for record in source)))
     else:
         failed_file.unlink(missing_ok=True)
-    write_rejected(f"{out}.rejected.jsonl", source.rejected)
+    source.write_rejected(f"{out}.rejected.jsonl")
     totals = job.ledger.totals()
     return GenerateSummary(
         **counts,
         left=counts["asked"] - counts["done"] - counts["failed"],
-        set_aside=len(source.rejected),
+        set_aside=source.num_rejected,
         seconds=round(seconds, 3),
         sent=job.sent,
         input_tokens=totals.input_tokens,
