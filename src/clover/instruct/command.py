@@ -13,6 +13,7 @@ from clover.core.errors import CloverError
 
 if TYPE_CHECKING:
     from clover.core.record import RecordSet
+    from clover.instruct.blind import BlindAnswers
     from clover.instruct.generate import GenerateSettings, GenerateSummary
 
 _FILE = click.Path(path_type=Path)
@@ -194,21 +195,38 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
     show_default=True,
     help="Share of an answer's words that the caption must hold.",
 )
+@click.option("--blind-endpoint", help="Ask the questions of a model there that sees no image.")
+@click.option("--blind-model", help="The model's name at that endpoint.")
+@click.option("--blind-closed", is_flag=True, help="Ask it yes/no questions too, five times each.")
+@click.option("--blind-budget", type=float, help="Hard cap in US dollars, over all runs.")
+@click.option("--blind-price", help="input,output in dollars per million tokens.")
+@click.option("--blind-key-env", default="OPENAI_API_KEY", show_default=True, help="The API key.")
 def filter_file(
-    file: Path, out: Path, captions: Path | None, review: Path | None, min_overlap: float
+    file: Path,
+    out: Path,
+    captions: Path | None,
+    review: Path | None,
+    min_overlap: float,
+    **blind: Any,
 ) -> None:
     """Keep the good pairs; list every other one with the rule that turned it away.
+
+    With --blind-endpoint, a question that a language model answers rightly without the image is
+    turned away too; only questions leave the machine, and none is paid twice (G.ledger.sqlite).
 
     \b
     Example:
       clover instruct filter generated.jsonl --out good.jsonl
       # what was turned away, and why: good.jsonl.rejected.jsonl
+      clover instruct filter generated.jsonl --out good.jsonl \\
+          --blind-endpoint http://127.0.0.1:11434/v1 --blind-model llama3.1:8b
     """
     from clover.core.record import read_records, write_records, write_rejected
     from clover.instruct.filter import filter_records, rule_counts
 
     if not 0 <= min_overlap <= 1:
         raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
+    asking = _blind_settings(**blind)
     records = read_records(file, needs="question")
     by_image = None
     if captions is not None:
@@ -218,6 +236,14 @@ def filter_file(
     kept, rejected = filter_records(
         records.records, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
     )
+    if asking is not None:
+        from clover.instruct.blind import ask_blind, reject_blind
+
+        by_hand = {key for key, verdict in (reviewed or {}).items() if verdict == "keep"}
+        known = [record for record in kept if record.id not in by_hand]
+        answers = ask_blind(known, out=out, settings=asking, closed=blind["blind_closed"])
+        kept, guessed = reject_blind(kept, answers, source=records.records)
+        rejected += guessed
     rejected = [*records.rejected, *rejected]
     write_records(out, kept)
     rejected_file = Path(f"{out}.rejected.jsonl")
@@ -232,6 +258,46 @@ def filter_file(
     )
     if unchecked:
         click.echo(f"{unchecked:,} kept without a caption to check the answer against")
+    if asking is not None:
+        _report_blind(answers, out)
+
+
+def _blind_settings(**blind: Any) -> GenerateSettings | None:
+    from clover.instruct.generate import GenerateSettings
+    from clover.instruct.prices import parse_price
+
+    endpoint, model = blind["blind_endpoint"], blind["blind_model"]
+    if not endpoint or not model:
+        if any(blind[name] for name in ("blind_endpoint", "blind_model", "blind_closed")):
+            raise CloverError("the blind test needs both --blind-endpoint and --blind-model")
+        return None
+    price = blind["blind_price"]
+    return GenerateSettings(
+        endpoint=endpoint,
+        model=model,
+        budget_usd=blind["blind_budget"],
+        price=parse_price(price) if price else None,
+        key_env=blind["blind_key_env"],
+    )
+
+
+def _report_blind(answers: BlindAnswers, out: Path) -> None:
+    from clover.instruct.ledger import Ledger, ledger_path
+
+    with Ledger(ledger_path(out)) as books:
+        usd = books.totals().usd
+    kinds: Counter[str] = Counter(kind for kind, _ in answers.replies)
+    click.echo(
+        f"asked without the image: {_listed(kinds) or 'nothing'} questions, "
+        f"{answers.sent:,} requests sent, ${usd:.4f} in all ({ledger_path(out)})"
+    )
+    if answers.unanswered:
+        click.echo(f"{answers.unanswered:,} questions brought no answer and are kept")
+    if answers.habit:
+        click.echo(
+            f"the model says '{answers.habit}' whatever it is asked: no yes/no question was "
+            "turned away for it"
+        )
 
 
 def _verdicts(path: Path) -> dict[str, str]:
