@@ -91,3 +91,13 @@ def test_the_verb_writes_a_set_and_a_sheet(tmp_path: Path) -> None:
     assert [row["split"] for row in rows] == ["validation", "validation"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 900
+
+
+def test_several_processes_paint_the_same_bytes_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_phantom(tmp_path / "one", images=9, seed=4)
+    monkeypatch.setattr("clover.phantom.write._LEAST_A_WORKER", 3)
+    monkeypatch.setattr("clover.phantom.write.num_processors", lambda: 3)
+    make_phantom(tmp_path / "three", images=9, seed=4)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "three")

@@ -54,6 +54,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def num_processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class RunFolder:
     """A folder that holds one run; opening it again continues it."""
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, write_json
 from clover.core.record import Record, write_records
+from clover.core.run import num_processors
 from clover.core.terminal import progress
 from clover.phantom.caption import write_caption
 from clover.phantom.case import MICRONS_PER_PIXEL, Case, Region, sample_case
@@ -19,6 +26,8 @@ _VERSION = 1
 """Raised when the same seed gives other pictures or words."""
 _SOURCE = "phantom"
 _LICENCE = "CC0-1.0"
+_LEAST_A_WORKER = 64
+"""Images below which another process does not pay: it takes a second to start."""
 
 
 def make_phantom(out: Path, *, images: int, seed: int, split: str = "train") -> None:
@@ -42,9 +51,9 @@ def make_phantom(out: Path, *, images: int, seed: int, split: str = "train") -> 
         return
     cases = [sample_case(seed, split, index) for index in range(images)]
     captions: list[Record] = []
-    with progress("phantom", images) as advance:
-        for case in cases:
-            captions.append(_caption_record(case, _paint(case, out)))
+    with progress("phantom", images) as advance, _painted(cases, out) as painted:
+        for case, regions in zip(cases, painted, strict=True):
+            captions.append(_caption_record(case, regions))
             advance()
     asked = balance(cases, seed=seed, split=split)
     questions = [_question_record(case, item) for case in cases for item in asked[case.index]]
@@ -90,6 +99,28 @@ def _claim(out: Path, settings: dict[str, Any]) -> bool:
 
 def _described(settings: dict[str, Any] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in (settings or {}).items()) or "unreadable"
+
+
+@contextlib.contextmanager
+def _painted(cases: Sequence[Case], out: Path) -> Iterator[Iterator[tuple[Region, ...]]]:
+    """Paint in as many processes as there are processors; yield the places of findings in order."""
+    workers = min(num_processors(), len(cases) // _LEAST_A_WORKER)
+    if workers < 2:
+        yield (_paint(case, out) for case in cases)
+        return
+    # Not forked: torch may run threads in this process, and a fork of those can hang.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_ignore_interrupt
+    )
+    try:
+        yield pool.map(partial(_paint, out=out), cases, chunksize=8)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    """Leave Ctrl-C to the parent, which cancels what has not begun."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _paint(case: Case, out: Path) -> tuple[Region, ...]:

@@ -16,6 +16,7 @@ import click
 from clover.core.assets import home, is_offline, parse
 from clover.core.config import load_recipe
 from clover.core.errors import CloverError
+from clover.core.run import num_processors
 from clover.serve.fetch import asset_references
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def examine() -> dict[str, Any]:
             missing.append(f"the package {name} is not installed (pip install {name})")
     found: dict[str, Any] = {
         "versions": versions,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": num_processors(),
         "memory_gib": _memory_gib(),
         "clover_home": str(home()),
         "free_disk_gib": round(_free_disk(home()) / 2**30, 1),
