@@ -92,7 +92,9 @@ def test_budget_reached_is_said_and_exits_with_2(
     ("content", "message"),
     [
         ("image,note\na.png,Liver\n", "no 'caption' column (found: image, note)"),
+        ("pic,remark\na.png,Liver\n", "(found: pic, remark); call it one of caption, text, desc"),
         ("", "the file is empty"),
+        ("image,caption\n", "no row stands below its header"),
         ("image,caption\na.png,\nb.png,  \n", "no usable record: 2 empty caption"),
         ("image,caption\na.png,NaN\n", "no caption that can be asked about"),
     ],

@@ -179,12 +179,14 @@ def _check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
     wanted = ("caption",) if needs == "caption" else ("question", "answer")
     for name in wanted:
         if name not in columns and not any(other in columns for other in _SYNONYMS[name]):
-            found = ", ".join(columns) or "none"
-            raise CloverError(
-                f"{path} has no '{name}' column (found: {found}){nearest(name, columns)}"
-                if columns
-                else f"{path} has no '{name}' column: the file is empty"
-            )
+            if not columns:
+                is_empty = not path.stat().st_size
+                what = "the file is empty" if is_empty else "no row stands below its header"
+                raise CloverError(f"{path} has no '{name}' column: {what}")
+            hint = nearest(name, columns)
+            if "did you mean" not in hint:
+                hint = f"; call it one of {', '.join((name, *_SYNONYMS[name]))}"
+            raise CloverError(f"{path} has no '{name}' column (found: {', '.join(columns)}){hint}")
 
 
 def iterate_records(path: str | Path, *, needs: Needs = "any") -> Iterator[Record | Rejection]:

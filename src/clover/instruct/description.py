@@ -13,6 +13,7 @@ import re
 from clover.instruct.caption import clean, plain_text
 from clover.instruct.vocabulary import dictionary, load_yaml, stem
 
+_SENTENCE_START = re.compile(r"(?<=[a-z)]{2}\. )[a-z]")
 _HEADING = re.compile(r"\s*([A-Za-z][A-Za-z /&-]{1,40}):(?:\s+|$)")
 
 
@@ -24,7 +25,8 @@ def describe(caption: str) -> str:
     if kept and not _opens_with(text, kept[0]):
         text = f"{kept[0]}: {text}" if text else kept[0]
     # A stain in the midst of a line was set apart by the magnification that is gone.
-    return clean(_set_stain_apart(text)) or clean(caption)
+    text = _SENTENCE_START.sub(lambda m: m[0].upper(), _set_stain_apart(text))
+    return clean(text) or clean(caption)
 
 
 def _filed(text: str) -> tuple[list[str], str]:
@@ -51,7 +53,14 @@ def _without_remarks(text: str) -> str:
     """Leave out remarks on the slide and what is told of the patient."""
     text = _pattern("histories", r"[^,.;:]*").sub("", text)
     text = _pattern("remarks_to_the_end", ".*").sub("", text)
-    return _pattern("remarks", "").sub(" ", text)
+    return _pattern("remarks", "").sub(_gap, text)
+
+
+def _gap(remark: re.Match[str]) -> str:
+    """Return what to put in a remark's place: "invasion typical carcinoma" says two things."""
+    before = remark.string[: remark.start()].split()
+    is_apart = not before or before[-1][-1] in ".,:;(" or before[-1].lower() in _joints()
+    return " " if is_apart else ", "
 
 
 def _set_stain_apart(text: str) -> str:
@@ -65,6 +74,11 @@ def _set_stain_apart(text: str) -> str:
 @functools.cache
 def _systems() -> frozenset[str]:
     return frozenset(load_yaml("dictionary/atlas")["systems"])
+
+
+@functools.cache
+def _joints() -> frozenset[str]:
+    return frozenset(load_yaml("dictionary/language")["joints"])
 
 
 @functools.cache
