@@ -145,6 +145,53 @@ def test_messy_captions_are_used_or_set_aside_with_a_reason(
     capsys.readouterr()
 
 
+def test_a_messy_csv_is_read_like_messy_json_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "c.csv", tmp_path / "o.jsonl"
+    lines = [
+        "img,description",
+        "1.png,<i>Liver</i> &lt;b&gt;with&lt;/b&gt; fat \U0001f52c",
+        "2.png,NaN",
+        "3.png,Die Leber ist mit der Niere und dem Herz da",
+        "4.png," + "liver " * 2_000_000,
+        '5.png,"Kidney\r\nwith fibrosis"',
+    ]
+    path.write_bytes("\r\n".join(lines).encode())
+    assert run("instruct", "template", path, "--out", out) == 0
+    answers = {row["image"]: row["answer"] for row in reversed(rows(out))}
+    assert answers == {"1.png": "Liver with fat.", "5.png": "Kidney with fibrosis."}
+    said = capsys.readouterr().out
+    for reason in ("not in English", "empty caption", "longer than 8,000 characters"):
+        assert f"1 {reason}" in said or f"1 caption {reason}" in said
+    rejected = rows(Path(f"{out}.rejected.jsonl"))
+    assert [row["line"] for row in rejected] == [3, 4, 5]
+    assert Path(f"{out}.rejected.jsonl").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_what_is_no_url_is_named_before_its_price(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    words = ("instruct", "generate", source, "--out", tmp_path / "o", "--model", "m")
+    assert run(*words, "--endpoint", "nonsense", *more) == 2
+    assert "'nonsense' is not a URL" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_counts_nothing_is_marked_in_the_ledger(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o.jsonl"
+    with Running(Endpoint(usage=False)) as endpoint:
+        words = ("instruct", "generate", source, "--out", out, "--endpoint", url(endpoint))
+        assert run(*words, "--model", "m", "--price", "1,2") == 0
+    capsys.readouterr()
+    assert run("instruct", "ledger", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["estimated"] == found["done"] == 2
+    assert found["usd"] > 0
+
+
 def test_verdicts_of_a_review_are_applied(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,11 +196,16 @@ def iterate_records(path: str | Path, *, needs: Needs = "any") -> Iterator[Recor
         CloverError: no such file, no such column, or not one good record; the latter two at the
             end of the file.
     """
-    for _, item in _numbered(Path(path), needs):
+    for _, item in numbered_records(Path(path), needs):
         yield item
 
 
-def _numbered(path: Path, needs: Needs) -> Iterator[tuple[int, Record | Rejection]]:
+def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | Rejection]]:
+    """Yield what `iterate_records` does, each with its line in the file.
+
+    Raises:
+        CloverError: see `iterate_records`.
+    """
     columns: dict[str, None] = {}
     reasons: Counter[str] = Counter()
     good = 0
@@ -253,7 +258,7 @@ def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = 
     path = Path(path)
     found = RecordSet(path, [])
     seen: set[str] = set()
-    for line, item in _numbered(path, needs):
+    for line, item in numbered_records(path, needs):
         if isinstance(item, Rejection):
             found.rejected.append(item)
         elif item.id in seen:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clover.core.files import write_jsonl
-from clover.core.record import Record, Rejection, iterate_records
+from clover.core.record import Record, Rejection, numbered_records
 from clover.instruct.vocabulary import load_yaml
 
 MAX_CHARACTERS = 8000
@@ -98,20 +98,20 @@ class Captions:
 
     def _items(self) -> Iterator[Record | Rejection]:
         count = 0
-        for item in iterate_records(self.path, needs="caption"):
+        for line, item in numbered_records(Path(self.path), "caption"):
             if not self.is_clean and isinstance(item, Record):
-                item = self._cleaned(item, count)
+                item = self._cleaned(item, line)
             yield item
             count += isinstance(item, Record)
             if self.limit is not None and count >= self.limit:
                 return
 
-    def _cleaned(self, item: Record, count: int) -> Record | Rejection:
+    def _cleaned(self, item: Record, line: int) -> Record | Rejection:
         raw = item.caption or ""
         text = plain_text(raw) if len(raw) <= MAX_CHARACTERS else raw
         reason = problem(raw, text=text, any_language=self.any_language)
         if reason is not None:
-            return Rejection(str(self.path), count, reason, {"id": item.id, "caption": raw})
+            return Rejection(str(self.path), line, reason, {"id": item.id, "caption": raw})
         # A copy is dear, and most captions are plain already.
         return item if text == raw else item.model_copy(update={"caption": text})
 

@@ -183,6 +183,7 @@ def plan_file(captions: Path, *, out: Path, settings: GenerateSettings) -> Plan:
         CloverError: see `generate_file`.
     """
     check_settings(settings)
+    check_endpoint(settings.endpoint)
     prompt, price = load_prompt(settings.prompt), resolve_price(settings)
     source = Captions(captions, settings.any_language, settings.limit)
     ledger_file = ledger_path(out)
@@ -263,8 +264,9 @@ def open_job(out: Path, settings: GenerateSettings) -> Iterator[Job]:
         CloverError: a bad URL, key, price or prompt; or another process writes this output.
     """
     check_settings(settings)
-    price, prompt = resolve_price(settings), load_prompt(settings.prompt)
+    # The address first: what is no URL must not be answered with a question for its price.
     endpoint = check_endpoint(settings.endpoint)
+    price, prompt = resolve_price(settings), load_prompt(settings.prompt)
     key = find_key(endpoint, settings.key_env)
     with writing(ledger_path(out)) as ledger:
         ledger.recover()
