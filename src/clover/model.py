@@ -140,13 +140,30 @@ class Clover:
         tokens = self.tokenizer(questions, limit=self.recipe.tune.max_question_tokens, side="left")
         return Tokens(tokens.ids.to(self.device.device), tokens.mask.to(self.device.device))
 
-    def visual_prefix(self, features: Tensor, questions: Sequence[str]) -> Tensor:
-        """Return what the language model sees [B, Q, H] of image tokens [B, P, E]."""
+    def visual_hidden(self, features: Tensor, questions: Sequence[str]) -> Tensor:
+        """Return the query rows [B, Q, D] before the projection; see `visual_prefix`.
+
+        A Q-Former that does not read the question still gives a row a question.
+        """
         image = self.bridge.read_image(features.to(self.device.device))
         tokens = self.question_tokens(questions)
-        if tokens is None:
-            return self.bridge.visual_prefix(image)
-        return self.bridge.visual_prefix(image, tokens.ids, tokens.mask)
+        if tokens is not None:
+            return self.bridge.visual_hidden(image, tokens.ids, tokens.mask)
+        hidden = self.bridge.visual_hidden(image)
+        return hidden.repeat_interleave(len(questions) // len(hidden), dim=0)
+
+    def visual_prefix(self, features: Tensor, questions: Sequence[str]) -> Tensor:
+        """Return what the language model sees [B, Q, H] of image tokens and B questions.
+
+        Args:
+            features: [B, P, E], or [G, P, E] where G divides B: then the first B / G questions
+                are about the first image, and so on, and an image's keys are computed once.
+            questions: B questions.
+        """
+        projection = self.bridge.projection
+        assert projection is not None, "this bridge was built without a language model"
+        prefix: Tensor = projection(self.visual_hidden(features, questions))
+        return prefix
 
     def loss(
         self, features: Tensor, questions: Sequence[str], answers: Sequence[str]

@@ -4,60 +4,128 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from clover.core.errors import CloverError
 from clover.core.run import RunFolder
 from clover.qformer.calibrate import calibrate_image
-from clover.tune.grounding import GroundingObjective
+from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.run import tune
 from clover.vision.dataset import load_feature_set
 from tiny import QUESTION, TISSUES, Tiny, tiny_clover, tiny_recipe
 
 
-def objective(tiny: Tiny) -> GroundingObjective:
+def objective(tiny: Tiny, **settings: Any) -> GroundingObjective:
     model = tiny_clover(tiny.recipe)
     data = load_feature_set(
         tiny.instructions, needs="question", encoder=model.encoder, cache=tiny.folder / "cache"
     )
-    return GroundingObjective(model, data)
+    return GroundingObjective(model, data, **settings)
 
 
-def test_targets_are_the_answers_tokens_without_the_end(tiny: Tiny) -> None:
+def test_targets_spell_the_answer_and_then_fill(tiny: Tiny) -> None:
     grounding = objective(tiny)
     answer = next(iter(TISSUES))
-    row = grounding.targets([answer])[0]
-    named = {int(grounding.vocabulary[place]) for place in row.nonzero().flatten()}
-    assert named == set(grounding.model.language.answer_ids(answer)[:-1])
-    assert float(row.sum()) == 1.0
+    spelt = grounding.vocabulary[grounding.targets([answer])[0]].tolist()
+    tokens = grounding.model.language.text_tokens(" " + answer)
+    (filler,) = grounding.model.language.text_tokens(" -")
+    assert spelt == tokens + [filler] * (grounding.num_places - len(tokens))
 
 
-def test_loss_is_the_cross_entropy_of_each_query_averaged(tiny: Tiny) -> None:
-    grounding = objective(tiny)
+@pytest.mark.parametrize("anchor", [0.0, 0.3])
+def test_loss_is_cross_entropy_and_distance_of_each_place(tiny: Tiny, anchor: float) -> None:
+    grounding = objective(tiny, anchor=anchor)
     batch = grounding.collate([0, 1])
     with torch.no_grad():
         found = grounding.losses(batch)
         visual = grounding.model.visual_prefix(batch.features, batch.questions)
-    mean, _ = grounding.model.language.embedding_statistics()
-    words = grounding.model.language.word_embeddings(grounding.vocabulary) - mean
+    language = grounding.model.language
+    mean, _ = language.embedding_statistics()
+    words = language.word_embeddings(grounding.vocabulary)
     total = 0.0
     for row, answer in enumerate(batch.answers):
-        tokens = set(grounding.model.language.answer_ids(answer)[:-1])
-        for query in visual[row]:
-            chances = torch.softmax(words @ (query - mean), dim=0)
-            for place, token in enumerate(grounding.vocabulary.tolist()):
-                if token in tokens:
-                    total -= float(chances[place].log()) / len(tokens) / len(visual[row])
-    torch.testing.assert_close(float(found.sum), total, rtol=1e-4, atol=1e-4)
+        tokens = language.text_tokens(" " + answer)
+        for place, query in enumerate(visual[row]):
+            token = tokens[place] if place < len(tokens) else language.text_tokens(" -")[0]
+            chances = torch.softmax((words - mean) @ (query - mean), dim=0)
+            total -= float(chances[grounding.vocabulary.tolist().index(token)].log())
+            own = language.word_embeddings(torch.tensor([token]))[0]
+            total += anchor * float((query - own).square().sum())
+    torch.testing.assert_close(float(found.sum), total / len(visual[0]), rtol=1e-4, atol=1e-4)
     assert float(found.count) == 2
 
 
-def test_grounding_names_the_tissue_before_the_language_model_is_asked(
+def test_questions_that_share_an_image_are_answered_as_if_alone(tiny: Tiny) -> None:
+    grounding = objective(tiny, together=2)
+    batch = grounding.collate([0, 1, 2])
+    assert batch.features.shape[0] == 3
+    assert len(batch.questions) == 6
+    model = grounding.model
+    with torch.no_grad():
+        shared = model.visual_prefix(batch.features, batch.questions)
+        alone = model.visual_prefix(batch.features.repeat_interleave(2, dim=0), batch.questions)
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    for group in grounding._groups:
+        assert len({grounding.data.digests[index] for index in group}) == 1
+    # Nothing is left out: every question stands in a group.
+    assert {index for group in grounding._groups for index in group} == set(
+        range(len(grounding.data.records))
+    )
+
+
+def test_answers_longer_than_the_visual_tokens_are_left_to_the_language_model(tiny: Tiny) -> None:
+    grounding = objective(tiny)
+    records = grounding.data.records
+    records[0] = records[0].model_copy(update={"answer": "liver " * (grounding.num_places + 1)})
+    again = GroundingObjective(grounding.model, grounding.data)
+    assert 0 not in {index for group in again._groups for index in group}
+    assert again.num_samples() == len(records) - 1
+
+
+def test_a_filler_of_several_tokens_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(CloverError, match="grounding_filler 'liver colon' is 2 tokens"):
+        objective(tiny, filler="liver colon")
+
+
+def test_refit_is_the_ridge_solution(tiny: Tiny) -> None:
+    grounding = objective(tiny)
+    model = grounding.model
+    batch = grounding.collate(range(grounding.num_samples()))
+    with torch.no_grad():
+        hidden = model.visual_hidden(batch.features, batch.questions).flatten(0, 1)
+    words = model.language.word_embeddings(grounding.vocabulary)
+    wanted = words[grounding.targets(batch.answers)].flatten(0, 1)
+    share = refit_projection(grounding, batch_size=4)
+    projection = model.bridge.projection
+    assert projection is not None
+
+    def cost(weight: torch.Tensor, bias: torch.Tensor) -> float:
+        rest = (hidden @ weight.detach().t() + bias.detach() - wanted).square().sum()
+        return float(rest + 1e-4 * len(hidden) * weight.detach().square().sum())
+
+    best = cost(projection.weight, projection.bias)
+    torch.manual_seed(0)
+    for _ in range(20):
+        weight = projection.weight + 1e-2 * torch.randn_like(projection.weight)
+        assert cost(weight, projection.bias) > best
+        bias = projection.bias + 1e-2 * torch.randn_like(projection.bias)
+        assert cost(projection.weight, bias) > best
+    found = hidden @ projection.weight.t() + projection.bias
+    spread = (wanted - wanted.mean(dim=0)).square().sum()
+    assert share == pytest.approx(1 - float((found - wanted).square().sum() / spread), abs=1e-3)
+
+
+def test_grounding_spells_the_tissue_before_the_language_model_is_asked(
     tiny: Tiny, tmp_path: Path
 ) -> None:
     settings = {
-        "grounding_steps": 120,
+        "grounding_steps": 60,
+        "anchoring_steps": 60,
         "grounding_batch_size": 8,
+        "grounding_questions": 2,
         "grounding_learning_rate": 5e-3,
         "steps": 1,
         "learning_rate": 1e-12,
@@ -74,12 +142,13 @@ def test_grounding_names_the_tissue_before_the_language_model_is_asked(
     grounding = GroundingObjective(model, objective(tiny).data)
     for tissue in TISSUES:
         with torch.no_grad():
-            visual = model.visual_prefix(model.encode(tiny.image(tissue)), [QUESTION])[0]
-        scores = ((visual - grounding._mean) @ grounding._words.t()).mean(dim=0)
-        assert int(grounding.vocabulary[scores.argmax()]) in model.language.answer_ids(tissue)
+            visual = model.visual_prefix(model.encode(tiny.image(tissue)), [QUESTION])
+            nearest = torch.cdist(visual[0], grounding._words).argmin(dim=1)
+        assert nearest.tolist() == grounding.targets([tissue])[0].tolist()
 
-    # A run that lost its last stage grounds from its checkpoint and ends at the same weights.
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "tune")
+    # A run that lost its later stages goes on from the first one's checkpoint to the same weights.
+    for stage in ("anchor", "tune"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / stage)
     second = tune(recipe, out=tmp_path / "b", run=tmp_path / "run", **paths)
     assert (second.model / "bridge.safetensors").read_bytes() == (
         first.model / "bridge.safetensors"

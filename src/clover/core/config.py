@@ -198,15 +198,32 @@ class TuneConfig(OptimizerConfig):
     """Stage 2: instruction tuning through the frozen language model."""
 
     grounding_steps: int = Field(0, ge=0)
-    """Steps before the language model is asked, in which visual tokens learn to name the answer."""
+    """Steps before the language model is asked: visual tokens learn to spell the answer."""
+    anchoring_steps: int = Field(0, ge=0)
+    """Steps after those, in which visual tokens also move onto the words' embeddings."""
+    anchoring_weight: float = Field(0.2, ge=0)
+    """Weight of the squared distance to the word's embedding in these steps."""
     grounding_batch_size: int = Field(48, ge=1)
-    """Samples of such a step; it is about ten times cheaper than one through a language model."""
+    """Questions of such a step; it is about ten times cheaper than one through a language model."""
+    grounding_questions: int = Field(1, ge=1)
+    """How many of them ask about the same image, whose keys are then computed once."""
     grounding_learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of these steps."""
+    grounding_filler: str = " -"
+    """What stands in the visual tokens behind a short answer; one token of the language model."""
     instruction_aware: bool = True
     """Whether the Q-Former reads the question too."""
     max_question_tokens: int = Field(128, ge=4)
     """What the Q-Former reads of the question (truncation left)."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> TuneConfig:
+        if self.grounding_batch_size % self.grounding_questions:
+            raise ValueError(
+                f"grounding_questions {self.grounding_questions} does not divide "
+                f"grounding_batch_size {self.grounding_batch_size}"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

@@ -58,6 +58,10 @@ class FrozenLanguage(ABC):
         """Scores V that the model gives a token; may be more than its tokenizer has tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
+    def text_tokens(self, text: str) -> list[int]:
+        """Return the ids of a piece of text, with nothing added."""
+        return self.tokens.encode(text)
+
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings `[N, H]` of token ids `[N]`."""
         words: Tensor = self._embed(ids).detach()

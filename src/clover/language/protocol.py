@@ -80,6 +80,10 @@ class LanguageModel(Protocol):
         """Return the ids of an answer, its end token last."""
         ...
 
+    def text_tokens(self, text: str) -> list[int]:
+        """Return the ids of a piece of text, with nothing added."""
+        ...
+
     def word_embeddings(self, ids: Tensor) -> Tensor:
         """Return the input embeddings `[N, H]` of token ids `[N]`."""
         ...

@@ -77,13 +77,22 @@ class Bridge(nn.Module):
         """Image tokens [B, P, E] as the encoder gave them -> keys for the Q-Former."""
         return self.qformer.project_image(self.vision_norm(features.to(self.vision_norm.weight)))
 
+    def visual_hidden(
+        self, image: ImageKeys, ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the query rows [B, Q, D] that the projection reads; see `visual_prefix`."""
+        if ids is None or mask is None:
+            return self.qformer.encode_queries(image).hidden
+        return self.qformer.encode_pair(image, ids, mask, queries_only=True)
+
     def visual_prefix(
         self, image: ImageKeys, ids: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Return what the language model reads of the image.
 
         Args:
-            image: From `read_image`.
+            image: From `read_image`; of B images, or of fewer that several questions share
+                (`QFormer.encode_pair`).
             ids: The question's word pieces [B, T]; None for a Q-Former that does not read it.
             mask: [B, T], 1 = a token.
 
@@ -91,11 +100,7 @@ class Bridge(nn.Module):
             [B, Q, width of the language model].
         """
         assert self.projection is not None, "this bridge was built without a language model"
-        if ids is None or mask is None:
-            hidden = self.qformer.encode_queries(image).hidden
-        else:
-            hidden = self.qformer.encode_pair(image, ids, mask, queries_only=True)
-        prefix: Tensor = self.projection(hidden)
+        prefix: Tensor = self.projection(self.visual_hidden(image, ids, mask))
         return prefix
 
     def num_trainable(self) -> int:

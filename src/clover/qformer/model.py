@@ -83,7 +83,8 @@ class Layer(nn.Module):
             x: [B, Q + T, D], the first `num_queries` rows are queries.
             num_queries: How many; 0 for text alone.
             mask: Who may look at whom, see `Attention.forward`.
-            image: This layer's image keys and values.
+            image: This layer's image keys and values, of B images or of fewer: with B / n images,
+                each is asked by n rows in a row.
             past: Cached self-attention keys that come before this call's.
             rows: Compute only the first `rows` outputs: in the last layer nobody reads the rest.
 
@@ -100,7 +101,9 @@ class Layer(nn.Module):
         queries = x[:, :num_queries]
         if self.cross_attention is not None:
             assert image is not None, "a layer with cross-attention needs image keys"
-            queries = self.cross_attention(queries, image, None)
+            # Rows about one image stand together and ask as one: its keys are never copied.
+            together = queries.reshape(image[0].shape[0], -1, queries.shape[-1])
+            queries = self.cross_attention(together, image, None).view_as(queries)
         queries = self.query_feed_forward(queries)
         if x.shape[1] == num_queries:
             return queries, keys
@@ -199,7 +202,8 @@ class QFormer(nn.Module):
         """Let queries and text see each other, and the queries see the image.
 
         Args:
-            image: Image keys of the same batch.
+            image: Image keys of the same batch, or of B / n images that n texts each ask about;
+                the texts of an image stand together.
             ids: [B, T].
             mask: [B, T], 1 = a token.
             queries_only: Return the query rows alone; the last layer then skips the text rows.

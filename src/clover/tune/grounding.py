@@ -1,52 +1,107 @@
-"""Before the language model is asked: visual tokens that name the answer in its own words.
+"""Before the language model is asked: visual tokens that spell the answer in its own words.
 
 A frozen language model is a poor teacher for an untrained bridge: each step costs a pass through
 all of it, and for hundreds of steps the gradient says little more than how an answer is spelt. So
-the bridge first learns, without that pass, to put the embeddings of the answer's tokens where the
-language model will look for the image: cross-entropy over the tokens that answers are made of.
-A step costs about a tenth of one through the smallest language model.
+the bridge first learns, without that pass, to write the answer where the language model will look
+for the image: place q holds the answer's token q, and places behind the answer hold a filler. A
+language model that reads `kidney - - -` before a question answers "kidney" without being taught.
 
-# Paper: has no such step and starts with the language model's loss; here it comes first, and is
-# switched off by `tune.grounding_steps: 0`. Measured in docs/decisions/0006.
+Three steps, none of which runs the language model:
+
+1. `GroundingObjective`: cross-entropy over the tokens that answers are made of. It shapes what a
+   visual token points at, and leaves its length and its other directions to chance.
+2. `refit_projection`: ridge regression from the queries to the words' embeddings, in closed form.
+3. `GroundingObjective` with `anchor` above 0: the cross-entropy, and the squared distance to the
+   word's embedding, until visual tokens are words as the language model knows them.
+
+# Paper: has no such steps and starts with the language model's loss; here they come first, and are
+# switched off by `tune.grounding_steps: 0`. Measured in docs/decisions/0006 and 0007.
 """
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from clover.core.errors import CloverError
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.training.objective import Losses
-from clover.tune.objective import InstructionBatch, TuneObjective
+from clover.tune.objective import InstructionBatch
 from clover.vision.dataset import FeatureSet
 
-_MOST_ANSWERS = 50_000  # answers read for the list of tokens; rarer tokens carry no loss
+_RIDGE = 1e-4
+"""Of the refit, per row: hidden rows have about unit variance."""
+_REFIT_ROWS = 16_384
+"""Query rows that are enough to fit the projection on."""
 
 
 @dataclass
 class GroundingObjective:
-    """Each visual token predicts the tokens of the answer, given image and question."""
+    """Each visual token predicts its token of the answer, given image and question."""
 
     model: Clover
     data: FeatureSet
+    together: int = 1
+    """Questions about one image that stand together and share its keys."""
+    filler: str = " -"
+    """One token of the language model, for places behind the answer."""
+    anchor: float = 0.0
+    """Weight of the squared distance to the word's embedding."""
+    seed: int = 0
+    """Which questions about an image stand together."""
     vocabulary: Tensor = field(init=False)
     """Ids of the tokens that answers are made of [V']."""
 
     def __post_init__(self) -> None:
-        answers = {record.answer or "" for record in self.data.records[:_MOST_ANSWERS]}
-        ids = {token for answer in answers for token in self.model.language.answer_ids(answer)[:-1]}
-        self.vocabulary = torch.tensor(sorted(ids))
-        self._column = {int(token): place for place, token in enumerate(self.vocabulary)}
-        self._tune = TuneObjective(self.model, self.data)
+        encode = self.model.language.text_tokens
+        filler = encode(self.filler)
+        if len(filler) != 1:
+            raise CloverError(
+                f"tune.grounding_filler {self.filler!r} is {len(filler)} tokens of the language "
+                "model, it must be one; ' -' is one in most"
+            )
+        self._filler = filler[0]
+        self._spelt: dict[str, list[int]] = {}
+        for answer in {record.answer or "" for record in self.data.records}:
+            # With a blank before it: the commonest form of a word, and often a single token.
+            ids = encode(" " + answer)
+            if len(ids) <= self.num_places:
+                self._spelt[answer] = ids
+        used = {self._filler}.union(*self._spelt.values())
         device = self.model.device.device
+        self.vocabulary = torch.tensor(sorted(used))
+        self._column = {int(token): place for place, token in enumerate(self.vocabulary)}
         mean, _ = self.model.language.embedding_statistics()
         self._mean = mean.to(device)
-        words = self.model.language.word_embeddings(self.vocabulary.to(device))
-        self._words = words.float() - self._mean  # [V', H]
+        self._words = self.model.language.word_embeddings(self.vocabulary.to(device)).float()
+        self._groups = self._grouped()
+
+    def _grouped(self) -> list[list[int]]:
+        """Return groups of `together` questions about one image, answers too long left out."""
+        chance = random.Random(self.seed)
+        by_image: dict[str, list[int]] = defaultdict(list)
+        for index, record in enumerate(self.data.records):
+            if (record.answer or "") in self._spelt:
+                by_image[self.data.digests[index]].append(index)
+        groups = []
+        for found in by_image.values():
+            chance.shuffle(found)
+            # The last group is filled up with the image's first questions.
+            found += [found[place % len(found)] for place in range(-len(found) % self.together)]
+            groups += [found[i : i + self.together] for i in range(0, len(found), self.together)]
+        return groups
+
+    @property
+    def num_places(self) -> int:
+        """How many visual tokens there are: the longest answer that can be spelt."""
+        return self.model.bridge.config.num_queries
 
     @property
     def module(self) -> Bridge:
@@ -54,30 +109,79 @@ class GroundingObjective:
         return self.model.bridge
 
     def num_samples(self) -> int:
-        """Return the number of instructions."""
-        return self._tune.num_samples()
+        """Return the number of groups of questions about one image."""
+        return len(self._groups)
 
     def sizes(self) -> None:
         """Rows have one width whatever the answer's length: nothing to bucket."""
 
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
-        """Load the instructions with these indices."""
-        return self._tune.collate(indices)
+        """Load these groups: features [G, P, E], questions and answers of G * together rows."""
+        groups = [self._groups[index] for index in indices]
+        records = [self.data.records[index] for group in groups for index in group]
+        return InstructionBatch(
+            self.data.features([group[0] for group in groups]),
+            [self.model.question_of(record) for record in records],
+            [record.answer or "" for record in records],
+        )
 
     def targets(self, answers: Sequence[str]) -> Tensor:
-        """Return each answer as a distribution over the vocabulary [B, V']."""
-        target = torch.zeros(len(answers), len(self.vocabulary))
+        """Return each place's column in `vocabulary` [B, Q]: the answer's tokens, then fillers."""
+        columns = torch.full((len(answers), self.num_places), self._column[self._filler])
         for row, answer in enumerate(answers):
-            for token in self.model.language.answer_ids(answer)[:-1]:
-                if token in self._column:
-                    target[row, self._column[token]] = 1.0
-        return target / target.sum(dim=1, keepdim=True).clamp_min(1)
+            spelt = [self._column[token] for token in self._spelt[answer]]
+            columns[row, : len(spelt)] = torch.tensor(spelt, dtype=torch.long)
+        return columns
+
+    def scores(self, visual: Tensor) -> Tensor:
+        """Return how much visual tokens [B, Q, H] point at each word [B, Q, V']."""
+        return (visual.float() - self._mean) @ (self._words - self._mean).t()
 
     def losses(self, batch: InstructionBatch) -> Losses:
-        """Return the summed cross-entropy of the batch, averaged over queries."""
+        """Return the summed loss of the batch, averaged over places."""
         visual = self.model.visual_prefix(batch.features, batch.questions).float()  # [B, Q, H]
-        scores = ((visual - self._mean) @ self._words.t()).log_softmax(dim=-1)  # [B, Q, V']
-        target = self.targets(batch.answers).to(scores.device)
-        loss = -(target[:, None] * scores).sum(dim=-1).mean(dim=1).sum()
-        count = torch.tensor(float(len(batch.answers)), device=scores.device)
-        return Losses(loss, count)
+        target = self.targets(batch.answers).to(visual.device)
+        loss = F.cross_entropy(
+            self.scores(visual).flatten(0, 1), target.flatten(), reduction="none"
+        )
+        if self.anchor:
+            distance = (visual - self._words[target]).square().sum(dim=-1).flatten()
+            loss = loss + self.anchor * distance
+        count = torch.tensor(float(len(batch.answers)), device=visual.device)
+        return Losses(loss.sum() / self.num_places, count)
+
+
+@torch.no_grad()
+def refit_projection(grounding: GroundingObjective, *, batch_size: int) -> float:
+    """Fit the projection to the words' embeddings by ridge regression, in closed form.
+
+    Args:
+        grounding: After its cross-entropy steps.
+        batch_size: Groups a forward pass.
+
+    Returns:
+        Explained variance of the words' embeddings, 0 to 1.
+    """
+    model = grounding.model
+    projection = model.bridge.projection
+    assert projection is not None, "this bridge was built without a language model"
+    model.bridge.eval()
+    rows_wanted = _REFIT_ROWS // (grounding.together * grounding.num_places)
+    order = random.Random(grounding.seed).sample(
+        range(grounding.num_samples()), min(rows_wanted + 1, grounding.num_samples())
+    )
+    hidden, words = [], []
+    for start in range(0, len(order), batch_size):
+        batch = grounding.collate(order[start : start + batch_size])
+        with model.device.autocast():
+            found = model.visual_hidden(batch.features, batch.questions)
+        hidden.append(found.flatten(0, 1).double().cpu())
+        words.append(grounding._words.cpu()[grounding.targets(batch.answers)].flatten(0, 1))
+    x, y = torch.cat(hidden), torch.cat(words).double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    square = x.t() @ x + _RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(square, x.t() @ y)  # [D, H]
+    projection.weight.copy_(weight.t())
+    projection.bias.copy_(y_mean - x_mean @ weight)
+    return float(1 - (x @ weight - y).square().sum() / y.square().sum().clamp_min(1e-12))

@@ -21,7 +21,7 @@ from clover.model import (
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
-from clover.tune.grounding import GroundingObjective
+from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
@@ -103,21 +103,36 @@ def tune(
 
 
 def ground(objective: TuneObjective, job: TrainingJob) -> None:
-    """Run the grounding steps, or what is left of them, before the language model's own."""
+    """Run the steps before the language model's own, or what is left of them.
+
+    Two stages with checkpoints of their own; the closed-form fit between them is made again.
+    """
     config = job.config
     assert isinstance(config, TuneConfig)
+    grounding = GroundingObjective(
+        objective.model,
+        objective.data,
+        together=config.grounding_questions,
+        filler=config.grounding_filler,
+        seed=job.seed,
+    )
+    if not grounding.num_samples():
+        return  # every answer is longer than the visual tokens: nothing that can be spelt
     own = config.model_copy(
         update={
             "steps": config.grounding_steps,
-            "batch_size": config.grounding_batch_size,
+            "batch_size": config.grounding_batch_size // config.grounding_questions,
             "learning_rate": config.grounding_learning_rate,
             "accumulate": 1,
         }
     )
-    train(
-        GroundingObjective(objective.model, objective.data),
-        replace(job, stage="ground", config=own, max_steps=None),
-    )
+    train(grounding, replace(job, stage="ground", config=own, max_steps=None))
+    if config.anchoring_steps:
+        share = refit_projection(grounding, batch_size=own.batch_size)
+        job.run.log("refit", 1, explained_variance=round(share, 4))
+        grounding.anchor = config.anchoring_weight
+        own = own.model_copy(update={"steps": config.anchoring_steps})
+        train(grounding, replace(job, stage="anchor", config=own, max_steps=None))
 
 
 def calibrate(objective: TuneObjective, *, num_samples: int, is_aligned: bool) -> None:
