@@ -13,6 +13,7 @@ import re
 from clover.instruct.caption import clean, plain_text
 from clover.instruct.vocabulary import dictionary, load_yaml, stem
 
+_VERBS = "shows?|showed|showing|demonstrat\\w+|contain\\w*|reveal\\w*|is|are|was|were|has|have"
 _SENTENCE_START = re.compile(r"(?<=[a-z)]{2}\. )[a-z]")
 _HEADING = re.compile(r"\s*([A-Za-z][A-Za-z /&-]{1,40}):(?:\s+|$)")
 
@@ -21,7 +22,8 @@ def describe(caption: str) -> str:
     """Return a caption as an answer to "what does this image show?"; may be empty."""
     headings, rest = _filed(plain_text(caption))
     kept = [item.capitalize() for item in headings if item.lower() not in _systems()][:1]
-    text = clean(_without_remarks(rest))
+    text = _without_histories(rest)
+    text = clean(_without_remarks(text) if headings else text)
     if kept and not _opens_with(text, kept[0]):
         text = f"{kept[0]}: {text}" if text else kept[0]
     # A stain in the midst of a line was set apart by the magnification that is gone.
@@ -49,9 +51,14 @@ def _opens_with(text: str, heading: str) -> bool:
     return {stem(word) for word in heading.split()} <= {stem(word) for word in first.split()}
 
 
+def _without_histories(text: str) -> str:
+    """Leave out what is told of the patient, and nothing of what the tissue then shows."""
+    text = _pattern("histories", rf"[^,.;:]*?(?=\s+(?:{_VERBS})\b|[,.;:]|$)").sub("", text)
+    return _pattern("ages", "").sub("", text)
+
+
 def _without_remarks(text: str) -> str:
-    """Leave out remarks on the slide and what is told of the patient."""
-    text = _pattern("histories", r"[^,.;:]*").sub("", text)
+    """Leave out an atlas's remarks on its slides."""
     text = _pattern("remarks_to_the_end", ".*").sub("", text)
     return _pattern("remarks", "").sub(_gap, text)
 
