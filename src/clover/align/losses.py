@@ -95,9 +95,10 @@ def alignment_losses(
 def match_logits(bridge: Bridge, image: ImageKeys, text: Tokens, negatives: Negatives) -> Tensor:
     """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text)."""
     own = torch.arange(len(text.ids), device=text.ids.device)
-    images = torch.cat([own, negatives.image_for_text, own])
-    texts = torch.cat([own, own, negatives.text_for_image])
-    hidden = bridge.qformer.encode_pair(
-        image.select(images), text.ids[texts], text.mask[texts], queries_only=True
+    # An image's two texts stand together and ask the same keys; only other images' are copied.
+    texts = torch.stack([own, negatives.text_for_image], dim=1).flatten()
+    same = bridge.qformer.encode_pair(image, text.ids[texts], text.mask[texts], queries_only=True)
+    other = bridge.qformer.encode_pair(
+        image.select(negatives.image_for_text), text.ids, text.mask, queries_only=True
     )
-    return bridge.alignment.match(hidden)
+    return bridge.alignment.match(torch.cat([same[0::2], other, same[1::2]]))
