@@ -5,7 +5,7 @@ import pytest
 
 from clover.phantom.caption import write_caption
 from clover.phantom.case import sample_case
-from clover.phantom.question import CLOSED_FORMS, OPEN_FORMS, balance, write_questions
+from clover.phantom.question import CLOSED_FORMS, NAMING_FORMS, OPEN_FORMS, balance, write_questions
 from clover.phantom.wording import language
 
 CASES = [sample_case(0, "train", index) for index in range(1500)]
@@ -96,3 +96,14 @@ def test_answers_are_true_of_the_case() -> None:
             if any(name in named for name in entry["ask"])
         ]
         assert (answers["is_stain"] == "yes") == (case.stain in asked)
+
+
+def test_asked_both_ways_a_name_is_right_once_and_wrong_once() -> None:
+    for index in range(20):
+        case = sample_case(8, "train", index)
+        once, twice = write_questions(case), write_questions(case, both_ways=True)
+        assert twice[: len(once)] == once
+        for form in NAMING_FORMS:
+            pair = [item for item in twice if item.form == form]
+            assert sorted(item.answer for item in pair) == ["no", "yes"]
+            assert pair[0].question != pair[1].question

@@ -21,11 +21,18 @@ import click
     help="Name of the split; two splits never share an image, whatever their seeds.",
 )
 @click.option(
+    "--both-ways",
+    is_flag=True,
+    help="Ask whether it is a named tissue or stain twice, once with the right name: for training.",
+)
+@click.option(
     "--sheet",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Also write a labelled contact sheet (PNG) of all tissues, stains and findings.",
 )
-def phantom(out: Path, images: int, seed: int, split: str, sheet: Path | None) -> None:
+def phantom(
+    out: Path, images: int, seed: int, split: str, both_ways: bool, sheet: Path | None
+) -> None:
     """Write OUT/images/*.png, OUT/captions.jsonl and OUT/vqa.jsonl (with the truth).
 
     Synthetic histology, 224 px at 0.8 microns per pixel: eight tissues, three stains, six findings.
@@ -33,7 +40,7 @@ def phantom(out: Path, images: int, seed: int, split: str, sheet: Path | None) -
     """
     from clover.phantom.write import make_phantom
 
-    make_phantom(out, images=images, seed=seed, split=split)
+    make_phantom(out, images=images, seed=seed, split=split, both_ways=both_ways)
     click.echo(f"{images:,} images, captions.jsonl and vqa.jsonl in {out}")
     if sheet is not None:
         from clover.phantom.sheet import write_sheet

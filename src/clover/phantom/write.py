@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ _LEAST_A_WORKER = 64
 """Images below which another process does not pay: it takes a second to start."""
 
 
-def make_phantom(out: Path, *, images: int, seed: int, split: str = "train") -> None:
+def make_phantom(
+    out: Path, *, images: int, seed: int, split: str = "train", both_ways: bool = False
+) -> None:
     """Write OUT/images/*.png, OUT/captions.jsonl and OUT/vqa.jsonl.
 
     Called again with the same arguments it finishes what is missing, and does nothing to a
@@ -41,12 +45,19 @@ def make_phantom(out: Path, *, images: int, seed: int, split: str = "train") -> 
         images: How many images, at least 1.
         seed: Another seed, another set; 0 or more.
         split: Name of the split. Two splits never share an image, whatever their seeds.
+        both_ways: Ask "Is this kidney?" twice of each image, once with the right name.
 
     Raises:
         CloverError: a number out of range, or a folder that holds another set.
     """
     _check(images, seed, split)
-    settings = {"version": _VERSION, "images": images, "seed": seed, "split": split}
+    settings = {
+        "version": _VERSION,
+        "images": images,
+        "seed": seed,
+        "split": split,
+        "both_ways": both_ways,
+    }
     if _claim(out, settings):
         return
     cases = [sample_case(seed, split, index) for index in range(images)]
@@ -55,7 +66,7 @@ def make_phantom(out: Path, *, images: int, seed: int, split: str = "train") -> 
         for case, regions in zip(cases, painted, strict=True):
             captions.append(_caption_record(case, regions))
             advance()
-    asked = balance(cases, seed=seed, split=split)
+    asked = balance(cases, seed=seed, split=split, both_ways=both_ways)
     questions = [_question_record(case, item) for case in cases for item in asked[case.index]]
     write_records(out / "vqa.jsonl", questions)
     write_records(out / "captions.jsonl", captions)
@@ -80,7 +91,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> bool:
     marker = out / "phantom.json"
     if marker.exists():
         found = read_json(marker)
-        held = {key: found.get(key) for key in settings} if isinstance(found, dict) else None
+        # Sets made before they could be asked both ways were not.
+        held = None
+        if isinstance(found, dict):
+            held = {key: found.get(key, False if key == "both_ways" else None) for key in settings}
         if held != settings:
             raise CloverError(
                 f"{out} holds another phantom set ({_described(held)}), "
@@ -110,17 +124,41 @@ def _painted(cases: Sequence[Case], out: Path) -> Iterator[Iterator[tuple[Region
         return
     # Not forked: torch may run threads in this process, and a fork of those can hang.
     pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_ignore_interrupt
+        workers, mp_context=get_context("spawn"), initializer=_follow_parent
     )
     try:
-        yield pool.map(partial(_paint, out=out), cases, chunksize=8)
+        with _without_interrupt():
+            painted = pool.map(partial(_paint, out=out), cases, chunksize=8)
+        yield painted
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupt() -> None:
-    """Leave Ctrl-C to the parent, which cancels what has not begun."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends; processes started in it never hear of one.
+
+    A terminal sends it to all of them, and one that is still starting would print where it was.
+    The parent hears it, and cancels what has not begun.
+    """
+    resource_tracker.ensure_running()  # otherwise started in the block, and it lets Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow_parent() -> None:
+    """End this process when its parent is gone, killed without a chance to say so."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None, "a worker is started by another process"
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _paint(case: Case, out: Path) -> tuple[Region, ...]:
