@@ -74,7 +74,11 @@ def run_demo(recipe: Recipe, out: Path, *, say: Say) -> dict[str, Any]:
     )
     say(f"stage 1: contrast, match, caption ({recipe.align.steps} steps)")
     aligned = align(recipe, captions=demo.train / "captions.jsonl", out=out, cache=demo.cache)
-    say(f"stage 2: instructions through the frozen language model ({recipe.tune.steps} steps)")
+    spelling = recipe.tune.grounding_steps + recipe.tune.anchoring_steps
+    say(
+        f"stage 2: spell answers ({spelling} steps), then through the frozen language model "
+        f"({recipe.tune.steps} steps)"
+    )
     tuned = tune(
         recipe,
         instructions=hybrid,
