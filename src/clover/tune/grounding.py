@@ -38,6 +38,8 @@ from clover.vision.dataset import FeatureSet
 
 _RIDGE = 1e-4
 """Of the refit, per row: hidden rows have about unit variance."""
+_LONGEST_TOKEN = 20
+"""Characters; an answer of more for each place is not tokenised to find that it is too long."""
 _REFIT_ROWS = 16_384
 """Query rows that are enough to fit the projection on."""
 
@@ -69,7 +71,9 @@ class GroundingObjective:
             )
         self._filler = filler[0]
         self._spelt: dict[str, list[int]] = {}
-        for answer in {record.answer or "" for record in self.data.records}:
+        longest = _LONGEST_TOKEN * self.num_places
+        answers = {record.answer or "" for record in self.data.records}
+        for answer in (text for text in answers if len(text) <= longest):
             # With a blank before it: the commonest form of a word, and often a single token.
             ids = encode(" " + answer)
             if len(ids) <= self.num_places:
