@@ -19,6 +19,7 @@ from clover.core.errors import CloverError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("clover.demo.command:demo", "The whole recipe on the phantom, in minutes."),
     "phantom": ("clover.phantom.command:phantom", "Make synthetic histology with known truth."),
+    "data": ("clover.data.command:data", "Other people's data as records; looked over."),
     "instruct": ("clover.instruct.command:instruct", "Captions in, checked instructions out."),
     "features": ("clover.vision.command:features", "Run the frozen image encoder once."),
     "align": ("clover.align.command:align", "Stage 1: contrast, match, caption."),
@@ -31,6 +32,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "fetch": ("clover.serve.fetch:fetch", "Bring the models a recipe names into the cache."),
     "doctor": ("clover.serve.doctor:doctor", "What this machine can do."),
 }
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+"""What a folder says that may not be used, or is none."""
 
 
 class LazyGroup(click.Group):
@@ -81,15 +85,23 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        refusal = _refusal(error)
+        if refusal is None:
             raise
-        click.echo(
-            f"clover: cannot write {error.filename or 'a file'}: {error.strerror}; what was "
-            "finished is kept, free some space and run the same command again",
-            err=True,
-        )
+        click.echo(f"clover: {refusal}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refusal(error: OSError) -> str | None:
+    """Return what to say of an error that the user's disk or path is to blame for."""
+    from clover.core.files import FULL, disk_refused
+
+    if error.errno in FULL:
+        return str(disk_refused(error.filename or "a file", error.strerror or str(error)))
+    if error.errno in _REFUSED and error.filename is not None:
+        return f"cannot use {error.filename}: {error.strerror}; give another path"
+    return None
 
 
 if __name__ == "__main__":

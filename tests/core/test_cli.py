@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert stop.value.code == 2 and captured.out == ""
     assert words in captured.err and captured.err.count("\n") == 1
     assert captured.err.startswith("clover: ")
+
+
+def test_a_path_that_cannot_be_used_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--out", str(tmp_path / "file" / "out")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "file/out: Not a directory; give another path" in said
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from clover.core.errors import CloverError, nearest
 from clover.core.files import (
     atomic_path,
     fingerprint,
+    growing,
     read_json,
     sha256_file,
     write_json,
@@ -40,6 +41,33 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(path) in str(error.value) and path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_file_that_grows_is_named_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    words = r"No space left.*run the same command again"
+    with pytest.raises(CloverError, match=words) as error, growing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(path) in str(error.value)
+    with pytest.raises(FileNotFoundError), growing(path):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "another")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 63936 vs 63824",
+        "PytorchStreamWriter failed writing file data/3: file write failed",
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+    ],
+)
+def test_what_torch_and_safetensors_say_of_a_full_disk_is_understood(
+    said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CloverError, match="No space left"), atomic_path(tmp_path / "a"):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="size mismatch"), atomic_path(tmp_path / "a"):
+        raise RuntimeError("size mismatch")
 
 
 def test_whoever_is_reading_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.core.run import RunFolder, machine, peak_memory_gib
 
@@ -30,6 +31,20 @@ def test_interrupted_work_is_on_the_bill_too(tmp_path: Path) -> None:
         details["dollars"] = 0.02
         raise KeyboardInterrupt
     assert run.costs()[0]["dollars"] == 0.02
+
+
+def test_a_disk_that_takes_no_bill_does_not_hide_what_failed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CloverError("cannot write costs.json")
+
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr("clover.core.run.write_json", full)
+    with pytest.raises(CloverError, match="the checkpoint"), run.timed("tune"):
+        raise CloverError("cannot write the checkpoint")
+    with pytest.raises(CloverError, match="costs"), run.timed("tune"):
+        pass
 
 
 def test_repeated_steps_count_once_and_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_missing_and_broken_images_are_listed_and_the_rest_is_kept(
     assert [record.id for record in found.records] == ["good.png"]
     reasons = {Path(item.source).name: item.reason for item in found.rejected}
     assert set(reasons) == set(names[1:])
-    assert reasons["absent.png"] == "missing image" and "broken image" in reasons["torn.png"]
+    assert reasons["absent.png"] == "missing image" and "cut off" in reasons["torn.png"]
     assert "1 records on 1 images; 4 set aside" in found.summary()
 
 

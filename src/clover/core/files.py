@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from clover.core.errors import CloverError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk says that takes no more."""
 
 
 @contextlib.contextmanager
@@ -44,12 +48,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = disk_error(error)
         if reason is None:
             raise
-        raise CloverError(
-            f"cannot write {target}: {reason}; "
-            "what was finished before is kept, free some space and run the same command again"
-        ) from error
+        raise disk_refused(target, reason) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def growing(path: str | Path) -> Iterator[None]:
+    """Name `path`, a file that grows inside the block, when the disk takes no more.
+
+    Python's own error names no file when a write fails, only when an open does.
+
+    Raises:
+        CloverError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise disk_refused(path, error.strerror or str(error)) from error
+
+
+def disk_refused(path: str | Path, reason: str) -> CloverError:
+    """Return the one line for a disk that takes no more."""
+    return CloverError(
+        f"cannot write {path}: {reason}; "
+        "what was finished before is kept, free some space and run the same command again"
+    )
 
 
 def disk_error(error: BaseException) -> str | None:
@@ -60,7 +86,8 @@ def disk_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)
-    if "No space left" in text or "os error 28" in text or "PytorchStreamWriter failed" in text:
+    said = ("No space left", "os error 28", "PytorchStreamWriter failed", "inline_container.cc")
+    if any(words in text for words in said):
         return "No space left on device"
     return None
 

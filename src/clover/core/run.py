@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clover.core.files import read_json, write_json, write_text
+from clover.core.errors import CloverError
+from clover.core.files import growing, read_json, write_json, write_text
 
 
 def seed_everything(seed: int) -> None:
@@ -81,7 +82,8 @@ class RunFolder:
         """Append one line to `metrics.jsonl`."""
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         line = json.dumps(row, allow_nan=False) + "\n"
-        with (self.path / "metrics.jsonl").open("ab+") as out:
+        path = self.path / "metrics.jsonl"
+        with growing(path), path.open("ab+") as out:
             # A crash may have torn the last line; the next one must not be glued to it.
             if out.tell() > 0:
                 out.seek(-1, os.SEEK_END)
@@ -135,5 +137,9 @@ class RunFolder:
         details: dict[str, Any] = {}
         try:
             yield details
-        finally:
-            self.account(stage, seconds=time.perf_counter() - start, **details)
+        except BaseException:
+            # A full disk takes no bill either; what failed first is what the user must read.
+            with contextlib.suppress(CloverError):
+                self.account(stage, seconds=time.perf_counter() - start, **details)
+            raise
+        self.account(stage, seconds=time.perf_counter() - start, **details)

@@ -7,12 +7,13 @@ and the gold answer. The file grows while it is made; the same call continues it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clover.core.files import fingerprint, write_jsonl
+from clover.core.files import fingerprint, growing, write_jsonl
 from clover.core.record import Record
 from clover.core.terminal import progress
 from clover.evaluate.view import View, Viewer
@@ -78,6 +79,7 @@ def predict(
     order = sorted(waiting.values(), key=lambda i: (len(job.data.records[i].question or ""), i))
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
+        growing(path),
         path.with_suffix(".part").open("a", encoding="utf-8") as out,
         progress(f"predict {view}", len(order)) as advance,
     ):
@@ -107,20 +109,24 @@ def _answered(path: Path, header: Row) -> dict[str, str]:
     """Return the answers of an unfinished file with the same header, a torn last line left out."""
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines(keepends=True)
     try:
         if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
             return {}
-    except json.JSONDecodeError:
+    except ValueError:
         return {}
     answers: dict[str, str] = {}
-    for text in lines[1:]:
+    whole = len(lines[0])
+    for line in lines[1:]:
         try:
-            key, answer = json.loads(text)
-        except (json.JSONDecodeError, ValueError):
+            key, answer = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
             break
         answers[key] = answer
-    # Cut a torn line off, so that what is appended starts on a line of its own.
-    kept = [lines[0], *(json.dumps([key, answer]) for key, answer in answers.items())]
-    path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        whole += len(line)
+    # Cut a torn line off in place, so that what is appended starts on a line of its own. The file
+    # is not written anew: a full disk would take what was answered already.
+    os.truncate(path, whole)
     return answers

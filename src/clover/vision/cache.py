@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -85,7 +85,8 @@ class FeatureCache:
         missing = [digest for digest in images if digest not in self]
         rejected: list[Rejection] = []
         number = 1 + max(
-            (int(path.stem.split("-")[1]) for path in self.path.glob("shard-*.safetensors")),
+            # By the indices: a shard without one is unfinished, and its place is taken.
+            (int(path.stem.split("-")[1]) for path in self.path.glob("shard-*.json")),
             default=-1,
         )
         with (
@@ -134,8 +135,12 @@ class FeatureCache:
         try:
             with Image.open(path) as image:
                 return self._encoder.prepare(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"broken image ({type(error).__name__})"
+        except UnidentifiedImageError:
+            return "broken image (of no known format)"
+        except Image.DecompressionBombError:
+            return "broken image (too many pixels)"
+        except (OSError, SyntaxError, ValueError):
+            return "broken image (cut off or damaged)"
 
     def _write(self, number: int, digests: list[str], tokens: Tensor) -> None:
         shard = self.path / f"shard-{number:05d}.safetensors"
