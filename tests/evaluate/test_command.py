@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tiny import Tiny
+
 LINES = [
     {"header": {"model": "a"}},
     {"id": 1, "question": "Is it?", "answer": "no", "prediction": "normal", "image": "a.png"},
@@ -87,3 +89,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_help_has_an_example() -> None:
     assert "Example: clover score" in clover("score", "--help").stdout
+
+
+def test_a_small_bridge_is_evaluated_and_what_was_set_aside_is_said(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    from clover.tune.run import tune
+
+    cache, odd = tmp_path / "cache", tmp_path / "odd.jsonl"
+    steps = tiny.recipe.tune.model_copy(update={"steps": 1})
+    recipe = tiny.recipe.model_copy(update={"tune": steps})
+    paths = {"out": tmp_path / "model", "run": tmp_path / "run", "cache": cache}
+    tune(recipe, instructions=tiny.instructions, **paths)
+    rows = [json.loads(line) for line in tiny.instructions.read_text().splitlines()[:4]]
+    rows[1]["answer"] = "it may well be liver"
+    rows[2]["question"] = ""
+    odd.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = clover(
+        *("evaluate", tmp_path / "model", "--data", odd, "--out", tmp_path / "e"),
+        *("--images", tiny.instructions.parent, "--features", cache),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 set aside" in done.stdout
+    assert "1 closed question answered with prose" in done.stdout
+    assert "1 empty question" in done.stdout
+    # Below a million trainable parameters the paper's figure is a dash, not an error.
+    (divided,) = [line for line in done.stdout.splitlines() if "/ log10(millions)" in line]
+    assert divided.split()[2:] == ["-", "-"]
+    assert len((tmp_path / "e" / "rejected.jsonl").read_text().splitlines()) == 2

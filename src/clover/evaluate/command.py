@@ -126,6 +126,7 @@ def evaluate(model: Path, data: Path, out: Path, **options: Any) -> None:
     if options["as_json"]:
         click.echo(json.dumps(scores, ensure_ascii=False))
         return
+    click.echo(scores["details"]["data"])
     for line in evaluation_lines(scores):
         click.echo(line)
     click.echo(f"{out / 'scores.json'}; research use only, not for diagnosis")

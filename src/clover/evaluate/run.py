@@ -182,12 +182,14 @@ def _scores(
             "model": evaluation.job.model.name,
             "model_key": evaluation.job.model_key,
             "protocol": f"{PROTOCOL}@{image['details']['version']}",
+            "data": evaluation.job.data.summary(),
             "images": str(evaluation.job.data.images),
             "trainable_parameters": parameters,
             "per_log_parameters": {
                 name: per_log_parameters(image[name]["value"], parameters)
                 for name in ("closed", "open_recall")
-                if image[name]["value"] is not None
+                # Below a million parameters the figure means nothing.
+                if image[name]["value"] is not None and parameters > 1e6
             },
             "views": {view: _figures(found) for view, found in views.items()},
             "gains": {view: _gain_row(found) for view, found in gains.items()},
