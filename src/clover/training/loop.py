@@ -105,7 +105,7 @@ def train(objective: Objective, job: TrainingJob) -> bool:
             done = step + 1
             if done % config.checkpoint_every == 0 or done == stop or stopped.is_set():
                 save_checkpoint(folder, step=done, module=module, optimizer=optimizer, key=job.key)
-            if stopped.is_set() and done < stop:
+            if stopped.is_set():  # also after the last step: another stage may come next
                 raise Interrupted(f"{job.stage} stopped after step {done}")
     module.eval()
     return max(start, stop) >= config.steps
