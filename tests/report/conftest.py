@@ -135,6 +135,10 @@ def _training(run: Path) -> None:
         parts = {"contrast": 3.4 / step**0.2, "match": 0.64 / step**0.1, "caption": 6 / step**0.3}
         loss = sum(parts.values())
         rows.append({"stage": "align", "step": step, "time": 0.0, "loss": loss, **parts})
+    for stage in ("ground", "anchor"):
+        for step in range(10, 210, 10):
+            rows.append({"stage": stage, "step": step, "time": 0.0, "loss": 3.0 / step**0.5})
+    rows.append({"stage": "refit", "step": 1, "time": 0.0, "explained_variance": 0.8123})
     for step in range(10, 310, 10):
         row = {"stage": "tune", "step": step, "time": 0.0, "loss": 2.7 / step**0.4}
         rows.append({**row, "learning_rate": 5e-4, "seconds_per_step": 0.83})

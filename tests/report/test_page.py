@@ -65,6 +65,9 @@ def test_a_whole_run_shows_every_section_and_its_figures(run: Path) -> None:
         "Does it look at the image?",
         "Question forms",
         "Stage 1: align",
+        "visual tokens spell the answer",
+        "200 steps, loss 0.95 to 0.21",
+        "a projection fitted to 81.2 % of the words' variance",
         "Stage 2: tune",
         "Where they come from",
         "Turned away by the filter",
@@ -147,7 +150,7 @@ def test_examples_are_right_and_wrong_ones_of_every_form_with_the_blind_answer(r
 def test_charts_can_be_read_without_seeing_them(run: Path) -> None:
     page = read(write_report(run))
     charts = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(charts) == 9
+    assert len(charts) == 11
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     labels = " ".join(chart["aria-label"] or "" for chart in charts)
     assert "without an image 50.1" in labels

@@ -13,9 +13,16 @@ from clover.report.reading import Row, Run
 
 _LOSSES = {
     "align": {"loss": "sum", "contrast": "contrast", "match": "match", "caption": "caption"},
+    "ground": {"loss": "loss a visual token"},
+    "anchor": {"loss": "loss a visual token, with distance"},
     "tune": {"loss": "answer loss"},
 }
-_TITLES = {"align": "Stage 1: align", "tune": "Stage 2: tune"}
+_TITLES = {
+    "align": "Stage 1: align",
+    "ground": "Stage 2, before the language model: visual tokens spell the answer",
+    "anchor": "Stage 2, before the language model: visual tokens move onto words",
+    "tune": "Stage 2: tune, through the language model",
+}
 _RETRIEVAL = {
     "image_to_text_recall_1": "image to text, recall@1",
     "image_to_text_recall_5": "image to text, recall@5",
@@ -33,9 +40,10 @@ def loss_charts(run: Run) -> list[dict[str, Any]]:
         series = [Series(name, _points(rows, key)) for key, name in names.items()]
         chart = line_chart(series, title=_TITLES[stage], x_label="step", y_label="loss")
         if chart:
-            charts.append(
-                {"title": _TITLES[stage], "chart": chart, "caption": _caption(rows, series[0])}
-            )
+            caption = _caption(rows, series[0])
+            if stage == "anchor":
+                caption += _refit(run)
+            charts.append({"title": _TITLES[stage], "chart": chart, "caption": caption})
     return charts
 
 
@@ -56,6 +64,15 @@ def _caption(rows: list[Row], total: Series) -> str:
     if rates:
         said.append(f"peak learning rate {max(rates):.1e}")
     return "; ".join(said)
+
+
+def _refit(run: Run) -> str:
+    """Return how well the projection, fitted in one go before these steps, meets the words."""
+    shares = [row.get("explained_variance") for row in run.metrics if row.get("stage") == "refit"]
+    share = number(shares[-1]) if shares else None
+    if share is None:
+        return ""
+    return f"; from a projection fitted to {decimal(100 * share)} % of the words' variance"
 
 
 def alignment_rows(run: Run) -> list[tuple[str, str]]:
