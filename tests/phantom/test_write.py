@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +106,35 @@ def test_several_processes_paint_the_same_bytes_as_one(
     monkeypatch.setattr("clover.phantom.write.num_processors", lambda: 3)
     make_phantom(tmp_path / "three", images=9, seed=4)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "three")
+
+
+INTERRUPTED = """
+import sys
+import clover.phantom.write as write
+from clover.cli import main
+write.num_processors = lambda: 2
+if __name__ == "__main__":
+    main(["phantom", sys.argv[1], "--images", "128", "--seed", "4"])
+"""
+
+
+def test_ctrl_c_while_several_processes_start_is_one_line_and_nobody_stays(tmp_path: Path) -> None:
+    script, out = tmp_path / "interrupted.py", tmp_path / "set"
+    script.write_text(INTERRUPTED)
+    # A terminal sends Ctrl-C to the whole group; who stays behind would hold stderr open.
+    running = subprocess.Popen(
+        [sys.executable, str(script), str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (out / "phantom.json").exists():
+        assert running.poll() is None, "it ended before it painted"
+        time.sleep(0.01)
+    time.sleep(0.5)  # the workers are importing
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate()
+    assert running.returncode == 130
+    assert len(said.strip().splitlines()) == 1 and "continues" in said, said
+    assert not list(out.rglob(".*")), "something half-written was left"
+    assert not (out / "captions.jsonl").exists()
