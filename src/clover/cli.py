@@ -19,6 +19,7 @@ from clover.core.errors import CloverError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("clover.demo.command:demo", "The whole recipe on the phantom, in minutes."),
     "phantom": ("clover.phantom.command:phantom", "Make synthetic histology with known truth."),
+    "data": ("clover.data.command:data", "Other people's data as records; looked over."),
     "instruct": ("clover.instruct.command:instruct", "Captions in, checked instructions out."),
     "features": ("clover.vision.command:features", "Run the frozen image encoder once."),
     "align": ("clover.align.command:align", "Stage 1: contrast, match, caption."),

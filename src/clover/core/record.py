@@ -210,7 +210,7 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
     reasons: Counter[str] = Counter()
     good = 0
     for line, row in _rows(path):
-        item = _read_row(path, line, row, needs)
+        item = read_row(path, line, row, needs)
         if isinstance(row, dict):
             columns.update(dict.fromkeys(row))
         if isinstance(item, Record):
@@ -224,7 +224,15 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
         raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
 
 
-def _read_row(path: Path, line: int, row: Any, needs: Needs) -> Record | Rejection:
+def read_row(path: Path, line: int, row: Any, needs: Needs) -> Record | Rejection:
+    """Return one row of a file as a record, or why it is set aside.
+
+    Args:
+        path: Where the row stands; names the record when it has no id.
+        line: Its line there.
+        row: The parsed row; usual column names other than ours are recognised.
+        needs: Which columns it must fill.
+    """
     if not isinstance(row, dict):
         return Rejection(str(path), line, "not a JSON object", row)
     row = _rename(dict(row))

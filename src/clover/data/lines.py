@@ -1,0 +1,158 @@
+"""Rows out of the files people have: CSV, JSON Lines, JSON, Parquet, pickle; one or a folder.
+
+In: a path. Out: `Line`s, one at a time; CSV, JSON Lines and Parquet of any size need no memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from clover.core.errors import CloverError
+from clover.data.unpickle import read_pickle
+
+KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".pkl", ".pickle")
+# Of a folder one kind is read, the first found: PathVQA's holds its questions in two kinds.
+_IN_FOLDER = ("*.parquet", "*_qa.pkl", "*_vqa.pkl", "*.jsonl", "*.json", "*.csv")
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_SPLITS["test"] = "test"
+_PARQUET_ROWS = 256
+"""Rows read at a time: with images inside, 256 of them are some 50 MB."""
+
+
+class Line(NamedTuple):
+    """One row of a file."""
+
+    path: Path
+    number: int
+    row: Any
+    split: str | None
+    """What the file's name says: train, val, test or nothing."""
+
+
+def split_name(text: str) -> str | None:
+    """Return train, val or test where a name states one as a word of its own."""
+    for word in re.split(r"[^a-z]+", text.lower()):
+        if word in _SPLITS:
+            return _SPLITS[word]
+    return None
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the file itself, or the data files of a folder and its folders.
+
+    Raises:
+        CloverError: no such path, or a folder without a data file.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise CloverError(f"no file {path}")
+    for pattern in _IN_FOLDER:
+        if found := sorted(path.rglob(pattern)):
+            return found
+    raise CloverError(f"{path} holds no data file; known: {', '.join(KINDS)}")
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield every row of a file or of a folder's files.
+
+    Raises:
+        CloverError: no such path, an unknown kind of file, or one that cannot be read.
+    """
+    for file in files_of(path):
+        split = split_name(file.name.split(".")[0])
+        for number, row in _rows(file):
+            yield Line(file, number, row, split)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix.lower()
+    try:
+        if kind in (".csv", ".tsv"):
+            yield from _csv_rows(path, "\t" if kind == ".tsv" else ",")
+        elif kind in (".jsonl", ".ndjson"):
+            yield from _json_lines(path)
+        elif kind == ".json":
+            yield from _json_list(path)
+        elif kind == ".parquet":
+            yield from _parquet_rows(path)
+        elif kind in (".pkl", ".pickle"):
+            yield from enumerate(_as_list(path, read_pickle(path)), start=1)
+        else:
+            raise CloverError(f"{path}: no reader for '{kind}'; known: {', '.join(KINDS)}, .gz")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise CloverError(f"{path} is not whole gzip ({error})") from error
+    except csv.Error as error:
+        raise CloverError(f"{path} is not CSV ({error})") from error
+
+
+def _text(path: Path, newline: str | None = None) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="replace", newline=newline)
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(1 << 30)
+    with _text(path, newline="") as handle:
+        for number, row in enumerate(csv.DictReader(handle, delimiter=delimiter), start=2):
+            # A column without a name is pandas' row number, or cells beyond the header.
+            yield number, {key: value for key, value in row.items() if key}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with _text(path) as handle:
+        for number, text in enumerate(handle, start=1):
+            if text.strip():
+                try:
+                    yield number, json.loads(text)
+                except (ValueError, RecursionError):
+                    yield number, text[:200]
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    with _text(path) as handle:
+        try:
+            value = json.load(handle)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                raise CloverError(f"{path} is not JSON: {error}") from error
+            value = None  # JSON Lines under another name, as LLaVA-Med's question files are
+        except RecursionError as error:
+            raise CloverError(f"{path} is not JSON of rows: it is nested too deep") from error
+    if value is None:
+        yield from _json_lines(path)
+    else:
+        yield from enumerate(_as_list(path, value), start=1)
+
+
+def _as_list(path: Path, value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    raise CloverError(f"{path} holds a {type(value).__name__}; a list of rows is needed")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise CloverError(
+            f"{path} is Parquet, which needs the extra: pip install 'clover-pathology[parquet]'"
+        ) from error
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except ArrowException as error:
+        raise CloverError(f"{path} is not readable Parquet: {str(error)[:120]}") from error
