@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_answers_longer_than_the_visual_tokens_are_left_to_the_language_model(ti
     again = GroundingObjective(grounding.model, grounding.data)
     assert 0 not in {index for group in again._groups for index in group}
     assert again.num_samples() == len(records) - 1
+
+
+def test_a_rare_question_is_asked_more_often_but_never_more_than_the_commonest(tiny: Tiny) -> None:
+    found = objective(tiny)
+    records = found.data.records
+    for index, record in enumerate(records):
+        question = "is there necrosis ?" if index == 0 else QUESTION
+        records[index] = record.model_copy(update={"question": question})
+
+    def asked(repeat: int) -> Counter[int]:
+        groups = GroundingObjective(found.model, found.data, repeat=repeat)._groups
+        return Counter(index for group in groups for index in group)
+
+    assert asked(3) == {0: 3, **dict.fromkeys(range(1, len(records)), 1)}
+    assert asked(10_000)[0] == len(records) - 1
 
 
 def test_a_filler_of_several_tokens_is_refused(tiny: Tiny) -> None:

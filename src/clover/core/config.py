@@ -207,6 +207,8 @@ class TuneConfig(OptimizerConfig):
     """Questions of such a step; it is about ten times cheaper than one through a language model."""
     grounding_questions: int = Field(1, ge=1)
     """How many of them ask about the same image, whose keys are then computed once."""
+    grounding_repeat: int = Field(1, ge=1)
+    """A question that is rare in the data is asked up to so many times as often in these steps."""
     grounding_learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of these steps."""
     grounding_filler: str = " -"

@@ -21,7 +21,7 @@ Three steps, none of which runs the language model:
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +56,8 @@ class GroundingObjective:
     """One token of the language model, for places behind the answer."""
     anchor: float = 0.0
     """Weight of the squared distance to the word's embedding."""
+    repeat: int = 1
+    """A rare question is asked up to so many times as often, at most as often as the commonest."""
     seed: int = 0
     """Which questions about an image stand together."""
     vocabulary: Tensor = field(init=False)
@@ -90,10 +92,13 @@ class GroundingObjective:
     def _grouped(self) -> list[list[int]]:
         """Return groups of `together` questions about one image, answers too long left out."""
         chance = random.Random(self.seed)
+        asked = Counter(record.question for record in self.data.records)
+        most = max(asked.values())
         by_image: dict[str, list[int]] = defaultdict(list)
         for index, record in enumerate(self.data.records):
             if (record.answer or "") in self._spelt:
-                by_image[self.data.digests[index]].append(index)
+                times = min(self.repeat, most // asked[record.question])
+                by_image[self.data.digests[index]] += [index] * times
         groups = []
         for found in by_image.values():
             chance.shuffle(found)

@@ -114,6 +114,7 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
         objective.data,
         together=config.grounding_questions,
         filler=config.grounding_filler,
+        repeat=config.grounding_repeat,
         seed=job.seed,
     )
     if not grounding.num_samples():
