@@ -1,4 +1,4 @@
-"""The verb of this room: `clover data import`."""
+"""The verbs of this room: `clover data import` and `clover data check`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def data() -> None:
     Example:
       clover data import quilt1m quilt_1M_lookup.csv --images images.zip \\
           --subset pathology --out quilt.jsonl
+      clover data check quilt.jsonl --against test.jsonl
     """
 
 
@@ -66,3 +67,44 @@ def import_(
     summary = import_file(source, path, out=out, images=images, options=options)
     for line in summary.lines():
         click.echo(line)
+
+
+@data.command()
+@click.argument("path", metavar="F", type=_PATH)
+@click.option("--against", type=_PATH, help="A second file that should share no image with F.")
+@click.option("--out", type=_PATH, help="Write what should be set aside, a JSON line each.")
+@click.option(
+    "--images", type=_PATH, help="Where F's image paths start; its own folder by default."
+)
+@click.option("--against-images", type=_PATH, help="The same for the second file.")
+@click.option("--strict", is_flag=True, help="Exit with 1 when the two files share anything.")
+@click.pass_context
+def check(
+    context: click.Context,
+    path: Path,
+    against: Path | None,
+    out: Path | None,
+    images: Path | None,
+    against_images: Path | None,
+    strict: bool,
+) -> None:
+    """Look the records of F over: coverage, broken and duplicate images, licences, balance, splits.
+
+    With --against also the leaks between two files: images of the same bytes, and pictures that are
+    one another turned, mirrored, cropped or brightened. Name the smaller file second.
+
+    \b
+    Example:
+      clover data check train.jsonl --against test.jsonl --out set-aside.jsonl --strict
+    """
+    from clover.data.check import check_file
+
+    if strict and against is None:
+        raise click.UsageError("--strict is about leaks: name the second file with --against")
+    found = check_file(path, images=images, against=against, against_images=against_images, out=out)
+    for line in found.lines():
+        click.echo(line)
+    if out is not None:
+        click.echo(f"what should be set aside: {out}")
+    if strict and found.has_leaks:
+        context.exit(1)

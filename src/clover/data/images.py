@@ -148,10 +148,16 @@ class Tally:
 
     def is_new(self, name: str) -> bool:
         """Return whether a name is here for the first time, and remember it."""
-        digest = hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest()
         before = len(self._seen)
-        self._seen.add(int.from_bytes(digest))
+        self._seen.add(_eight_bytes(name))
         return len(self._seen) > before
+
+    def __contains__(self, name: str) -> bool:
+        return _eight_bytes(name) in self._seen
 
     def __len__(self) -> int:
         return len(self._seen)
+
+
+def _eight_bytes(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest())

@@ -1,0 +1,283 @@
+"""One look over a record file before it costs anything, and over what it shares with another.
+
+In: a record file, its images, perhaps a second file. Out: a `Findings` to print, and the list of
+what should be set aside, one JSON line each. Records stream; kept in memory are the images' names
+and hashes and the groups' hashes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from clover.core.errors import CloverError
+from clover.core.files import atomic_path
+from clover.core.record import Record, Rejection, numbered_records
+from clover.core.terminal import progress
+from clover.data.images import Tally
+from clover.data.known import Census
+from clover.data.leaks import Leak, Reference
+from clover.data.pictures import look
+
+_SHOWN = 5
+
+
+@dataclass
+class Findings:
+    """What a file holds and what is wrong with it."""
+
+    num_records: int = 0
+    num_pairs: int = 0
+    """Records whose image is there and whole."""
+    num_images: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    """By image: missing, empty, broken."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """By line: what is no record, ids given twice."""
+    num_duplicates: int = 0
+    straddling: list[str] = field(default_factory=list)
+    caption_words: Counter[int] = field(default_factory=Counter)
+    licences: Counter[str] = field(default_factory=Counter)
+    closed_answers: Counter[str] = field(default_factory=Counter)
+    census: Census = field(default_factory=Census)
+    leaks: list[Leak] = field(default_factory=list)
+    num_shared_groups: int = 0
+    against: str | None = None
+    """A sentence about the second file, where there is one."""
+
+    @property
+    def has_leaks(self) -> bool:
+        """Return whether the two files share an image or a group."""
+        return bool(self.leaks or self.num_shared_groups)
+
+    def lines(self) -> list[str]:
+        """Return what a person reads."""
+        present = self.num_images - sum(self.problems.values())
+        lines = [
+            f"{present:,} of {self.num_images:,} images present; {self.num_pairs:,} pairs"
+            f" of {self.num_records:,} records"
+        ]
+        lines += [f"{count:,} {reason}s" for reason, count in sorted(self.problems.items())]
+        if self.num_duplicates:
+            lines.append(f"{self.num_duplicates:,} images have the bytes of another")
+        lines += [f"{count:,} lines set aside: {why}" for why, count in self.rejected.items()]
+        lines += self.census.lines()
+        lines += _caption_lines(self.caption_words) + self._answer_lines()
+        named = ", ".join(f"{name} ({count:,})" for name, count in self.licences.most_common(5))
+        lines.append(f"licences: {named}")
+        if self.straddling:
+            lines.append(
+                f"{len(self.straddling):,} groups straddle splits: {_some(self.straddling)}"
+            )
+        return lines + self._leak_lines()
+
+    def _answer_lines(self) -> list[str]:
+        yes, no = self.closed_answers["yes"], self.closed_answers["no"]
+        if not self.closed_answers:
+            return []
+        other = sum(self.closed_answers.values()) - yes - no
+        more = f", {other:,} neither" if other else ""
+        share = f"; yes {100 * yes / (yes + no):.1f} %" if yes + no else ""
+        return [f"closed answers: {yes:,} yes, {no:,} no{more}{share}"]
+
+    def _leak_lines(self) -> list[str]:
+        if self.against is None:
+            return []
+        same = sum(leak.likeness is None for leak in self.leaks)
+        images = len({leak.image for leak in self.leaks})
+        lines = [
+            self.against,
+            f"{len(self.leaks):,} leaks on {images:,} images ({same:,} same bytes, "
+            f"{len(self.leaks) - same:,} look alike); {self.num_shared_groups:,} groups in both",
+        ]
+        shown = [f"  {leak.image}  {leak.other}  {leak.how()}" for leak in self.leaks[:_SHOWN]]
+        if len(self.leaks) > _SHOWN:
+            shown.append(f"  and {len(self.leaks) - _SHOWN:,} more: --out LIST writes them all")
+        return lines + shown
+
+
+def _caption_lines(words: Counter[int]) -> list[str]:
+    total = sum(words.values())
+    if not total:
+        return []
+
+    def at(share: float) -> int:
+        passed = 0
+        for length in sorted(words):
+            passed += words[length]
+            if passed >= share * total:
+                return length
+        return max(words)
+
+    return [
+        f"captions: {total:,}; words: {at(0.5)} in the middle, 9 in 10 at most {at(0.9)}, "
+        f"longest {max(words)}"
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def check_file(
+    path: Path,
+    *,
+    images: Path | None = None,
+    against: Path | None = None,
+    against_images: Path | None = None,
+    out: Path | None = None,
+) -> Findings:
+    """Look a record file over.
+
+    Args:
+        path: The records.
+        images: Where its image paths start; its own folder by default.
+        against: A second file that should share nothing with it.
+        against_images: Where the second file's image paths start.
+        out: The list of what should be set aside, one JSON line each.
+
+    Raises:
+        CloverError: a file that cannot be read, a folder that is none, or a list that would
+            overwrite a file to read.
+    """
+    for folder in (images, against_images):
+        if folder is not None and not folder.is_dir():
+            raise CloverError(f"no folder {folder}")
+    if (
+        out is not None
+        and out.exists()
+        and any(
+            file is not None and file.exists() and out.samefile(file) for file in (path, against)
+        )
+    ):
+        raise CloverError(f"--out would overwrite {out}; give the list another name")
+    check = _Check(path, images or path.parent)
+    second = None if against is None else _Second(against, against_images or against.parent)
+    if out is None:
+        check.run(second, None)
+    else:
+        with atomic_path(out) as partial, partial.open("w", encoding="utf-8") as listed:
+            check.run(second, listed)
+    return check.findings
+
+
+class _Second:
+    """The other file: its images and its groups."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.groups = Tally()
+        names: dict[str, None] = {}
+        for _, record in numbered_records(path, "any"):
+            if isinstance(record, Record):
+                if record.image:
+                    names.setdefault(record.image)
+                if record.group:
+                    self.groups.is_new(record.group)
+        self.reference = Reference(names, folder)
+
+    def sentence(self) -> str:
+        """Return what it was compared with, and how much of that could not be."""
+        lost = self.reference.num_unreadable
+        missing = f" ({lost:,} of them missing or broken, not compared)" if lost else ""
+        return f"against {self.path}: {self.reference.num_images:,} images{missing}"
+
+
+class _Check:
+    """The state of one check: a pass over the records, one over the images, one to list."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.folder = folder
+        self.findings = Findings()
+        self._uses: dict[str, int] = {}
+        self._bad: dict[str, str] = {}
+        self._splits: dict[str, str] = {}
+        self._astride: dict[str, None] = {}
+
+    def run(self, second: _Second | None, listed: IO[str] | None) -> None:
+        """Fill the findings, and write the list where one is asked for."""
+        shared = Tally()
+        for row in self._records():
+            if isinstance(row, Rejection):
+                _write(listed, row.row())
+            elif second is not None and row.group and row.group in second.groups:
+                shared.is_new(row.group)
+        self.findings.straddling = list(self._astride)
+        self.findings.num_shared_groups = len(shared)
+        if second is not None:
+            self.findings.against = second.sentence()
+        self._look_at_images(second, listed)
+        if listed is not None and (self._bad or self._astride):
+            self._list_records(listed)
+
+    def _records(self) -> Iterator[Record | Rejection]:
+        found, ids = self.findings, Tally()
+        for line, item in numbered_records(self.path, "any"):
+            rejected = item if isinstance(item, Rejection) else None
+            if isinstance(item, Record) and not ids.is_new(item.id):
+                rejected = Rejection(str(self.path), line, "duplicate id", {"id": item.id})
+            if rejected is not None:
+                found.rejected[rejected.reason] += 1
+                yield rejected
+            elif isinstance(item, Record):
+                self._count(item)
+                yield item
+
+    def _count(self, record: Record) -> None:
+        found = self.findings
+        found.num_records += 1
+        found.census.add(record)
+        found.licences[record.licence or "none named"] += 1
+        if record.caption:
+            found.caption_words[len(record.caption.split())] += 1
+        if record.answer_type == "closed":
+            found.closed_answers[(record.answer or "").strip().lower().rstrip(".")] += 1
+        if record.image:
+            self._uses[record.image] = self._uses.get(record.image, 0) + 1
+        group = record.group or record.image
+        if group and record.split and self._splits.setdefault(group, record.split) != record.split:
+            self._astride.setdefault(group)
+
+    def _look_at_images(self, second: _Second | None, listed: IO[str] | None) -> None:
+        found = self.findings
+        first_with: dict[str, str] = {}
+        found.num_images = len(self._uses)
+        with progress("images", len(self._uses)) as advance:
+            for name, uses in self._uses.items():
+                picture = look(self.folder / name, with_portrait=second is not None)
+                advance()
+                if picture.problem is not None:
+                    self._bad[name] = picture.problem
+                    found.problems[picture.problem] += 1
+                    continue
+                found.num_pairs += uses
+                twin = first_with.setdefault(picture.digest, name) if picture.digest else name
+                if twin != name:
+                    found.num_duplicates += 1
+                    content = {"image": name, "other": twin}
+                    _write(listed, Rejection(str(self.path), 0, "duplicate image", content).row())
+                for leak in [] if second is None else second.reference.leaks(name, picture):
+                    found.leaks.append(leak)
+                    _write(listed, leak.row(self.path))
+
+    def _list_records(self, listed: IO[str]) -> None:
+        """Write each record whose image is bad or whose group stands in two splits."""
+        for line, item in numbered_records(self.path, "any"):
+            if not isinstance(item, Record):
+                continue
+            reason = self._bad.get(item.image or "")
+            if reason is None and (item.group or item.image) in self._astride:
+                reason = "group straddles splits"
+            if reason is not None:
+                content = {"id": item.id, "image": item.image, "group": item.group}
+                _write(listed, Rejection(str(self.path), line, reason, content).row())
+
+
+def _write(listed: IO[str] | None, row: dict[str, Any]) -> None:
+    if listed is not None:
+        listed.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,192 @@
+"""`clover data check`: what a file holds, what is wrong with it, what two files share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from clover.cli import main
+from clover.data.check import check_file
+
+
+def tissue(seed: int, side: int = 96) -> Image.Image:
+    """Return blobs of several sizes: unlike any other seed's, and not symmetric."""
+    random = np.random.default_rng(seed)
+    total = np.zeros((side, side, 3))
+    for cells in (6, 12, 24):
+        grid = Image.fromarray(random.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
+    return Image.fromarray((total / 3).astype(np.uint8))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for seed in range(3):
+        tissue(seed).save(tmp_path / f"{seed}.png")
+    (tmp_path / "twin.png").write_bytes((tmp_path / "0.png").read_bytes())
+    (tmp_path / "torn.png").write_bytes((tmp_path / "1.png").read_bytes()[:3000])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    return tmp_path
+
+
+def test_coverage_broken_and_duplicate_images_are_counted_and_listed(folder: Path) -> None:
+    names = ["0.png", "0.png", "1.png", "twin.png", "torn.png", "empty.png", "text.jpg", "no.png"]
+    rows = [
+        {"id": f"r{n}", "image": name, "caption": "a b c" if n else "one " * 40, "licence": "CC0"}
+        for n, name in enumerate(names)
+    ]
+    path = write(folder / "t.jsonl", [*rows, {"id": "r1", "image": "2.png", "caption": "again"}])
+    with path.open("a") as handle:
+        handle.write("\nnot json\n")
+    out = folder / "aside.jsonl"
+    found = check_file(path, out=out)
+    assert found.lines() == [
+        "3 of 7 images present; 4 pairs of 8 records",
+        "2 broken images",
+        "1 empty images",
+        "1 missing images",
+        "1 images have the bytes of another",
+        "1 lines set aside: duplicate id",
+        "1 lines set aside: not a JSON object",
+        "captions: 8; words: 3 in the middle, 9 in 10 at most 40, longest 40",
+        "licences: CC0 (8)",
+    ]
+    listed = [(row["reason"], row["content"]) for row in rows_of(out)]
+    assert ("duplicate image", {"image": "twin.png", "other": "0.png"}) in listed
+    assert {c["id"]: why for why, c in listed if "image" in why and "id" in c} == {
+        "r4": "broken image",
+        "r5": "empty image",
+        "r6": "broken image",
+        "r7": "missing image",
+    }
+    assert [row["line"] for row in rows_of(out) if row["reason"] == "missing image"] == [8]
+
+
+def test_balance_licences_and_straddling_groups(folder: Path) -> None:
+    answers = ["yes", "Yes.", "no", "it is"]
+    rows = [
+        {
+            "id": str(n),
+            "image": "0.png",
+            "question": "Is it?",
+            "answer": answer,
+            "answer_type": "closed",
+            "split": "train" if n else "test",
+            "group": "slide 7" if n < 2 else "slide 8",
+        }
+        for n, answer in enumerate(answers)
+    ]
+    out = folder / "aside.jsonl"
+    found = check_file(write(folder / "t.jsonl", rows), out=out)
+    assert "closed answers: 2 yes, 1 no, 1 neither; yes 66.7 %" in found.lines()
+    assert "licences: none named (4)" in found.lines()
+    assert "1 groups straddle splits: slide 7" in found.lines()
+    assert [row["content"]["id"] for row in rows_of(out)] == ["0", "1"]
+
+
+def _copies(image: Image.Image) -> dict[str, Image.Image]:
+    side = image.width
+    crop = image.crop((side * 0.06, side * 0.06, side * 0.94, side * 0.94))
+    turns = {turn.name: image.transpose(turn) for turn in Image.Transpose}
+    return turns | {
+        "cropped": crop.resize((side, side)),
+        "bright": ImageEnhance.Brightness(image).enhance(1.2),
+        "flat": ImageEnhance.Contrast(image).enhance(0.6),
+        "larger": image.resize((2 * side, 2 * side)),
+        "grey": image.convert("L"),
+        "all": ImageEnhance.Brightness(crop.transpose(Image.Transpose.TRANSVERSE)).enhance(0.8),
+    }
+
+
+def test_every_augmented_copy_is_found_and_nothing_else(folder: Path) -> None:
+    copies = _copies(tissue(0))
+    for name, copy in copies.items():
+        copy.save(folder / f"{name}.jpg", quality=80)
+    for seed in range(10, 30):
+        tissue(seed).save(folder / f"other{seed}.png")
+    test = [*(f"other{seed}.png" for seed in range(10, 20)), "0.png"]
+    train = [*(f"other{seed}.png" for seed in range(20, 30)), "1.png", "twin.png"]
+    train += [f"{name}.jpg" for name in copies]
+    first, second = (
+        write(
+            folder / f"{kind}.jsonl",
+            [{"id": name, "image": name, "caption": "x"} for name in names],
+        )
+        for kind, names in (("train", train), ("test", test))
+    )
+    out = folder / "leaks.jsonl"
+    found = check_file(first, against=second, out=out)
+    assert {(leak.image, leak.other) for leak in found.leaks} == {
+        ("twin.png", "0.png"),
+        *((f"{name}.jpg", "0.png") for name in copies),
+    }
+    assert [leak.image for leak in found.leaks if leak.likeness is None] == ["twin.png"]
+    listed = [row["content"] for row in rows_of(out) if row["reason"] == "leak"]
+    assert len(listed) == 1 + len(copies)
+    assert listed[0] == {"image": "twin.png", "other": "0.png", "how": "same bytes"}
+
+
+def test_blank_images_are_like_nothing(folder: Path) -> None:
+    Image.new("RGB", (90, 90), (250, 250, 250)).save(folder / "white.png")
+    Image.new("RGB", (90, 90), (120, 120, 120)).save(folder / "grey.png")
+    first = write(folder / "a.jsonl", [{"id": "a", "image": "white.png", "caption": "x"}])
+    second = write(folder / "b.jsonl", [{"id": "b", "image": "grey.png", "caption": "x"}])
+    assert not check_file(first, against=second).leaks
+
+
+@pytest.mark.parametrize(
+    ("image", "group", "code"), [("2.png", None, 0), ("twin.png", None, 1), ("2.png", "g", 1)]
+)
+def test_strict_exits_1_when_anything_is_shared(
+    image: str, group: str | None, code: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(name: str) -> dict[str, Any]:
+        return {"id": name, "image": name, "caption": "x", "group": group}
+
+    first = write(folder / "a.jsonl", [row("0.png")])
+    second = write(folder / "b.jsonl", [row(image)])
+    for extra, expected in (([], 0), (["--strict"], code)):
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "check", str(first), "--against", str(second), *extra])
+        assert stop.value.code == expected
+    assert "groups in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.jsonl"], "no file none.jsonl"),
+        (["t.jsonl", "--images", "nowhere"], "no folder nowhere"),
+        (["t.jsonl", "--strict"], "--against"),
+        (["t.jsonl", "--out", "t.jsonl"], "would overwrite t.jsonl"),
+        (["t.jsonl", "--against", "none.jsonl"], "no file none.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str],
+    words: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    write(folder / "t.jsonl", [{"id": "a", "image": "0.png", "caption": "x"}])
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "check", *arguments])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and said.count("\n") == 1
