@@ -100,14 +100,7 @@ def _phantom(demo: Demo, run: RunFolder) -> None:
     assert config is not None
     demo.say(f"phantom: {config.images} training images, {config.validation_images} fresh ones")
     with run.timed("phantom"):
-        make_phantom(
-            demo.train,
-            images=config.images,
-            seed=config.seed,
-            split="train",
-            # The fresh set asks once, so that no form of question counts double in the score.
-            both_ways=True,
-        )
+        make_phantom(demo.train, images=config.images, seed=config.seed, split="train")
         make_phantom(
             demo.validation,
             images=config.validation_images,
