@@ -123,9 +123,7 @@ def _painted(cases: Sequence[Case], out: Path) -> Iterator[Iterator[tuple[Region
         yield (_paint(case, out) for case in cases)
         return
     # Not forked: torch may run threads in this process, and a fork of those can hang.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_follow_parent
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
     try:
         with _without_interrupt():
             painted = pool.map(partial(_paint, out=out), cases, chunksize=8)
