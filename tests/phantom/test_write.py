@@ -109,7 +109,9 @@ def test_several_processes_paint_the_same_bytes_as_one(
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import clover.phantom.write as write
 from clover.cli import main
 write.num_processors = lambda: 2
