@@ -160,10 +160,7 @@ class Clover:
                 are about the first image, and so on, and an image's keys are computed once.
             questions: B questions.
         """
-        projection = self.bridge.projection
-        assert projection is not None, "this bridge was built without a language model"
-        prefix: Tensor = projection(self.visual_hidden(features, questions))
-        return prefix
+        return self.bridge.project(self.visual_hidden(features, questions))
 
     def loss(
         self, features: Tensor, questions: Sequence[str], answers: Sequence[str]

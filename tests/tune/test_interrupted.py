@@ -13,22 +13,26 @@ from clover.core.errors import CloverError
 from clover.core.run import RunFolder
 from clover.training.loop import Interrupted
 from clover.tune.grounding import GroundingObjective
-from clover.tune.run import tune
+from clover.tune.run import TuneResult, tune
 from tiny import Tiny, tiny_recipe
 
 STEPS = {"grounding_steps": 12, "anchoring_steps": 12, "steps": 6, "grounding_batch_size": 4}
 
 
-def run(tiny: Tiny, out: Path) -> bytes:
+def tuned(tiny: Tiny, out: Path, *, max_steps: int | None = None) -> TuneResult:
     # Dropout is on, and no checkpoint falls due inside a stage.
-    recipe = tiny_recipe(tiny.folder, tune={**STEPS, "checkpoint_every": 1000})
-    found = tune(
-        recipe,
+    return tune(
+        tiny_recipe(tiny.folder, tune={**STEPS, "checkpoint_every": 1000}),
         instructions=tiny.instructions,
         out=out / "model",
         run=out,
         cache=tiny.folder / "cache",
+        max_steps=max_steps,
     )
+
+
+def run(tiny: Tiny, out: Path) -> bytes:
+    found = tuned(tiny, out)
     return (found.model / "bridge.safetensors").read_bytes()
 
 
@@ -99,15 +103,7 @@ def test_a_step_that_fails_loses_no_earlier_stage(
 def test_max_steps_counts_the_language_models_steps_alone(
     tiny: Tiny, tmp_path: Path, undisturbed: bytes
 ) -> None:
-    recipe = tiny_recipe(tiny.folder, tune={**STEPS, "checkpoint_every": 1000})
-    found = tune(
-        recipe,
-        instructions=tiny.instructions,
-        out=tmp_path / "model",
-        run=tmp_path,
-        cache=tiny.folder / "cache",
-        max_steps=2,
-    )
+    found = tuned(tiny, tmp_path, max_steps=2)
     assert not found.is_finished and not found.model.exists()
     names = {path.parent.name: path.name for path in tmp_path.glob("checkpoints/*/*.pt")}
     assert names == {

@@ -94,7 +94,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> bool:
         # Sets made before they could be asked both ways were not.
         held = None
         if isinstance(found, dict):
-            held = {key: found.get(key, False if key == "both_ways" else None) for key in settings}
+            held = {key: ({"both_ways": False} | found).get(key) for key in settings}
         if held != settings:
             raise CloverError(
                 f"{out} holds another phantom set ({_described(held)}), "

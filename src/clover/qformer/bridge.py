@@ -99,8 +99,12 @@ class Bridge(nn.Module):
         Returns:
             [B, Q, width of the language model].
         """
+        return self.project(self.visual_hidden(image, ids, mask))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Query rows [B, Q, D] -> visual tokens [B, Q, width of the language model]."""
         assert self.projection is not None, "this bridge was built without a language model"
-        prefix: Tensor = self.projection(self.visual_hidden(image, ids, mask))
+        prefix: Tensor = self.projection(hidden)
         return prefix
 
     def num_trainable(self) -> int:

@@ -33,7 +33,7 @@ from clover.core.errors import CloverError
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.training.objective import Losses
-from clover.tune.objective import InstructionBatch
+from clover.tune.objective import InstructionBatch, load_instructions
 from clover.vision.dataset import FeatureSet
 
 _RIDGE = 1e-4
@@ -87,6 +87,7 @@ class GroundingObjective:
         mean, _ = self.model.language.embedding_statistics()
         self._mean = mean.to(device)
         self._words = self.model.language.word_embeddings(self.vocabulary.to(device)).float()
+        self._offsets = self._words - self._mean  # [V', H]
         self._groups = self._grouped()
 
     def _grouped(self) -> list[list[int]]:
@@ -126,13 +127,8 @@ class GroundingObjective:
 
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load these groups: features [G, P, E], questions and answers of G * together rows."""
-        groups = [self._groups[index] for index in indices]
-        records = [self.data.records[index] for group in groups for index in group]
-        return InstructionBatch(
-            self.data.features([group[0] for group in groups]),
-            [self.model.question_of(record) for record in records],
-            [record.answer or "" for record in records],
-        )
+        rows = [row for index in indices for row in self._groups[index]]
+        return load_instructions(self.model, self.data, rows, together=self.together)
 
     def targets(self, answers: Sequence[str]) -> Tensor:
         """Return each place's column in `vocabulary` [B, Q]: the answer's tokens, then fillers."""
@@ -144,7 +140,7 @@ class GroundingObjective:
 
     def scores(self, visual: Tensor) -> Tensor:
         """Return how much visual tokens [B, Q, H] point at each word [B, Q, V']."""
-        return (visual.float() - self._mean) @ (self._words - self._mean).t()
+        return (visual.float() - self._mean) @ self._offsets.t()
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return the summed loss of the batch, averaged over places."""
@@ -179,13 +175,14 @@ def refit_projection(grounding: GroundingObjective, *, batch_size: int) -> float
     order = random.Random(grounding.seed).sample(
         range(grounding.num_samples()), min(rows_wanted + 1, grounding.num_samples())
     )
+    vocabulary = grounding._words.cpu()
     hidden, words = [], []
     for start in range(0, len(order), batch_size):
         batch = grounding.collate(order[start : start + batch_size])
         with model.device.autocast():
             found = model.visual_hidden(batch.features, batch.questions)
         hidden.append(found.flatten(0, 1).double().cpu())
-        words.append(grounding._words.cpu()[grounding.targets(batch.answers)].flatten(0, 1))
+        words.append(vocabulary[grounding.targets(batch.answers)].flatten(0, 1))
     x, y = torch.cat(hidden), torch.cat(words).double()
     x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
     x, y = x - x_mean, y - y_mean

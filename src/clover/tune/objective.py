@@ -15,11 +15,24 @@ from clover.vision.dataset import FeatureSet
 
 @dataclass(frozen=True)
 class InstructionBatch:
-    """Image tokens [B, P, E], questions and answers."""
+    """Image tokens [B, P, E], or [G, P, E] of images that B / G rows each share; B questions and
+    answers."""
 
     features: Tensor
     questions: list[str]
     answers: list[str]
+
+
+def load_instructions(
+    model: Clover, data: FeatureSet, indices: Sequence[int], *, together: int = 1
+) -> InstructionBatch:
+    """Load these instructions, of which each `together` in a row are about one image."""
+    records = [data.records[index] for index in indices]
+    return InstructionBatch(
+        data.features(indices[::together]),
+        [model.question_of(record) for record in records],
+        [record.answer or "" for record in records],
+    )
 
 
 @dataclass
@@ -47,12 +60,7 @@ class TuneObjective:
 
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load the instructions with these indices."""
-        records = [self.data.records[index] for index in indices]
-        return InstructionBatch(
-            self.data.features(indices),
-            [self.model.question_of(record) for record in records],
-            [record.answer or "" for record in records],
-        )
+        return load_instructions(self.model, self.data, indices)
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return summed loss and number of answer tokens."""
