@@ -43,11 +43,18 @@ NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 
 
-@lru_cache(maxsize=2)
 def load_frozen_language(
     config: LanguageConfig, prompt: PromptConfig, device: Device
 ) -> LanguageModel:
     """Load a frozen language model once a process: stages that follow each other share it."""
+    return _language_weights(config, prompt.answer_end, device).with_prompt(
+        Prompt.from_config(prompt)
+    )
+
+
+@lru_cache(maxsize=2)
+def _language_weights(config: LanguageConfig, answer_end: str, device: Device) -> LanguageModel:
+    prompt = PromptConfig(answer_end=answer_end)
     return load_language_model(config, prompt, device=device.device, dtype=device.dtype)
 
 

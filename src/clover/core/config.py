@@ -139,7 +139,8 @@ class PromptConfig(Section):
     """How image and question are put before the language model, in every stage alike."""
 
     template: str = "{image}{question}"
-    """`{image}` becomes the visual tokens, `{question}` the question; special tokens may stand."""
+    """`{image}` becomes the visual tokens, `{question}` the question; special tokens may stand.
+    `{examples}` before both becomes the worked examples of `tune.worked_examples`."""
     answer_end: str = ""
     """Text (usually a special token) that closes an answer; the tokenizer's eos when empty."""
     closed_suffix: str = ""
@@ -213,6 +214,9 @@ class TuneConfig(OptimizerConfig):
     """Peak learning rate of these steps."""
     grounding_filler: str = " -"
     """What stands in the visual tokens behind a short answer; one token of the language model."""
+    worked_examples: int = Field(0, ge=0)
+    """Training questions and answers shown to the language model, at `prompt.template`'s
+    `{examples}`; one for each frequent answer is worth most."""
     instruction_aware: bool = True
     """Whether the Q-Former reads the question too."""
     max_question_tokens: int = Field(128, ge=4)

@@ -139,7 +139,7 @@ class DecoderOnly(FrozenLanguage):
         scores: list[float] = []
         with torch.no_grad():
             # The prompt is computed once; only its last token runs again with each candidate.
-            past, _, _ = self._read_prompt(visual, [ids[:-1]], self._prefix_ids)
+            past, _, _ = self._read_prompt(visual, [ids[:-1]], self.prefix_ids)
             for start in range(0, len(answers), _CANDIDATES):
                 chunk = answers[start : start + _CANDIDATES]
                 losses, rows = self._answer_losses(

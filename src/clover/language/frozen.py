@@ -6,9 +6,10 @@ half is each kind's own.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,14 +39,24 @@ class FrozenLanguage(ABC):
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.prompt = prompt
         self.config = config
-        self.tokens = Tokens(tokenizer, prompt.answer_end)
         self.id = config.weights
         self.licence = config.licence
         self.hidden_size = int(model.config.hidden_size)
         self._embed = model.get_input_embeddings()
-        self._prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        self._use(tokenizer, prompt)
+
+    def _use(self, tokenizer: Any, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.tokens = Tokens(tokenizer, prompt.answer_end)
+        self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        """Ids of the constant text before the image."""
+
+    def with_prompt(self, prompt: Prompt) -> Self:
+        """Return the same model, its weights shared, asked in another form."""
+        other = copy.copy(self)
+        other._use(self.tokens.tokenizer, prompt)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +97,7 @@ class FrozenLanguage(ABC):
             visual,
             [self.instruction_ids(text) for text in instructions],
             [self.answer_ids(text) for text in answers],
-            prefix=self._prefix_ids,
+            prefix=self.prefix_ids,
         )
 
     def generate(
@@ -101,7 +112,7 @@ class FrozenLanguage(ABC):
     ) -> list[str]:
         """Return one answer to each text that already carries the template (`Prompt`)."""
         prompts = [self.text_ids(text) for text in after_image]
-        rows = self.generate_from_ids(visual, prompts, settings, prefix=self._prefix_ids)
+        rows = self.generate_from_ids(visual, prompts, settings, prefix=self.prefix_ids)
         return [self.tokens.decode(row) for row in rows]
 
     def stream(
@@ -118,7 +129,7 @@ class FrozenLanguage(ABC):
             # The best beam is known only at the end: there is nothing to show before.
             yield self.generate_text(visual, [after_image], settings)[0]
             return
-        steps = self._steps(visual, [self.text_ids(after_image)], settings, prefix=self._prefix_ids)
+        steps = self._steps(visual, [self.text_ids(after_image)], settings, prefix=self.prefix_ids)
         yield from stream_text(steps, self.tokens)
 
     @abstractmethod
