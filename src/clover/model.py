@@ -295,7 +295,7 @@ def save_folder(model: Clover, path: Path) -> Path:
             "width": model.language.hidden_size,
             "licence": model.language.licence,
         },
-        "trainable_parameters": sum(item.numel() for item in model.bridge.parameters()),
+        "trainable_parameters": model.bridge.num_trainable(),
         "bridge_sha256": sha256_file(bridge),
         "notice": NOTICE,
         **model.details,

@@ -116,6 +116,9 @@ class QFormerConfig(Section):
     """BERT's epsilon."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    train_word_embedding: bool = True
+    """Whether the word embedding learns, as published. It is most of a small Q-Former (11.7 of
+    19.1M), few of its rows are ever asked for, and AdamW passes over all of them at each step."""
     calibrate: int = Field(0, ge=0)
     """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
 
