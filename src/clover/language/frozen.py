@@ -48,6 +48,16 @@ class FrozenLanguage(ABC):
         self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
         """Ids of the constant text before the image."""
 
+    def with_prompt(self, prompt: Prompt, config: LanguageConfig) -> FrozenLanguage:
+        """Return the same weights under another prompt and other token limits; nothing is copied.
+
+        Args:
+            prompt: how image and question are put.
+            config: token limits; the weights stay those of this model.
+        """
+        own = config.model_copy(update={"weights": self.config.weights})
+        return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
+
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
