@@ -76,6 +76,7 @@ def first_token(client: openai.OpenAI, name: str, paths: Sequence[Path]) -> None
 
 
 def until_first(client: openai.OpenAI, name: str, path: Path, question: str) -> float:
+    """Return the seconds until the first piece of an answer arrives."""
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model=name, messages=messages(path, question), stream=True
@@ -140,6 +141,7 @@ def company(
 
 
 def health(url: str, stop: threading.Event, found: list[float]) -> None:
+    """Ask for the server's health over one connection until told to stop."""
     import http.client
     from urllib.parse import urlsplit
 
@@ -200,6 +202,7 @@ def alternate(ours: Callable[[], int], theirs: Callable[[], int]) -> tuple[float
 
 
 def written(engine: Engine, model: clover.Clover, path: Path, question: str, length: int) -> int:
+    """Ask the engine for an answer of so many tokens; return how many were written."""
     import queue
 
     from clover.core.files import sha256_file
