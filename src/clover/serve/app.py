@@ -22,6 +22,7 @@ from clover.core.errors import CloverError
 from clover.serve import metrics
 from clover.serve.completion import answer
 from clover.serve.engine import Engine
+from clover.serve.far import starter
 from clover.serve.guard import Guard
 from clover.serve.request import BusyError
 from clover.serve.settings import ServeSettings
@@ -42,6 +43,7 @@ def create_app(
     """
     app = FastAPI(title="CLOVER", version=__version__, docs_url=None, redoc_url=None)
     app.state.engine, app.state.settings = engine, settings
+    app.state.start = starter(engine, settings)
     app.state.decoding = asyncio.Semaphore(2)  # images decoded at a time: each may take 0.5 GB
     app.state.responses = Counter()
     app.add_middleware(Guard, settings=settings, responses=app.state.responses)

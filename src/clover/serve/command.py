@@ -140,6 +140,11 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
 @click.option(
     "--max-waiting", default=64, show_default=True, type=click.IntRange(1), help="Then 429."
 )
+@click.option(
+    "--language-endpoint",
+    metavar="URL",
+    help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
 @click.option(
     "--precision",
@@ -160,7 +165,11 @@ def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) 
     from clover.serve.server import listen
     from clover.serve.settings import ServeSettings
 
-    settings = ServeSettings(token=os.environ.get("CLOVER_TOKEN") or None, **options)
+    settings = ServeSettings(
+        token=os.environ.get("CLOVER_TOKEN") or None,
+        language_key=os.environ.get("CLOVER_LANGUAGE_KEY") or None,
+        **options,
+    )
     # What is cheap to check is checked before torch is imported and gigabytes are loaded.
     listener = listen(settings)
     try:

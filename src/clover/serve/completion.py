@@ -8,12 +8,11 @@ any image the frozen language model answers by its own chat template.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -27,7 +26,8 @@ from clover.model import check_question
 from clover.serve.engine import Engine
 from clover.serve.picture import data_uri_bytes, open_stranger
 from clover.serve.remote import fetch_image
-from clover.serve.request import Begun, Event, Picture, Question, Served, Ticket
+from clover.serve.request import Begun, Picture, Question, Served
+from clover.serve.running import LeftError, Running
 from clover.serve.settings import ServeSettings
 from clover.serve.wire import (
     ChatMessage,
@@ -38,15 +38,11 @@ from clover.serve.wire import (
     error_body,
     usage_body,
 )
-from clover.serve.writing import Piece, TokenScore
+from clover.serve.writing import TokenScore
 
 _TEXT_TOKENS = 512
 """Longest answer without an image, unless the request says otherwise."""
 _DONE = b"data: [DONE]\n\n"
-
-
-class _Left(Exception):
-    """The client has gone."""
 
 
 async def answer(request: Request, body: ChatRequest) -> Response:
@@ -63,7 +59,7 @@ async def answer(request: Request, body: ChatRequest) -> Response:
         names = ", ".join(engine.models)
         raise HTTPException(404, f"no model '{body.model[:80]}'; served here: {names}")
     question = await read_question(request, body, served)
-    running = Running(engine, question)
+    running: Running = request.app.state.start(question)
     watch = asyncio.create_task(running.watch(request))
     try:
         async with asyncio.timeout(settings.answer_seconds):
@@ -73,7 +69,7 @@ async def answer(request: Request, body: ChatRequest) -> Response:
             return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM)
         async with asyncio.timeout(settings.answer_seconds):
             return JSONResponse(await _whole(running, begun, body))
-    except _Left:
+    except LeftError:
         return Response(status_code=499)
     finally:
         if not body.stream or running.has_failed:
@@ -229,69 +225,6 @@ async def read_picture(request: Request, address: str, served: Served) -> Pictur
         return Picture(sha256, pixels=await asyncio.to_thread(decode))
 
 
-@dataclass
-class Running:
-    """A question in the engine, seen from the event loop."""
-
-    engine: Engine
-    question: Question
-    has_failed: bool = False
-    ticket: Ticket | None = None
-    _events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
-
-    async def begin(self) -> Begun:
-        """Submit the question and wait until its prompt was read.
-
-        Raises:
-            CloverError: it cannot be answered, or too many wait.
-        """
-        loop = asyncio.get_running_loop()
-
-        def emit(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended before the engine
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        try:
-            self.ticket = self.engine.submit(self.question, emit)
-            event = await self._next()
-        except BaseException:
-            self.has_failed = True
-            raise
-        assert isinstance(event, Begun), "a prompt is read before anything is written"
-        return event
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield what is written, until every answer has ended."""
-        left = len(self.question.seeds)
-        while left:
-            event = await self._next()
-            if isinstance(event, Piece):
-                yield event
-                left -= event.finish_reason is not None
-
-    async def _next(self) -> Event:
-        event = await self._events.get()
-        if event is None:
-            raise _Left
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    async def watch(self, request: Request) -> None:
-        """Stop when the client leaves."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if self.ticket is not None:
-            self.ticket.cancel()
-        self._events.put_nowait(None)
-
-    def stop(self, watch: asyncio.Task[None]) -> None:
-        """Let go of the question, answered or not."""
-        watch.cancel()
-        if self.ticket is not None:
-            self.ticket.cancel()
-
-
 async def _whole(running: Running, begun: Begun, body: ChatRequest) -> dict[str, Any]:
     count = len(running.question.seeds)
     texts = [""] * count
@@ -336,7 +269,7 @@ async def _stream(
                 usage = usage_body(begun.prompt_tokens, begun.reused_tokens, written)
                 yield _event(reply.chunk([], usage=usage))
             yield _DONE
-    except _Left:
+    except LeftError:
         pass
     except TimeoutError:
         yield _event(error_body(408, f"the answer was not ready in {seconds:g} s"))

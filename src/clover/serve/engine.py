@@ -199,6 +199,17 @@ class Engine:
 
         return self.call(work)
 
+    def prompt_embeds(self, question: Question) -> Tensor:
+        """Return a whole prompt as the language model reads it `[T, H]`; for `call`.
+
+        Raises:
+            CloverError: it is longer than the model's limit.
+        """
+        row = self._rows_of(Ticket(question, lambda _: None))[0]
+        has_picture = question.picture is not None
+        visual = self._prefixes(row.served, [question])[0] if has_picture else None
+        return self._embeds(row, 0, visual)
+
     def close(self) -> None:
         """Give up what is running or waiting, and end the thread."""
         if not self._is_closed:

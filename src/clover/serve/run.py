@@ -89,6 +89,10 @@ def describe(engine: Engine, settings: ServeSettings, port: int) -> list[str]:
                 f"{served.name}: {clover.encoder.id}, bridge of {count / 1e6:.1f}M parameters, "
                 f"{served.language.id.split('?')[0]}"
             )
+    if settings.language_endpoint is not None:
+        lines.append(
+            f"answers are written by {settings.language_endpoint}: prompts leave this server"
+        )
     mib = 2**20
     lines += [
         f"at http://{host}:{port}/v1 (OpenAI's API), /health, /metrics; "
