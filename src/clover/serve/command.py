@@ -98,8 +98,8 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     """Talk with MODEL (a model folder) about IMAGE.
 
     Answers appear as they are written; Ctrl-C stops one, Ctrl-D leaves. Commands: /image PATH,
-    /new, /save FILE, /help, /quit. Questions may also be piped in, one a line. Research use only,
-    not for diagnosis.
+    /why [FILE], /new, /save FILE, /help, /quit. A terminal that can shows the picture. Questions
+    may also be piped in, one a line. Research use only, not for diagnosis.
     """
     from clover.model import NOTICE, open_image, read_config
     from clover.serve.chat import Conversation, help_text
@@ -108,7 +108,9 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     if image is not None:
         open_image(Path(image).expanduser())
     loaded, settings = _load(model, options)
-    conversation = Conversation(loaded, _write, settings)
+    from clover.serve.overlay import drawer
+
+    conversation = Conversation(loaded, _write, settings, draw=drawer(sys.stdout.isatty()))
     click.secho(NOTICE, dim=True, err=True)
     if image is not None:
         conversation.look_at(image)
