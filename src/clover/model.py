@@ -29,11 +29,13 @@ from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_err
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
+from clover.language.frozen import FrozenLanguage
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
 from clover.qformer.initialise import start_from_bert
+from clover.qformer.maps import AttentionMaps, attention_maps
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
@@ -239,6 +241,20 @@ class Clover:
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
 
+    def attention_maps(self, features: Tensor, question: str) -> AttentionMaps:
+        """Return where the Q-Former's queries look in one image, asked one question.
+
+        Args:
+            features: The image's tokens [1, P, E] from `encode`.
+            question: In words; without effect on a Q-Former that does not read it.
+        """
+        self.bridge.eval()
+        image = self.bridge.read_image(features.to(self.device.device))
+        tokens = self.question_tokens([question])
+        if tokens is None:
+            return attention_maps(self.bridge, image)
+        return attention_maps(self.bridge, image, tokens.ids, tokens.mask)
+
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
         return save_folder(self, Path(path))
@@ -345,13 +361,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> Clover:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    beside: Clover | None = None,
+) -> Clover:
     """Load a model folder.
 
     Args:
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
+        beside: A loaded model; its frozen parts serve this one too where they are the same, so
+            that a further model costs its bridge alone.
 
     Raises:
         CloverError: a file is missing, damaged, or does not belong to the named frozen parts.
@@ -363,14 +387,19 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     where = choose_device(device, precision)  # type: ignore[arg-type]
-    encoder = load_encoder(recipe.encoder)
+    if beside is not None and beside.recipe.encoder == recipe.encoder:
+        encoder = beside.encoder
+    else:
+        encoder = load_encoder(recipe.encoder)
     if encoder.revision != config["encoder"]["revision"]:
         raise CloverError(
             f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
-    language = load_frozen_language(recipe.language, recipe.prompt, where)
+    language = _language_beside(beside, recipe, where) or load_frozen_language(
+        recipe.language, recipe.prompt, where
+    )
     bridge = build_bridge(
         recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
         encoder,
@@ -385,6 +414,18 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     return Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+
+
+def _language_beside(beside: Clover | None, recipe: Recipe, where: Device) -> LanguageModel | None:
+    """Return a loaded model's language model under this recipe's prompt and limits."""
+    if beside is None or beside.device != where:
+        return None
+    language, config, theirs = beside.language, recipe.language, beside.recipe.language
+    if not isinstance(language, FrozenLanguage):
+        return None
+    if (config.kind, config.weights) != (theirs.kind, theirs.weights):
+        return None
+    return language.with_prompt(Prompt.from_config(recipe.prompt), config)
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:

@@ -126,7 +126,7 @@ class DecoderOnly(FrozenLanguage):
         embeds = self._joined((), visual, text_ids)
         full = with_ones_before(mask, embeds.shape[1])
         hidden = self._body(inputs_embeds=embeds, attention_mask=full, use_cache=False)
-        return self._logits(hidden.last_hidden_state)
+        return self.logits(hidden.last_hidden_state)
 
     def rank(
         self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
@@ -177,11 +177,11 @@ class DecoderOnly(FrozenLanguage):
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float32 cross-entropies of `[N, H]` hidden states, in chunks."""
         if len(hidden) <= _LOGIT_ROWS:
-            return F.cross_entropy(self._logits(hidden), labels, reduction="none")
+            return F.cross_entropy(self.logits(hidden), labels, reduction="none")
         from torch.utils.checkpoint import checkpoint
 
         def score(part: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(part), wanted, reduction="none")
+            return F.cross_entropy(self.logits(part), wanted, reduction="none")
 
         # Logits are recomputed in the backward pass: keeping them costs 4 V bytes a token.
         chunks = zip(
@@ -189,7 +189,16 @@ class DecoderOnly(FrozenLanguage):
         )
         return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Return the last hidden states `[B, T, H]` of the model's body, fed as transformers does.
+
+        For callers that keep a cache of their own (`clover.language.rows`).
+        """
+        states: Tensor = self._body(use_cache=True, **inputs).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits `[..., V]` of hidden states `[..., H]`."""
         logits: Tensor = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
@@ -256,7 +265,7 @@ class DecoderOnly(FrozenLanguage):
         self._check_length(visual, prompt_ids, len(prefix), max_tokens)
         past, hidden, mask = self._read_prompt(visual, prompt_ids, prefix)
         assert hidden is not None, "an answer needs at least one visual or prompt token before it"
-        return self._logits(hidden), _CachedSteps(self, past, mask)
+        return self.logits(hidden), _CachedSteps(self, past, mask)
 
     def _check_length(
         self, visual: Tensor | None, prompt_ids: Ids, num_prefix: int, max_tokens: int
@@ -295,7 +304,7 @@ class _CachedSteps:
             position_ids=self.position[:, None],
         )
         self.position = self.position + 1
-        return self.language._logits(hidden[:, -1])
+        return self.language.logits(hidden[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         self.past.cache.batch_select_indices(rows)

@@ -6,7 +6,6 @@ half is each kind's own.
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -44,19 +43,21 @@ class FrozenLanguage(ABC):
         self.licence = config.licence
         self.hidden_size = int(model.config.hidden_size)
         self._embed = model.get_input_embeddings()
-        self._use(tokenizer, prompt)
-
-    def _use(self, tokenizer: Any, prompt: Prompt) -> None:
         self.prompt = prompt
         self.tokens = Tokens(tokenizer, prompt.answer_end)
         self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
         """Ids of the constant text before the image."""
 
-    def with_prompt(self, prompt: Prompt) -> Self:
-        """Return the same model, its weights shared, asked in another form."""
-        other = copy.copy(self)
-        other._use(self.tokens.tokenizer, prompt)
-        return other
+    def with_prompt(self, prompt: Prompt, config: LanguageConfig | None = None) -> Self:
+        """Return the same weights under another prompt; nothing is copied.
+
+        Args:
+            prompt: how image and question are put.
+            config: other token limits, if any; the weights stay those of this model.
+        """
+        own = config or self.config
+        own = own.model_copy(update={"weights": self.config.weights})
+        return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +130,7 @@ class FrozenLanguage(ABC):
             # The best beam is known only at the end: there is nothing to show before.
             yield self.generate_text(visual, [after_image], settings)[0]
             return
-        steps = self._steps(visual, [self.text_ids(after_image)], settings, prefix=self.prefix_ids)
+        steps = self.steps(visual, [self.text_ids(after_image)], settings, prefix=self.prefix_ids)
         yield from stream_text(steps, self.tokens)
 
     @abstractmethod
@@ -192,13 +193,13 @@ class FrozenLanguage(ABC):
         if settings.num_beams > 1:
             assert constraints is None, "beam search knows no constraints"
             return self._beam_search(visual, prompt_ids, settings, prefix=prefix)
-        steps = self._steps(
+        steps = self.steps(
             visual, prompt_ids, settings, prefix=prefix, seeds=seeds, constraints=constraints
         )
         return collect_tokens(steps, len(prompt_ids))
 
     @torch.no_grad()
-    def _steps(
+    def steps(
         self,
         visual: Tensor | None,
         prompt_ids: Ids,
@@ -208,6 +209,7 @@ class FrozenLanguage(ABC):
         seeds: Sequence[int] | None = None,
         constraints: Sequence[Constraint | None] | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
+        """Yield, step by step, the (row, token id) pairs that `generate_from_ids` collects."""
         logits, stepper = self._begin(visual, prompt_ids, prefix, settings.max_tokens)
         yield from iterate_tokens(
             logits,
