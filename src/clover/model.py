@@ -282,6 +282,7 @@ def save_folder(model: Clover, path: Path) -> Path:
             "revision": model.encoder.revision,
             "width": model.encoder.width,
             "licence": model.encoder.licence,
+            **({"licence_note": note} if (note := model.encoder.licence_note) else {}),
         },
         "language": {
             "id": model.language.id,
@@ -300,6 +301,12 @@ def save_folder(model: Clover, path: Path) -> Path:
 
 def _card(config: dict[str, Any]) -> str:
     encoder, language = config["encoder"], config["language"]
+    note = encoder.get("licence_note")
+    said = (
+        f"\n**The image encoder's licence {note}. This model was trained on them.**\n"
+        if note
+        else ""
+    )
     return f"""# {config["name"]}: a CLOVER model
 
 **{NOTICE}**
@@ -309,7 +316,7 @@ def _card(config: dict[str, Any]) -> str:
 | image encoder, frozen, not in this folder | {encoder["id"]} | {encoder["licence"]} |
 | language model, frozen, not in this folder | {language["id"]} | {language["licence"]} |
 | bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
-
+{said}
     clover ask FOLDER image.png "Is there necrosis?"
     clover chat FOLDER image.png
 
