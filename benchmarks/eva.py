@@ -31,7 +31,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=39, help="Blocks; less for a trial.")
     options = parser.parse_args()
     torch.manual_seed(0)
-    shape = Blip2VisionConfig(num_hidden_layers=options.depth, layer_norm_eps=1e-6)
+    # Its own initial range, 1e-10, would make every token the same.
+    shape = Blip2VisionConfig(
+        num_hidden_layers=options.depth, layer_norm_eps=1e-6, initializer_range=0.02
+    )
     theirs = Blip2VisionModel(shape).eval()
     _, family = build_family(EncoderConfig(kind="eva_clip", model="vit_g_14"))
     network = family.network

@@ -91,7 +91,10 @@ def test_geometric_operations_move_pixels_as_defined(name: str) -> None:
 
 
 def test_autocontrast_and_equalize_are_pillows() -> None:
-    for name, reference in (("AutoContrast", ImageOps.autocontrast), ("Equalize", ImageOps.equalize)):
+    for name, reference in (
+        ("AutoContrast", ImageOps.autocontrast),
+        ("Equalize", ImageOps.equalize),
+    ):
         found = apply_operation(name, picture(), np.random.default_rng(0))
         assert np.array_equal(np.asarray(found), np.asarray(reference(picture())))
 
