@@ -420,6 +420,11 @@ def load_bridge(
     own = bridge.state_dict()
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
+            if name.startswith("projection."):
+                raise CloverError(
+                    f"{path} was trained for a language model {len(state[name])} wide, this one is "
+                    f"{len(own[name])}; name the one it was trained with in language.weights"
+                )
             raise CloverError(
                 f"{path}: {name} is {list(state[name].shape)}, the recipe wants "
                 f"{list(own[name].shape)}; the Q-Former's sizes must be those it was trained with"
