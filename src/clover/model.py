@@ -24,15 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clover import __version__
+from clover.aligned import Aligned
 from clover.core.assets import resolve
 from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
+from clover.core.tensors import open_tensors
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
+from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.training.device import Device, choose_device
@@ -95,7 +98,13 @@ def build_bridge(
         temperature=recipe.align.temperature,
     )
     if recipe.qformer.weights is not None:
-        start_from_bert(bridge, resolve(recipe.qformer.weights))
+        path = resolve(recipe.qformer.weights)
+        if "qformer.query_tokens" in open_tensors(path):
+            # A Q-Former that has learnt already, as `clover convert` writes it.
+            without = ("projection.",) if has_alignment else ("projection.", "heads.")
+            load_bridge(bridge, path, without=without)
+        else:
+            start_from_bert(bridge, path)
     return bridge
 
 
@@ -112,6 +121,7 @@ class Clover:
         device: Where the bridge runs.
         name: Shown with every answer.
         details: Further entries of the model folder's `config.json`.
+        aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
     """
 
     recipe: Recipe
@@ -122,6 +132,7 @@ class Clover:
     device: Device
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
+    aligned: Aligned | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -231,6 +242,63 @@ class Clover:
             prefix = self.visual_prefix(features, [question])
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
+
+    def rank(
+        self, image: ImageLike, question: str, candidates: Sequence[str]
+    ) -> list[tuple[str, float]]:
+        """Order candidate answers by their loss, the likeliest first (SPEC, section 4.3).
+
+        Args:
+            image: A path, encoded bytes, or a PIL image.
+            question: In words.
+            candidates: Possible answers.
+
+        Returns:
+            (answer, summed log-likelihood of its tokens, the end token included).
+        """
+        question = check_question(question)
+        self.bridge.eval()
+        with torch.no_grad(), self.device.autocast():
+            prefix = self.visual_prefix(self.encode(image), [question])
+            scores = self.language.rank(prefix, question, candidates)
+        return sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
+
+    def attach_alignment(self, path: str | Path) -> Aligned:
+        """Load stage 1's weights (`align.safetensors`) beside the tuned ones.
+
+        Raises:
+            CloverError: absent, damaged, or of other sizes.
+        """
+        bridge = Bridge(self.bridge.config, has_alignment=True)
+        load_bridge(bridge, Path(path))
+        bridge.to(self.device.device).eval().requires_grad_(False)
+        self.aligned = Aligned(bridge, self.tokenizer, self.recipe.align.max_text_tokens)
+        return self.aligned
+
+    def _stage_1(self) -> Aligned:
+        if self.aligned is None:
+            raise CloverError(
+                f"{self.name} was loaded without stage 1's weights, which caption, match and "
+                "compare; put align.safetensors into its folder, or call attach_alignment(FILE)"
+            )
+        return self.aligned
+
+    def caption(self, image: ImageLike, settings: CaptionSettings | None = None) -> str:
+        """Describe an image with stage 1's next-word head; `ask` does with the language model."""
+        return self._stage_1().caption(self.encode(image), settings)
+
+    def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
+        """Return the probability that each text belongs to the image."""
+        return self._stage_1().match(self.encode(image), texts)
+
+    def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """Return cosines [B, N] of B images and N texts."""
+        features = torch.cat([self.encode(image) for image in images])
+        return self._stage_1().similarity(features, texts)
+
+    def features(self, image: ImageLike) -> Tensor:
+        """Return an image's contrastive unit vectors [Q, C]; `encode` gives its tokens."""
+        return self._stage_1().image_vectors(self.encode(image))[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
@@ -382,9 +450,12 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     kept: dict[str, Any] = {
         name: config[name] for name in ("key", "data", "stage_1") if name in config
     }
-    return Clover(
+    model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+    if (path / "align.safetensors").exists():
+        model.attach_alignment(path / "align.safetensors")
+    return model
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:

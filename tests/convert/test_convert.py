@@ -288,8 +288,8 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), to=sys.argv[4], has_check=False)
 )
 @pytest.mark.parametrize("to", ["clover", "lavis"])
 def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, to: str) -> None:
-    # 0.5 GiB in tensors of 16 MiB, but for one of 94 MiB, with leave to take 200 MiB: what counts is
-    # the largest tensor. Of a 16 GB checkpoint that is a 32001 x 4096 embedding, 0.26 to 0.5 GB.
+    # 0.5 GiB in tensors of 16 MiB, but for one of 94 MiB, with leave to take 200 MiB: what counts
+    # is the largest tensor. Of a 16 GB checkpoint that is a 32001 x 4096 embedding, 0.26 to 0.5 GB.
     with torch.device("meta"):
         bridge = Bridge(QFormerConfig(num_layers=1), language_width=4096)
     source = tmp_path / "big.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -196,8 +197,12 @@ def _mapped(path: Path, name: str) -> Tensor:
     place = open_tensors(path).places[name]
     if place.num_elements == 0 or not place.shape:
         return place.read()
-    raw = np.memmap(path, dtype=np.uint8, mode="c", offset=place.offset, shape=(place.num_bytes,))
-    return torch.from_numpy(raw).view(place.dtype).view(place.shape)
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=place.offset, shape=(place.num_bytes,))
+    with warnings.catch_warnings():
+        # torch warns of memory that may not be written; it is only read here.
+        warnings.simplefilter("ignore", UserWarning)
+        flat = torch.from_numpy(raw)
+    return flat.view(place.dtype).view(place.shape)
 
 
 def write_transformers(found: Checkpoint, target: Path, *, num_heads: int | None = None) -> Path:
