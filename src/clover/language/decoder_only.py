@@ -78,7 +78,8 @@ class DecoderOnly(FrozenLanguage):
 
     def text_ids(self, after_image: str) -> list[int]:
         """Return the ids of a text after the image; a long one loses its beginning."""
-        return self.tokens.encode(after_image)[-self.config.max_instruction_tokens :]
+        limit = self.config.max_instruction_tokens - len(self._start_text)
+        return [*self._start_text, *self.tokens.encode(after_image)[-limit:]]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the ids of an answer and its end; a long answer loses both end and end token."""

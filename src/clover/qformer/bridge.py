@@ -109,5 +109,7 @@ class Bridge(nn.Module):
         return prefix
 
     def num_trainable(self) -> int:
-        """Return how many parameters learn."""
-        return sum(item.numel() for item in self.parameters() if item.requires_grad)
+        """Return how many parameters learn, or learnt: a loaded model takes no gradient."""
+        words = self.qformer.word_embedding.weight.numel()
+        still = 0 if self.config.train_word_embedding else words
+        return sum(item.numel() for item in self.parameters()) - still
