@@ -143,6 +143,11 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     "--max-waiting", default=64, show_default=True, type=click.IntRange(1), help="Then 429."
 )
 @click.option(
+    "--align",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Stage 1's align.safetensors of the first MODEL's run: adds /v1/embeddings.",
+)
+@click.option(
     "--language-endpoint",
     metavar="URL",
     help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
@@ -155,7 +160,9 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     type=click.Choice(["auto", "float32", "bfloat16"]),
     help="Number format of matrix products.",
 )
-def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) -> None:
+def serve(
+    models: tuple[str, ...], align: Path | None, device: str, precision: str, **options: Any
+) -> None:
     """Serve one or several MODELs (model folders) to OpenAI clients.
 
     Several models must stand on one frozen language model; each further one costs its bridge
@@ -177,7 +184,8 @@ def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) 
     try:
         from clover.serve.run import run
 
-        run(models, settings, listener, write=_line, device=device, precision=precision)
+        where = {"device": device, "precision": precision}
+        run(models, settings, listener, write=_line, align=align, **where)
     finally:
         listener.close()
 
