@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, fingerprint, growing, write_json
 from clover.core.terminal import progress
+from clover.explain import YES_NO, first_word, yes_probability
 from clover.slides.field import spread, tissue_fields
 from clover.slides.region import Region, parse_region
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from clover.slides.reader import Slide
 
 _BATCH = 8
-YES_NO = ("yes", "no")
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,6 @@ class Tour:
             "fields": [item.row() for item in self.fields],
             "notice": NOTICE,
         }
-
-
-def yes_probability(model: Clover, features: Any, question: str) -> float:
-    """Return the probability of yes, yes and no taken as the only answers.
-
-    Args:
-        model: That answers.
-        features: The image's tokens [1, P, E].
-        question: In words.
-    """
-    import torch
-
-    with torch.no_grad(), model.device.autocast():
-        prefix = model.visual_prefix(features, [question])
-        scores = model.language.rank(prefix, question, YES_NO)
-    return float(torch.tensor(scores, dtype=torch.float64).softmax(dim=0)[0])
-
-
-def first_word(answer: str) -> str:
-    """Return an answer's first word in small letters, without its punctuation."""
-    words = answer.strip().lower().split()
-    return words[0].strip(".,;:!") if words else ""
 
 
 def run_tour(
@@ -213,7 +191,7 @@ def _ask(
     found = []
     for row, (region, answer) in enumerate(zip(regions, answers, strict=True)):
         is_closed = first_word(answer) in YES_NO
-        yes = yes_probability(model, features[row : row + 1], question) if is_closed else None
+        yes = yes_probability(model, features[row : row + 1], question, is_closed)
         found.append(FieldAnswer(region, answer.strip(), yes))
     return found
 
