@@ -10,6 +10,7 @@ Source: deletion test after Samek et al. 2017 and Petsiuk et al. 2018; own label
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -112,7 +113,9 @@ def explain(model: Clover, features: Tensor, question: str, answer: str) -> Expl
     if not answer.strip():
         raise CloverError("the answer is empty; there is nothing to explain")
     maps = look(model, features, question)
-    deletion = delete(model, features, question, answer, maps.rollout())
+    deletion = delete(
+        features, maps.rollout(), lambda stays: likelihood(model, stays, question, answer)
+    )
     is_closed = first_word(answer) in YES_NO
     return Explanation(maps, deletion, yes_probability(model, features, question, is_closed))
 
@@ -133,17 +136,21 @@ def yes_probability(
     return float(scores.softmax(dim=0)[0])
 
 
-def delete(model: Clover, features: Tensor, question: str, answer: str, heat: Tensor) -> Deletion:
+def likelihood(model: Clover, features: Tensor, question: str, answer: str) -> float:
+    """Return the log-likelihood of an answer to a question about image tokens [1, P, E]."""
+    return _likelihoods(model, features, question, [answer])[0]
+
+
+def delete(features: Tensor, heat: Tensor, measure: Callable[[Tensor], float]) -> Deletion:
     """Take image tokens away and measure how far the answer's log-likelihood falls.
 
     The Q-Former reads a set of tokens of any number, so they are taken out, not painted over.
 
     Args:
-        model: A loaded model.
         features: The image's tokens [1, P, E]; a class token before the grid always stays.
-        question: In words.
-        answer: Whose likelihood is measured.
         heat: The map under test [G, G].
+        measure: Returns the answer's log-likelihood for the tokens that stay. A server lets other
+            answers go on between two calls.
     """
     num_tokens, num_places = features.shape[1], heat.numel()
     first = num_tokens - num_places
@@ -153,9 +160,9 @@ def delete(model: Clover, features: Tensor, question: str, answer: str, heat: Te
     def fall(gone: Tensor) -> float:
         stays = torch.ones(num_tokens, dtype=torch.bool)
         stays[gone] = False
-        return whole - _likelihoods(model, features[:, stays], question, [answer])[0]
+        return whole - measure(features[:, stays])
 
-    whole = _likelihoods(model, features, question, [answer])[0]
+    whole = measure(features)
     attended, random, spread = [], [], []
     for share in SHARES:
         count = max(round(share * num_places), 1)

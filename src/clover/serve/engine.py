@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from clover.model import Clover
-
     from clover.serve.settings import ServeSettings
 
 Result = TypeVar("Result")

@@ -50,6 +50,11 @@ class Slide:
         return self._source.kind
 
     @property
+    def power(self) -> float | None:
+        """The objective's power, where the file states it."""
+        return self._source.power
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height of the finest level, in pixels."""
         return self._source.sizes[0]
