@@ -72,17 +72,11 @@ class SlideFolder:
         """
         refusal = CloverError(f"no slide '{name[:200]}' in the folder that is served")
         parts = name.split("/")
-        if (
-            "\x00" in name
-            or "\\" in name
-            or not name
-            or any(part in ("", ".", "..") for part in parts)
-        ):
+        # Neither an empty part nor one that begins with a dot: no root, no parent, nothing hidden.
+        if any(not part or part.startswith(".") or set(part) & {"\x00", "\\"} for part in parts):
             raise refusal
         path = self._root.joinpath(*parts)
-        if path.suffix.lower() not in _SUFFIXES or any(part.startswith(".") for part in parts):
-            raise refusal
-        if not self._is_inside(path):
+        if path.suffix.lower() not in _SUFFIXES or not self._is_inside(path):
             raise refusal
         return path
 
