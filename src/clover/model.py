@@ -29,6 +29,7 @@ from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_err
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
+from clover.language.frozen import FrozenLanguage
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
@@ -377,13 +378,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> Clover:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    beside: Clover | None = None,
+) -> Clover:
     """Load a model folder.
 
     Args:
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
+        beside: A loaded model; its frozen parts serve this one too where they are the same, so
+            that a further model costs its bridge alone.
 
     Raises:
         CloverError: a file is missing, damaged, or does not belong to the named frozen parts.
@@ -395,14 +404,19 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     where = choose_device(device, precision)  # type: ignore[arg-type]
-    encoder = load_encoder(recipe.encoder)
+    if beside is not None and beside.recipe.encoder == recipe.encoder:
+        encoder = beside.encoder
+    else:
+        encoder = load_encoder(recipe.encoder)
     if encoder.revision != config["encoder"]["revision"]:
         raise CloverError(
             f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
-    language = load_frozen_language(recipe.language, recipe.prompt, where)
+    language = _language_beside(beside, recipe, where) or load_frozen_language(
+        recipe.language, recipe.prompt, where
+    )
     bridge = build_bridge(
         recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
         encoder,
@@ -417,6 +431,18 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     return Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+
+
+def _language_beside(beside: Clover | None, recipe: Recipe, where: Device) -> LanguageModel | None:
+    """Return a loaded model's language model under this recipe's prompt and limits."""
+    if beside is None or beside.device != where:
+        return None
+    language, config, theirs = beside.language, recipe.language, beside.recipe.language
+    if not isinstance(language, FrozenLanguage):
+        return None
+    if (config.kind, config.weights) != (theirs.kind, theirs.weights):
+        return None
+    return language.with_prompt(Prompt.from_config(recipe.prompt), config)
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:

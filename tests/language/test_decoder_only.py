@@ -112,10 +112,10 @@ def test_greedy_ids_equal_those_of_transformers(
 ) -> None:
     settings = GenerationSettings(max_tokens=12, min_tokens=min_tokens, repetition_penalty=penalty)
     prompts = [llama.instruction_ids(question) for question in QUESTIONS]
-    ours = llama.generate_from_ids(visual, prompts, settings, prefix=llama._prefix_ids)
+    ours = llama.generate_from_ids(visual, prompts, settings, prefix=llama.prefix_ids)
     for row, prompt in enumerate(prompts):
         embed = llama.model.get_input_embeddings()
-        start, rest = embed(torch.tensor(llama._prefix_ids)), embed(torch.tensor(prompt))
+        start, rest = embed(torch.tensor(llama.prefix_ids)), embed(torch.tensor(prompt))
         embeds = torch.cat([start, visual[row], rest])[None]
         theirs = llama.model.generate(
             inputs_embeds=embeds,

@@ -107,7 +107,7 @@ class DecoderOnly(FrozenLanguage):
         embeds = self._joined((), visual, text_ids)
         full = with_ones_before(mask, embeds.shape[1])
         hidden = self._body(inputs_embeds=embeds, attention_mask=full, use_cache=False)
-        return self._logits(hidden.last_hidden_state)
+        return self.logits(hidden.last_hidden_state)
 
     def rank(
         self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
@@ -120,7 +120,7 @@ class DecoderOnly(FrozenLanguage):
         scores: list[float] = []
         with torch.no_grad():
             # The prompt is computed once; only its last token runs again with each candidate.
-            cache, _, _ = self._read_prompt(visual, [ids[:-1]], self._prefix_ids)
+            cache, _, _ = self._read_prompt(visual, [ids[:-1]], self.prefix_ids)
             for start in range(0, len(answers), _CANDIDATES):
                 chunk = answers[start : start + _CANDIDATES]
                 losses, rows = self._answer_losses(
@@ -159,11 +159,11 @@ class DecoderOnly(FrozenLanguage):
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float32 cross-entropies of `[N, H]` hidden states, in chunks."""
         if len(hidden) <= _LOGIT_ROWS:
-            return F.cross_entropy(self._logits(hidden), labels, reduction="none")
+            return F.cross_entropy(self.logits(hidden), labels, reduction="none")
         from torch.utils.checkpoint import checkpoint
 
         def score(part: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(part), wanted, reduction="none")
+            return F.cross_entropy(self.logits(part), wanted, reduction="none")
 
         # Logits are recomputed in the backward pass: keeping them costs 4 V bytes a token.
         chunks = zip(
@@ -171,7 +171,16 @@ class DecoderOnly(FrozenLanguage):
         )
         return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Return the last hidden states `[B, T, H]` of the model's body, fed as transformers does.
+
+        For callers that keep a cache of their own (`clover.language.rows`).
+        """
+        states: Tensor = self._body(use_cache=True, **inputs).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits `[..., V]` of hidden states `[..., H]`."""
         logits: Tensor = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
@@ -226,7 +235,7 @@ class DecoderOnly(FrozenLanguage):
         self._check_length(visual, prompt_ids, len(prefix), max_tokens)
         cache, hidden, mask = self._read_prompt(visual, prompt_ids, prefix)
         assert hidden is not None, "an answer needs at least one visual or prompt token before it"
-        return self._logits(hidden), _CachedSteps(self, cache, mask)
+        return self.logits(hidden), _CachedSteps(self, cache, mask)
 
     def _check_length(
         self, visual: Tensor | None, prompt_ids: Ids, num_prefix: int, max_tokens: int
@@ -266,7 +275,7 @@ class _CachedSteps:
             use_cache=True,
         ).last_hidden_state
         self.position = self.position + 1
-        return self.language._logits(hidden[:, -1])
+        return self.language.logits(hidden[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)

@@ -45,7 +45,18 @@ class FrozenLanguage(ABC):
         self.licence = config.licence
         self.hidden_size = int(model.config.hidden_size)
         self._embed = model.get_input_embeddings()
-        self._prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        """Ids of the constant text before the image."""
+
+    def with_prompt(self, prompt: Prompt, config: LanguageConfig) -> FrozenLanguage:
+        """Return the same weights under another prompt and other token limits; nothing is copied.
+
+        Args:
+            prompt: how image and question are put.
+            config: token limits; the weights stay those of this model.
+        """
+        own = config.model_copy(update={"weights": self.config.weights})
+        return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +97,7 @@ class FrozenLanguage(ABC):
             visual,
             [self.instruction_ids(text) for text in instructions],
             [self.answer_ids(text) for text in answers],
-            prefix=self._prefix_ids,
+            prefix=self.prefix_ids,
         )
 
     def generate(
@@ -101,7 +112,7 @@ class FrozenLanguage(ABC):
     ) -> list[str]:
         """Return one answer to each text that already carries the template (`Prompt`)."""
         prompts = [self.text_ids(text) for text in after_image]
-        rows = self.generate_from_ids(visual, prompts, settings, prefix=self._prefix_ids)
+        rows = self.generate_from_ids(visual, prompts, settings, prefix=self.prefix_ids)
         return [self.tokens.decode(row) for row in rows]
 
     def stream(
@@ -118,7 +129,7 @@ class FrozenLanguage(ABC):
             # The best beam is known only at the end: there is nothing to show before.
             yield self.generate_text(visual, [after_image], settings)[0]
             return
-        steps = self._steps(visual, [self.text_ids(after_image)], settings, prefix=self._prefix_ids)
+        steps = self.steps(visual, [self.text_ids(after_image)], settings, prefix=self.prefix_ids)
         yield from stream_text(steps, self.tokens)
 
     @abstractmethod
@@ -181,13 +192,13 @@ class FrozenLanguage(ABC):
         if settings.num_beams > 1:
             assert constraints is None, "beam search knows no constraints"
             return self._beam_search(visual, prompt_ids, settings, prefix=prefix)
-        steps = self._steps(
+        steps = self.steps(
             visual, prompt_ids, settings, prefix=prefix, seeds=seeds, constraints=constraints
         )
         return collect_tokens(steps, len(prompt_ids))
 
     @torch.no_grad()
-    def _steps(
+    def steps(
         self,
         visual: Tensor | None,
         prompt_ids: Ids,
@@ -197,6 +208,7 @@ class FrozenLanguage(ABC):
         seeds: Sequence[int] | None = None,
         constraints: Sequence[Constraint | None] | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
+        """Yield, step by step, the (row, token id) pairs that `generate_from_ids` collects."""
         logits, stepper = self._begin(visual, prompt_ids, prefix, settings.max_tokens)
         yield from iterate_tokens(
             logits,

@@ -1,4 +1,4 @@
-"""The verbs of this room: `clover ask`, `clover chat`."""
+"""The verbs of this room: `clover ask`, `clover chat`, `clover serve`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,71 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() its history and editing keys
     _converse(conversation)
+
+
+@click.command(
+    epilog="Example: clover serve clover-demo/model --port 8000. Then point any OpenAI client at "
+    "http://127.0.0.1:8000/v1. A token for other machines: CLOVER_TOKEN=SECRET clover serve ..."
+)
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]MODEL...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one."
+)
+@click.option("--allow-host", "hosts", multiple=True, help="A further name of this server.")
+@click.option("--allow-image-urls", is_flag=True, help="Fetch images at public http(s) addresses.")
+@click.option(
+    "--max-batch",
+    default=16,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="Answers written at once.",
+)
+@click.option(
+    "--max-waiting", default=64, show_default=True, type=click.IntRange(1), help="Then 429."
+)
+@click.option(
+    "--language-endpoint",
+    metavar="URL",
+    help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, …")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    help="Number format of matrix products.",
+)
+def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) -> None:
+    """Serve one or several MODELs (model folders) to OpenAI clients.
+
+    Several models must stand on one frozen language model; each further one costs its bridge
+    alone. Off loopback a token is required, from the environment variable CLOVER_TOKEN. Ctrl-C or
+    SIGTERM lets running answers finish. Research use only, not for diagnosis.
+    """
+    import os
+
+    from clover.serve.server import listen
+    from clover.serve.settings import ServeSettings
+
+    settings = ServeSettings(
+        token=os.environ.get("CLOVER_TOKEN") or None,
+        language_key=os.environ.get("CLOVER_LANGUAGE_KEY") or None,
+        **options,
+    )
+    # What is cheap to check is checked before torch is imported and gigabytes are loaded.
+    listener = listen(settings)
+    try:
+        from clover.serve.run import run
+
+        run(models, settings, listener, write=_line, device=device, precision=precision)
+    finally:
+        listener.close()
+
+
+def _line(text: str) -> None:
+    _write(text + "\n")
 
 
 def _write(text: str) -> None:

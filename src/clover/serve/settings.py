@@ -43,6 +43,10 @@ class ServeSettings:
     """In which a whole answer must have been written, waiting included."""
     drain_seconds: float = 30.0
     """What running answers get after SIGTERM."""
+    language_endpoint: str | None = None
+    """Base URL of a vLLM server that writes the answers from prompt embeddings."""
+    language_key: str | None = None
+    """What it wants as its API key."""
     feature_bytes: int = 256 * _MIB
     """Image features kept for further questions."""
     prefix_bytes: int = 256 * _MIB
