@@ -37,16 +37,15 @@ def test_a_region_is_the_same_picture_in_every_scan(scans: Any, name: str, place
     wanted = read(scans["svs"], place, 1.6)
     found = read(scans[name], place, 1.6)
     assert found.shape == wanted.shape
-    # Read twice from the same pixels it is equal; from pixels that were averaged by a scanner, it
-    # is nearly so. A region read half its width off differs by more than 40.
-    limit = 0.0 if name in ("one level", "plain", "dicom") else 3.0
+    # From the same pixels it is equal. A scan at half the magnification has lost detail for good;
+    # what is left is nearer by far than the tissue a quarter of a field beside it.
+    if name == "half the magnification":
+        beside = Region(place.x + place.width / 4, place.y, place.width, place.height)
+        limit = difference(read(scans["svs"], beside, 1.6), wanted) / 4
+        assert abs(found.mean() - wanted.mean()) < 1
+    else:
+        limit = 0.0
     assert difference(found, wanted) <= limit
-    beside = read(
-        scans["svs"],
-        Region(place.x + place.width / 4, place.y, *PLACES[0:0] or (place.width, place.height)),
-        1.6,
-    )
-    assert difference(beside, wanted) > 5 * max(limit, 3.0)
 
 
 def test_size_is_the_region_s_at_the_wanted_resolution_and_levels_do_not_matter(scans: Any) -> None:
@@ -56,7 +55,7 @@ def test_size_is_the_region_s_at_the_wanted_resolution_and_levels_do_not_matter(
             assert shape == (round(179.2 / mpp), round(179.2 / mpp), 3)
 
 
-def test_the_coarsest_level_that_is_fine_enough_is_read(scans: Any) -> None:
+def test_the_coarsest_level_that_is_twice_as_fine_is_read(scans: Any) -> None:
     with open_slide(scans["three levels"][0]) as slide:
         asked = []
         source = slide._source
@@ -69,7 +68,7 @@ def test_the_coarsest_level_that_is_fine_enough_is_read(scans: Any) -> None:
         source.read = noted
         for mpp in (0.3, 0.8, 1.0, 1.6, 2.0, 8.0):
             slide.read(Region(560, 560, 300, 300), mpp)
-    assert asked == [0, 0, 1, 1, 2, 2]
+    assert asked == [0, 0, 0, 0, 1, 2]
 
 
 def test_a_region_lands_where_its_microns_say(tmp_path: Path) -> None:
@@ -151,12 +150,21 @@ def test_a_truncated_slide_is_one_line(svs: Path, tmp_path: Path, kept: int) -> 
 
 
 def test_damage_inside_is_told_where_it_is_read(svs: Path, tmp_path: Path) -> None:
+    import tifffile
+
+    with tifffile.TiffFile(svs) as found:
+        page = found.pages[0]
+        middle = len(page.dataoffsets) // 2
+        start = page.dataoffsets[middle]
+        length = page.dataoffsets[middle + 3] - start
     data = bytearray(svs.read_bytes())
-    data[200_000:1_400_000] = b"\x00" * 1_200_000
+    data[start : start + length] = bytes(length)
     path = tmp_path / "damaged.svs"
     path.write_bytes(data)
-    with open_slide(path) as slide, pytest.raises(CloverError, match="cut off or damaged"):
-        slide.read(slide.extent, 1)
+    with open_slide(path) as slide:
+        slide.read(Region(560, 0, 50, 50), 0.8)  # elsewhere it is whole
+        with pytest.raises(CloverError, match="cut off or damaged"):
+            slide.read(slide.extent, 1)
 
 
 def test_other_files_are_no_slides(tmp_path: Path) -> None:

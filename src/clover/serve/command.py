@@ -164,6 +164,11 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     "--max-waiting", default=64, show_default=True, type=click.IntRange(1), help="Then 429."
 )
 @click.option(
+    "--slides",
+    type=click.Path(path_type=Path),
+    help="A folder whose slides and images the page at / may open.",
+)
+@click.option(
     "--language-endpoint",
     metavar="URL",
     help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
@@ -176,8 +181,10 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     type=click.Choice(["auto", "float32", "bfloat16"]),
     help="Number format of matrix products.",
 )
-def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) -> None:
-    """Serve one or several MODELs (model folders) to OpenAI clients.
+def serve(
+    models: tuple[str, ...], device: str, precision: str, slides: Path | None, **options: Any
+) -> None:
+    """Serve one or several MODELs (model folders) to OpenAI clients, and a page to look at slides.
 
     Several models must stand on one frozen language model; each further one costs its bridge
     alone. Off loopback a token is required, from the environment variable CLOVER_TOKEN. Ctrl-C or
@@ -198,7 +205,15 @@ def serve(models: tuple[str, ...], device: str, precision: str, **options: Any) 
     try:
         from clover.serve.run import run
 
-        run(models, settings, listener, write=_line, device=device, precision=precision)
+        run(
+            models,
+            settings,
+            listener,
+            write=_line,
+            device=device,
+            precision=precision,
+            slides=slides,
+        )
     finally:
         listener.close()
 

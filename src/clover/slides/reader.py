@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 
 from PIL import Image
@@ -99,8 +100,8 @@ class Slide:
     def read(self, region: Region, microns_per_pixel: float) -> Image.Image:
         """Return a region's tissue at a wanted resolution, RGB.
 
-        The picture comes from the coarsest level that is at least as fine, and is scaled down by
-        area; a wanted resolution beyond the slide's own is interpolated.
+        The picture comes from the coarsest level that is twice as fine, or else from the finest; a
+        wanted resolution beyond the slide's own is interpolated.
 
         Args:
             region: In µm, inside the slide.
@@ -122,21 +123,36 @@ class Slide:
         left, top = region.x / self.scale.x, region.y / self.scale.y
         right, bottom = region.right / self.scale.x, region.bottom / self.scale.y
         wanted = min(microns_per_pixel / self.scale.x, microns_per_pixel / self.scale.y)
-        return self.resampled((left, top, right, bottom), (width, height), wanted)
+        # From twice as fine a level where there is one: which level it was then does not show.
+        level = self._level(wanted / 2)
+        here, pixels = self._source.sizes[level], partial(self._source.read, level)
+        return self._scaled((left, top, right, bottom), (width, height), here, pixels)
 
     def resampled(
         self, box: tuple[float, float, float, float], size: tuple[int, int], reduction: float
     ) -> Image.Image:
-        """Return a box given in pixels of the finest level, scaled to `size`.
+        """Return a box given in pixels of the finest level, scaled to `size`: for the eye.
 
         Args:
             box: Left, top, right, bottom; need not be whole pixels.
             size: Width and height of the picture.
             reduction: How many of the finest pixels go into one; chooses the level.
         """
-        full, level = self.size, self._level(reduction)
         small = self._small_level(reduction)
-        here = self._source.sizes[level] if small is None else small.size
+        if small is not None:
+            return self._scaled(box, size, small.size, small.crop)
+        level = self._level(reduction)
+        return self._scaled(box, size, self._source.sizes[level], partial(self._source.read, level))
+
+    def _scaled(
+        self,
+        box: tuple[float, float, float, float],
+        size: tuple[int, int],
+        here: tuple[int, int],
+        pixels: Callable[[tuple[int, int, int, int]], Image.Image],
+    ) -> Image.Image:
+        """Scale a box, in pixels of the finest level, out of a level of size `here`."""
+        full = self.size
         ratio = here[0] / full[0], here[1] / full[1]
         inner = (box[0] * ratio[0], box[1] * ratio[1], box[2] * ratio[0], box[3] * ratio[1])
         inner = (
@@ -151,14 +167,13 @@ class Slide:
             min(math.ceil(inner[2]) + _MARGIN, here[0]),
             min(math.ceil(inner[3]) + _MARGIN, here[1]),
         )
-        pixels = self._source.read(level, outer) if small is None else small.crop(outer)
         place = (
             inner[0] - outer[0],
             inner[1] - outer[1],
             inner[2] - outer[0],
             inner[3] - outer[1],
         )
-        return pixels.resize(size, Image.Resampling.BICUBIC, box=place)
+        return pixels(outer).resize(size, Image.Resampling.BICUBIC, box=place)
 
     def _level(self, reduction: float) -> int:
         """Return the coarsest level that is not coarser than wanted, by a hundredth."""

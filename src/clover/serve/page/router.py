@@ -7,10 +7,7 @@ the API stays OpenAI's, and the engine knows the picture again by its bytes.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
-import io
 import mimetypes
 import threading
 from pathlib import Path
@@ -22,7 +19,8 @@ from pydantic import BaseModel, Field
 from clover.core.errors import CloverError
 from clover.serve.chat import words
 from clover.serve.page.folder import SlideFolder
-from clover.serve.page.slides import refused, slide_router
+from clover.serve.page.slides import models_of, refused, slide_router
+from clover.serve.picture import data_uri_bytes, open_stranger
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,11 +54,11 @@ _HEADERS = {
 
 
 class WhyRequest(BaseModel):
-    """What `/page/why` takes."""
+    """What `/talk/why` takes."""
 
     model: str | None = None
     """A served model; the first when absent."""
-    image: str = Field(max_length=40_000_000)
+    image: str
     """A data URI."""
     question: str = Field(min_length=1, max_length=4000)
     answer: str = Field("", max_length=8000)
@@ -96,28 +94,31 @@ def page_router(folder: SlideFolder | None = None) -> APIRouter:
     def static(name: str) -> Response:
         return _file(name)
 
-    @router.get("/page/setup")
+    @router.get("/talk/setup")
     def setup(request: Request) -> dict[str, Any]:
-        adapters = request.app.state.engine.adapters
+        served = models_of(request)
         return {
-            "models": [_described(name, model) for name, model in adapters.items()],
+            "models": [_described(name, model) for name, model in served.items()],
             "questions": words()["examples"],
             "has_slides": folder is not None,
         }
 
-    @router.post("/page/why")
+    @router.post("/talk/why")
     def why(request: Request, asked: WhyRequest) -> Any:
         engine: Engine = request.app.state.engine
-        name = asked.model or next(iter(engine.adapters))
-        if name not in engine.adapters:
+        settings = request.app.state.settings
+        served = models_of(request)
+        name = asked.model or next(iter(served), "")
+        if name not in served:
             return refused(404, f"no model '{name[:100]}' is served")
         if not places.acquire(blocking=False):
             busy = refused(429, "other explanations are being worked out; ask again in a moment")
             busy.headers["Retry-After"] = "2"
             return busy
         try:
-            picture = _picture(asked.image, request.app.state.settings.max_pixels)
-            return _explained(engine, engine.adapters[name], picture, asked)
+            content = data_uri_bytes(asked.image, max_bytes=settings.max_body_bytes)
+            picture = open_stranger(content, max_pixels=settings.max_pixels)
+            return _explained(engine, served[name], picture, asked)
         except CloverError as error:
             return refused(422, str(error))
         finally:
@@ -147,33 +148,6 @@ def _described(name: str, model: Clover) -> dict[str, Any]:
         "side": side,
         "field_um": None if resolution is None else side * resolution,
     }
-
-
-def _picture(uri: str, max_pixels: int) -> Image.Image:
-    """Decode a data URI.
-
-    Raises:
-        CloverError: none, of another form than a picture, or of too many pixels.
-    """
-    from PIL import Image
-
-    from clover.model import open_image
-
-    head, comma, body = uri.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise CloverError("image must be a data URI, 'data:image/png;base64,...'")
-    try:
-        data = base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise CloverError(f"image is not base64: {error}") from error
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            width, height = opened.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CloverError("the image cannot be read") from error
-    if width * height > max_pixels:
-        raise CloverError(f"the image has {width * height:,} pixels, at most {max_pixels:,}")
-    return open_image(data)
 
 
 def _explained(

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from clover.core.errors import CloverError
 from clover.serve.page.folder import SlideFolder
+from clover.serve.wire import error_body
 from clover.slides.deepzoom import OVERLAP, TILE, num_levels, tile
 from clover.slides.reader import Slide
 from clover.slides.region import parse_region
 from clover.slides.units import estimated_from_power
+
+if TYPE_CHECKING:
+    from clover.model import Clover
 
 _THUMBNAIL = 240
 _DAY = {"Cache-Control": "private, max-age=86400"}
@@ -25,9 +29,13 @@ _DAY = {"Cache-Control": "private, max-age=86400"}
 
 def refused(status: int, message: str) -> JSONResponse:
     """Return an error in OpenAI's shape, one line."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": " ".join(message.split()), "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status)
+    return JSONResponse(error_body(status, " ".join(message.split())), status)
+
+
+def models_of(request: Request) -> dict[str, Clover]:
+    """Return the models that can be shown an image, by name."""
+    models = request.app.state.engine.models
+    return {name: item.clover for name, item in models.items() if item.clover is not None}
 
 
 def slide_router(folder: SlideFolder) -> APIRouter:
@@ -83,8 +91,8 @@ def slide_router(folder: SlideFolder) -> APIRouter:
         """Return a region's picture at the model's µm per pixel: what a question is asked about."""
 
         def draw(slide: Slide) -> Response:
-            adapters = request.app.state.engine.adapters
-            chosen = adapters.get(model) or next(iter(adapters.values()))
+            served = models_of(request)
+            chosen = served.get(model or "") or next(iter(served.values()))
             picture = slide.read(parse_region(region), chosen.microns_per_pixel)
             out = io.BytesIO()
             picture.save(out, "PNG", compress_level=1)

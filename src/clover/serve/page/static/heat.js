@@ -20,7 +20,7 @@ let shown = null; // {region, turn}
 /** Ask why an answer was given; the maps come at once, the deletion test takes longer. */
 export async function explain(region, turn, model, deletion) {
   const { question, answer } = turn;
-  const found = await postJson("page/why", {
+  const found = await postJson("talk/why", {
     model, image: region.picture, question, answer, deletion,
   });
   turn.why = { ...turn.why, ...found };
@@ -29,8 +29,8 @@ export async function explain(region, turn, model, deletion) {
 
 /** The maps by name, the most telling first. */
 function maps(why) {
-  const rows = [["Rollout through all layers", why.rollout], ["Mean of layers and queries", why.mean]];
-  why.layers.forEach((layer, number) => rows.push([`Layer ${number + 1}, all queries`, layer.mean]));
+  const rows = [["Rollout", why.rollout], ["Mean of all", why.mean]];
+  why.layers.forEach((layer, number) => rows.push([`Layer ${number + 1}, mean`, layer.mean]));
   why.layers.forEach((layer, number) => layer.queries.forEach((query, place) => {
     rows.push([`Layer ${number + 1}, query ${place + 1}`, query]);
   }));
@@ -101,14 +101,17 @@ function say(turn) {
 export function deletionText(test) {
   const middle = 1;
   const share = Math.round(test.shares[middle] * 100);
-  const times = (nats) => `${Math.exp(Math.abs(nats)).toPrecision(2)} times ${nats < 0 ? "likelier" : "less likely"}`;
+  const kept = (nats) => {
+    const percent = Math.exp(-nats) * 100;
+    return percent < 1 ? "less than 1 %" : `${Math.round(percent)} %`;
+  };
   const endings = {
     faithful: "The answer hangs on what the map shows.",
     weak: "The answer hangs on these places little more than on others.",
     "not faithful": "Do not read this map as a reason: other places matter as much.",
   };
-  return `Without the ${share} % most attended places the answer is ${times(test.attended[middle])}, ` +
-    `without as many at random ${times(test.random[middle])}. ${endings[test.label]}`;
+  return `Without the ${share} % most attended places the answer keeps ${kept(test.attended[middle])} ` +
+    `of its likelihood, without as many at random ${kept(test.random[middle])}. ${endings[test.label]}`;
 }
 
 /** Show the map of an answer over its region, then test it. */

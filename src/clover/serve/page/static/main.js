@@ -424,7 +424,7 @@ function connect() {
 
 const start = guarded(async () => {
   connect();
-  state.setup = await getJson("page/setup");
+  state.setup = await getJson("talk/setup");
   fillSetup();
   show();
   const named = decodeURIComponent(location.hash.slice(1));
