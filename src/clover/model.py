@@ -38,8 +38,8 @@ from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
-from clover.qformer.maps import AttentionMaps, attention_maps
 from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.slides.picture import check_is_no_slide, is_region, read_region
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
 
@@ -200,7 +200,37 @@ class Clover:
 
     def encode(self, image: ImageLike) -> Tensor:
         """Return one image's tokens [1, P, E]."""
-        return self.encoder.encode(self.encoder.prepare(open_image(image))[None]).float()
+        picture = open_image(image, self.resolution_for(image))
+        return self.encoder.encode(self.encoder.prepare(picture)[None]).float()
+
+    def resolution_for(self, image: ImageLike) -> float | None:
+        """Return the µm per pixel at which a region of a slide is read; None for a plain image.
+
+        Raises:
+            CloverError: a region, and nobody stated what the encoder learnt at.
+        """
+        if isinstance(image, bytes | Image.Image) or not is_region(image):
+            return None
+        return self.microns_per_pixel
+
+    @property
+    def microns_per_pixel(self) -> float:
+        """The µm per pixel the encoder learnt at.
+
+        Raises:
+            CloverError: the model folder does not state it; it is never guessed.
+        """
+        if self.encoder.microns_per_pixel is None:
+            raise CloverError(
+                f"{self.name} does not state the µm per pixel its images were taken at, so a slide "
+                "cannot be shown to it; set encoder.microns_per_pixel in its config.json or recipe"
+            )
+        return self.encoder.microns_per_pixel
+
+    @property
+    def field_um(self) -> float:
+        """Side in µm of the square that fills the encoder's input at its own resolution."""
+        return self.recipe.encoder.image_size * self.microns_per_pixel
 
     def default_settings(self) -> GenerationSettings:
         """Return the recipe's decoding."""
@@ -215,7 +245,7 @@ class Clover:
         """Answer one question about one image.
 
         Args:
-            image: A path, encoded bytes, or a PIL image.
+            image: A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, or a PIL image.
             question: In words.
             settings: Decoding; the recipe's when absent.
 
@@ -251,20 +281,6 @@ class Clover:
             prefix = self.visual_prefix(features, [question])
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
-
-    def attention_maps(self, features: Tensor, question: str) -> AttentionMaps:
-        """Return where the Q-Former's queries look in one image, asked one question.
-
-        Args:
-            features: The image's tokens [1, P, E] from `encode`.
-            question: In words; without effect on a Q-Former that does not read it.
-        """
-        self.bridge.eval()
-        image = self.bridge.read_image(features.to(self.device.device))
-        tokens = self.question_tokens([question])
-        if tokens is None:
-            return attention_maps(self.bridge, image)
-        return attention_maps(self.bridge, image, tokens.ids, tokens.mask)
 
     def rank(
         self, image: ImageLike, question: str, candidates: Sequence[str]
@@ -339,14 +355,22 @@ def check_question(question: str) -> str:
     return question.strip()
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """Open an image given as path, bytes or PIL image.
+def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Image.Image:
+    """Open an image given as path, region of a slide, bytes or PIL image.
+
+    Args:
+        image: What to open.
+        microns_per_pixel: Of a region's picture; None only looks a region over.
 
     Raises:
-        CloverError: no such file, or not an image.
+        CloverError: no such file, not an image, a whole slide, or a region that cannot be read.
     """
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, bytes):
+        if is_region(image):
+            return read_region(image, microns_per_pixel)
+        check_is_no_slide(image)
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)

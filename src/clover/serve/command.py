@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from clover.core.errors import CloverError
+from clover.serve.slide_ask import slide_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,20 +63,38 @@ def _load(model: Path, options: dict[str, Any]) -> tuple[Clover, GenerationSetti
 @click.command(epilog='Example: clover ask clover-demo/model image.png "Is there necrosis?"')
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
-@click.argument("question")
+@click.argument("question", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line.")
+@slide_options
 @_model_options
-def ask(model: Path, image: Path, question: str, as_json: bool, **options: Any) -> None:
+def ask(model: Path, image: Path, question: str | None, as_json: bool, **options: Any) -> None:
     """Ask MODEL (a model folder) one QUESTION about one IMAGE.
 
     The answer goes to stdout, the notice to stderr; with --json one line with answer, model,
     seconds and notice. Research use only, not for diagnosis.
+
+    \b
+    A region of a slide, in µm from its upper left corner:
+      clover ask MODEL slide.svs "Is there necrosis?" --region 480,620,180,180
+    All its tissue, field by field, with counts and a heat map:
+      clover ask MODEL slide.svs --tour "Is there necrosis?"
     """
     from clover.model import check_question, open_image, read_config
+    from clover.serve.slide_ask import ask_tour, look_at_region, stated_resolution
 
     # What is cheap to check is checked before gigabytes are loaded.
-    read_config(model)
-    question, picture = check_question(question), open_image(image)
+    config = read_config(model)
+    if options["tour"] is not None:
+        if question is not None:
+            raise CloverError(f"--tour carries the question, '{question}' is one too many")
+        learnt, side = stated_resolution(config)
+        loading = partial(_load, model, options)
+        asked = check_question(options["tour"])
+        ask_tour(loading, image, asked, options | {"field_um": learnt * side}, as_json=as_json)
+        return
+    question = check_question(question or "")
+    view = look_at_region(config, image, options["region"], options["mpp"])
+    picture = open_image(image) if view is None else view.picture
     loaded, settings = _load(model, options)
     answer = loaded.ask(picture, question, settings=settings)
     if as_json:
@@ -83,10 +103,13 @@ def ask(model: Path, image: Path, question: str, as_json: bool, **options: Any) 
             "model": answer.model,
             "seconds": answer.seconds,
             "notice": answer.notice,
+            **({} if view is None else view.row()),
         }
         click.echo(json.dumps(row, ensure_ascii=False))
     else:
         click.echo(answer.text)
+        if view is not None and (note := view.note()) is not None:
+            click.echo(note, err=True)
         click.secho(answer.notice, dim=True, err=True)
 
 
@@ -148,6 +171,11 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     help="Stage 1's align.safetensors of the first MODEL's run: adds /v1/embeddings.",
 )
 @click.option(
+    "--slides",
+    type=click.Path(path_type=Path),
+    help="A folder whose slides and images the page at / may open.",
+)
+@click.option(
     "--language-endpoint",
     metavar="URL",
     help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
@@ -161,9 +189,14 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     help="Number format of matrix products.",
 )
 def serve(
-    models: tuple[str, ...], align: Path | None, device: str, precision: str, **options: Any
+    models: tuple[str, ...],
+    align: Path | None,
+    slides: Path | None,
+    device: str,
+    precision: str,
+    **options: Any,
 ) -> None:
-    """Serve one or several MODELs (model folders) to OpenAI clients.
+    """Serve one or several MODELs (model folders) to OpenAI clients, and a page to look at slides.
 
     Several models must stand on one frozen language model; each further one costs its bridge
     alone. Off loopback a token is required, from the environment variable CLOVER_TOKEN. Ctrl-C or
@@ -185,7 +218,7 @@ def serve(
         from clover.serve.run import run
 
         where = {"device": device, "precision": precision}
-        run(models, settings, listener, write=_line, align=align, **where)
+        run(models, settings, listener, write=_line, align=align, slides=slides, **where)
     finally:
         listener.close()
 

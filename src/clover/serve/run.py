@@ -17,6 +17,8 @@ from clover.model import NOTICE, Clover, load, read_config
 from clover.serve.app import create_app
 from clover.serve.embedding import load_alignment
 from clover.serve.engine import Engine
+from clover.serve.page.folder import SlideFolder
+from clover.serve.page.router import page_router
 from clover.serve.request import Served
 from clover.serve.server import build_server
 from clover.serve.settings import ServeSettings
@@ -31,6 +33,7 @@ def run(
     align: Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    slides: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running answers finish.
 
@@ -42,10 +45,13 @@ def run(
         align: Stage 1's weights of the first model's run, for embeddings.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
+        slides: The folder whose slides the page may open; no file outside it is ever sent.
 
     Raises:
-        CloverError: a model that cannot be loaded, or models that do not belong together.
+        CloverError: a model that cannot be loaded, models that do not belong together, or no such
+            folder.
     """
+    folder = None if slides is None else SlideFolder(slides)
     named = [_named(text) for text in models]
     for _, path in named:
         read_config(path)
@@ -56,7 +62,8 @@ def run(
         served[0] = replace(first, alignment=load_alignment(first.clover, align))
     engine = Engine(served, settings)
     try:
-        server = build_server(create_app(engine, settings), settings)
+        app = create_app(engine, settings, routers=[page_router(folder)])
+        server = build_server(app, settings)
         for line in describe(engine, settings, listener.getsockname()[1]):
             write(line)
         # uvicorn raises the signal again once it has drained; it has been obeyed by then.
@@ -104,7 +111,7 @@ def describe(engine: Engine, settings: ServeSettings, port: int) -> list[str]:
         )
     mib = 2**20
     lines += [
-        f"at http://{host}:{port}/v1 (OpenAI's API), /health, /metrics; "
+        f"at http://{host}:{port}/v1 (OpenAI's API), /health, /metrics; the page is at /; "
         + ("a token is required" if settings.token else "no token, this machine alone"),
         f"limits: {settings.max_batch} answers at once, {settings.max_waiting} wait, "
         f"{settings.max_body_bytes // mib} MiB a request, {settings.max_pixels / 1e6:g} megapixels "
