@@ -14,7 +14,7 @@ from clover.core.config import EncoderConfig, Recipe, load_recipe
 from clover.core.errors import CloverError
 from clover.plan.count import count
 from clover.plan.run import Card, Plan, plan
-from clover.plan.step import align_size, encoder_size, tune_size
+from clover.plan.step import EncoderSize, align_size, encoder_size, tune_size
 
 # SPEC, section 9, and the language models' own numbers.
 FULL = {
@@ -48,10 +48,17 @@ def test_a_backward_pass_is_twice_the_forward_pass() -> None:
     assert both.operations == 3 * forward.operations == 3 * 2 * 8 * 64 * 32
 
 
+@pytest.fixture(scope="module")
+def eva() -> EncoderSize:
+    return encoder_size(load_recipe("clover-vicuna7b").encoder, batch=1)
+
+
 @pytest.mark.parametrize("name", FULL)
-def test_a_step_of_the_full_size_recipe_has_the_published_counts(name: str) -> None:
-    recipe = load_recipe(name)
-    encoder = encoder_size(recipe.encoder, batch=1)
+def test_a_step_of_the_full_size_recipe_has_the_published_counts(
+    name: str, eva: EncoderSize
+) -> None:
+    recipe, encoder = load_recipe(name), eva
+    assert recipe.encoder == load_recipe("clover-vicuna7b").encoder
     assert (encoder.num_tokens, encoder.width) == (257, 1408)
     # 39 blocks of products of 257 tokens, and the patches (SPEC, 3.1 and 9).
     products = 2 * 257 * 1408 * (4 * 1408 + 2 * 6144) + 4 * 257 * 257 * 1408

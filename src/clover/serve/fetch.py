@@ -59,8 +59,8 @@ def fetch_file(field: str, reference: str) -> FetchedFile:
             raise CloverError(f"{field}: {error}") from error
         raise CloverError(
             f"{field}: no file {asset.path}, which the recipe expects there "
-            f"(in {Path.cwd()}); put {asset.path.name} there, or name another with "
-            f"--set {field}=PATH"
+            f"(in {Path.cwd()}); put {asset.path.name} there, or name another under "
+            f"{field} in the recipe"
         ) from error
     if path.is_dir():
         sizes = (item.stat().st_size for item in path.rglob("*") if item.is_file())
