@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clover.align.losses import alignment_losses
 from clover.core.assets import parse
-from clover.core.config import EncoderConfig, Recipe
+from clover.core.config import EncoderConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.language.decoder_only import DecoderOnly
@@ -127,21 +127,20 @@ def _tokens(batch: int, length: int) -> Tokens:
 def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     """Count a step of stage 1."""
     with META:
-        bridge = Bridge(_qformer(recipe, encoder), has_alignment=True)
+        bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
     part = recipe.align.batch_size // recipe.align.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
     text = _tokens(part, recipe.align.max_text_tokens)
 
     def step() -> None:
-        with _autocast(recipe):
-            losses = alignment_losses(
-                bridge,
-                bridge.read_image(features),
-                text,
-                decode_start=1,
-                which=recipe.align.losses,
-                label_smoothing=recipe.align.label_smoothing,
-            )
+        losses = alignment_losses(
+            bridge,
+            bridge.read_image(features),
+            text,
+            decode_start=1,
+            which=recipe.align.losses,
+            label_smoothing=recipe.align.label_smoothing,
+        )
         losses.total.backward()  # type: ignore[no-untyped-call]
 
     return _size(bridge, None, step, features, recipe.align.accumulate)
@@ -152,6 +151,7 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     language = build_language(recipe)
     with META:
         bridge = Bridge(_qformer(recipe, encoder), language_width=language.hidden_size)
+        bridge.to(_numbers(recipe))
     part = recipe.tune.batch_size // recipe.tune.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
     text = _tokens(part, recipe.tune.max_question_tokens)
@@ -159,41 +159,47 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     answer = [[1] * recipe.language.max_answer_tokens] * part
 
     def step() -> None:
-        with _autocast(recipe):
-            image = bridge.read_image(features)
-            reads = (text.ids, text.mask) if recipe.tune.instruction_aware else ()
-            total, _ = language.loss_from_ids(
-                bridge.visual_prefix(image, *reads), question, answer, prefix=()
-            )
+        image = bridge.read_image(features)
+        reads = (text.ids, text.mask) if recipe.tune.instruction_aware else ()
+        visual = bridge.visual_prefix(image, *reads)
+        total, _ = language.loss_from_ids(visual, question, answer, prefix=())
         total.backward()  # type: ignore[no-untyped-call]
 
     return _size(bridge, language.model, step, features, recipe.tune.accumulate)
 
 
 def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, accumulate: int) -> StepSize:
-    frozen = list(language.parameters()) + list(language.buffers()) if language is not None else []
+    frozen = [] if language is None else [*language.parameters(), *language.buffers()]
     found = count(step, before=[*bridge.parameters(), *bridge.buffers(), *frozen, features])
     trainable = bridge.num_trainable()
-    weights = num_bytes(bridge)
+    counted = num_bytes(bridge)
+    # Weights, gradients and AdamW's two moments are float32 in any case; under bfloat16 autocast
+    # keeps a copy of the weights in half the bytes.
+    copies = 0 if counted == 4 * trainable else counted
     return StepSize(
         trainable=trainable,
-        frozen=sum(item.numel() for item in {id(p): p for p in frozen}.values()),
-        weights=weights,
+        frozen=0 if language is None else sum(p.numel() for p in language.parameters()),
+        weights=4 * trainable + copies,
         frozen_weights=0 if language is None else num_bytes(language),
-        # The gradient was counted among the step's own; two moments of four bytes come on top.
-        optimiser=weights + 8 * trainable,
-        activations=max(0, found.peak - weights) + features.numel() * 4,
+        optimiser=12 * trainable,
+        # The step's own gradients were counted with it; they stand under `optimiser`.
+        activations=max(0, found.peak - counted) + num_bytes_of(features),
         operations=found.operations * accumulate,
     )
 
 
+def num_bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _numbers(recipe: Recipe) -> torch.dtype:
+    """Return what matrix products run in; `auto` is planned for a card, which takes bfloat16."""
+    return torch.float32 if recipe.precision == "float32" else torch.bfloat16
+
+
 def _qformer(recipe: Recipe, encoder: EncoderSize) -> Any:
     return recipe.qformer.model_copy(update={"encoder_width": encoder.width})
-
-
-def _autocast(recipe: Recipe) -> Any:
-    is_half = recipe.precision != "float32"
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half and False)
 
 
 def language_shape(recipe: Recipe) -> dict[str, Any]:
@@ -225,25 +231,29 @@ def build_language(recipe: Recipe) -> DecoderOnly | EncoderDecoder:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    shape = AutoConfig.for_model(**language_shape(recipe))
+    stated = language_shape(recipe)
+    shape = AutoConfig.for_model(**stated)
     is_pair = recipe.language.kind == "encoder_decoder"
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
-    dtype = torch.float32 if recipe.precision == "float32" else torch.bfloat16
     with META:
-        model = family.from_config(shape, dtype=dtype)
+        model = family.from_config(shape, dtype=_numbers(recipe))
+        if stated.get("tie_word_embeddings") is False:
+            # transformers ties a fresh T5 all the same; FLAN's checkpoints bring their own head.
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
         if recipe.language.quantise == "int8":
             quantise_int8(model)
     build = EncoderDecoder if is_pair else DecoderOnly
-    prompt = Prompt.from_config(recipe.prompt.model_copy(update={"template": "{image}{question}"}))
-    plain = Prompt.from_config(recipe.prompt.model_copy(update={"answer_end": ""}))
-    del prompt
-    return build(model, _NoText(), prompt=plain, config=recipe.language)
+    # Ids are given, so neither template nor special tokens matter here.
+    settings = recipe.language.model_copy(update={"text_start": "", "paper_dropout": False})
+    return build(model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=settings)
 
 
-class _NoText:
+class NoText:
     """A tokenizer of a model that is only counted."""
 
     eos_token_id = 1
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        """Return no ids."""
         return {"input_ids": []}
