@@ -12,14 +12,9 @@ from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.language.prompt import Prompt
 from clover.model import load
-from clover.tune.example import Example, choose_examples, spell, write_examples
+from clover.tune.example import Example, choose_examples, write_examples
 from clover.tune.run import tune
 from tiny import TISSUES, Tiny, tiny_recipe
-
-
-def encode(text: str) -> list[int]:
-    """One token a word."""
-    return [len(word) for word in text.split()]
 
 
 def asked(question: str, answer: str, times: int, *, kind: str = "open") -> list[Record]:
@@ -43,13 +38,7 @@ RECORDS = [
 
 
 def fits(answer: str) -> bool:
-    return spell(answer, encode=encode, num_places=4, filler=" -") is not None
-
-
-def test_an_answer_is_filled_up_to_the_number_of_visual_tokens() -> None:
-    assert spell("lung", encode=encode, num_places=4, filler=" -") == " lung - - -"
-    assert spell("a b c d", encode=encode, num_places=4, filler=" -") == " a b c d"
-    assert spell("a b c d e", encode=encode, num_places=4, filler=" -") is None
+    return len(answer.split()) <= 4
 
 
 def test_one_example_for_each_frequent_answer_and_a_quarter_closed() -> None:
@@ -85,7 +74,7 @@ def test_examples_are_laid_out_as_the_turn_itself() -> None:
     written = write_examples(
         config,
         [Example("Which organ?", "lung")],
-        spelt=lambda text: spell(text, encode=encode, num_places=3, filler=" -"),
+        spelt=lambda text: f" {text} - -",
     )
     assert written.template == (
         "<s><user>\n lung - - Which organ?<end>\n<bot>\nlung<end>\n"

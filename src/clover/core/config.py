@@ -250,6 +250,11 @@ class TuneConfig(OptimizerConfig):
     """Peak learning rate of these steps."""
     grounding_filler: str = " -"
     """What stands in the visual tokens behind a short answer; one token of the language model."""
+    grounding_spelling: Literal["whole", "shortest"] = "whole"
+    """Whether visual tokens spell an answer whole, or as far as it differs from every other."""
+    grounding_tokens: float = Field(1.0, gt=0, le=1)
+    """Share of an image's tokens that such a step sees, drawn anew each time: against over-fitting
+    where images are few."""
     worked_examples: int = Field(0, ge=0)
     """Training questions and answers shown to the language model, at `prompt.template`'s
     `{examples}`; one for each frequent answer is worth most."""

@@ -1,7 +1,7 @@
 """Worked examples before the image, chosen from the training data.
 
 A frozen language model is not taught what a visual token is; it is shown. Each example lays an
-answer where the image will stand, spelt as the bridge learns to spell it (`grounding`), asks a
+answer where the image will stand, spelt as the bridge learns to spell it (`spelling`), asks a
 question of the training data, and answers. A model of 135M parameters then reads every answer that
 it has seen an example of, and few others: so there is one for each frequent answer.
 Measured in docs/decisions/0008.
@@ -27,22 +27,6 @@ class Example(NamedTuple):
 
     question: str
     answer: str
-
-
-def spell(
-    answer: str, *, encode: Callable[[str], list[int]], num_places: int, filler: str
-) -> str | None:
-    """Return an answer as visual tokens spell it, filled up to `num_places`; None if too long.
-
-    Args:
-        answer: The text.
-        encode: From text to the language model's tokens, nothing added.
-        num_places: Visual tokens there are.
-        filler: What stands behind the answer; one token.
-    """
-    # With a blank before it: the commonest form of a word, and often a single token.
-    places = num_places - len(encode(" " + answer))
-    return None if places < 0 else f" {answer}{filler * places}"
 
 
 def choose_examples(

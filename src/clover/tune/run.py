@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +25,10 @@ from clover.model import (
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
-from clover.tune.example import choose_examples, spell, write_examples
+from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
+from clover.tune.spelling import Spelling
 from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
 
@@ -124,17 +124,18 @@ def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageM
             f"place for them; write {EXAMPLES} before its first turn, or set "
             "tune.worked_examples to 0"
         )
-    spelt = partial(
-        spell,
+    spelling = Spelling.of(
+        (record.answer or "" for record in records),
         encode=language.text_tokens,
         num_places=recipe.qformer.num_queries,
         filler=recipe.tune.grounding_filler,
+        kind=recipe.tune.grounding_spelling,
     )
     examples = choose_examples(
-        records, recipe.tune.worked_examples, fits=lambda answer: spelt(answer) is not None
+        records, recipe.tune.worked_examples, fits=lambda answer: spelling.text(answer) is not None
     )
     return recipe.model_copy(
-        update={"prompt": write_examples(recipe.prompt, examples, spelt=spelt)}
+        update={"prompt": write_examples(recipe.prompt, examples, spelt=spelling.text)}
     )
 
 
@@ -151,6 +152,8 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
         together=config.grounding_questions,
         filler=config.grounding_filler,
         repeat=config.grounding_repeat,
+        spelling=config.grounding_spelling,
+        share_seen=config.grounding_tokens,
         seed=job.seed,
     )
     if not grounding.num_samples():
