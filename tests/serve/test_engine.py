@@ -213,6 +213,21 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(clover: Clover, tiny: 
     engine.close()
 
 
+def test_rows_wait_for_room_when_memory_is_bounded(clover: Clover, tiny: Tiny) -> None:
+    # Two layers of two key heads of width 8 in float32: 256 bytes a token, some 23 tokens a row.
+    settings = ServeSettings(row_bytes=256 * 50)
+    engine = Engine([Served("tiny", clover.language, clover)], settings)
+    gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+    engine.call(gate.get)
+    listeners = [ask(engine, clover, tiny.image(), text) for text in QUESTIONS]
+    gate.put(None)
+    for listener, text in zip(listeners, QUESTIONS, strict=True):
+        assert listener.texts() == [clover.ask(tiny.image(), text, settings=LONG).text]
+    assert engine.counts.step_rows <= 2 * engine.counts.steps
+    assert engine.counts.step_rows > engine.counts.steps
+    engine.close()
+
+
 def test_who_leaves_is_not_written_for(engine: Engine, clover: Clover, tiny: Tiny) -> None:
     endless = GenerationSettings(max_tokens=100, min_tokens=100)
     gone = ask(engine, clover, tiny.image(), QUESTIONS[0], settings=endless)

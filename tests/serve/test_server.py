@@ -212,6 +212,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [seen("what ?", "IMAGE")], "tools": [{"a": 1}]}, "tools is not supported"),
     ({"messages": [seen("what ?", "IMAGE")], "n": 1000}, "n: "),
     ({"messages": [{"role": "user", "content": "liver"}]}, "no chat template"),
+    ({"messages": [{"role": "user", "content": "a" * 200_001}]}, "200,001 characters, at most"),
 ]
 
 

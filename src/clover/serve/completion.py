@@ -87,6 +87,11 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
     """
     settings: ServeSettings = request.app.state.settings
     engine: Engine = request.app.state.engine
+    length = sum(len(message.text) for message in body.messages)
+    if length > settings.max_text:
+        raise CloverError(
+            f"the conversation has {length:,} characters, at most {settings.max_text:,} are read"
+        )
     first = max((i for i, message in enumerate(body.messages) if message.images), default=None)
     common = {
         "seeds": _seeds(body),

@@ -349,6 +349,8 @@ class Engine:
                 break
             if row.question.settings.num_beams > 1:
                 break
+            if not self._has_room_for([*self._rows, *group, row]):
+                break
             kept, shared = self.prompts.find(row.symbols)
             shared = min(shared, len(row.symbols) - 1)  # the last place gives the first logits
             if any(
@@ -361,6 +363,18 @@ class Engine:
             group.append(row)
             plans.append((kept, shared))
         return group, plans
+
+    def _has_room_for(self, rows: Sequence[_Row]) -> bool:
+        """Return whether the rows' keys and values stay within bounds; one row alone always may."""
+        config = self._language.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        token_bytes = 2 * config.num_hidden_layers * heads * width * self._language.dtype.itemsize
+        longest = max(len(row.symbols) + row.question.settings.max_tokens for row in rows)
+        needed = len(rows) * longest * token_bytes
+        return len(rows) == 1 or needed <= self.settings.row_bytes
 
     def _read(self, group: list[_Row], plans: list[tuple[KeptPrompt | None, int]]) -> None:
         """Read the prompts of new rows as one pass, and write their first tokens."""

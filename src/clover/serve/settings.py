@@ -49,6 +49,10 @@ class ServeSettings:
     """What it wants as its API key."""
     feature_bytes: int = 256 * _MIB
     """Image features kept for further questions."""
+    row_bytes: int = 4096 * _MIB
+    """Keys and values of the answers being written; a long one waits until there is room."""
+    max_text: int = 200_000
+    """Characters of a conversation."""
     prefix_bytes: int = 256 * _MIB
     """Keys and values kept of prompts that may come again."""
 
