@@ -90,8 +90,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
             "encoder": {"kind": "eva_clip", "model": "vit_tiny_14", "image_size": 56},
             "qformer": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 500},
             "language": {"weights": str(folder)},
-            "align": {"steps": 100, "batch_size": 8},
-            "tune": {"steps": 50, "batch_size": 8},
+            "align": {"steps": 100, "batch_size": 4},
+            "tune": {"steps": 50, "batch_size": 4},
         }
     )
     return plan(recipe, Card(memory_gib=80, tflops=0.001, price=3.0), images=1000)

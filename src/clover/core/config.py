@@ -72,7 +72,7 @@ class EncoderConfig(Section):
     """The frozen image encoder."""
 
     kind: str = "timm"
-    """Which family: `timm` (feature maps), or a file of `clover/vision/family`."""
+    """Which family: `timm` (feature maps), or a file of `clover/vision/family` (docs/models.md)."""
     model: str = "tf_efficientnet_lite0"
     """The architecture's name in its library."""
     options: dict[str, Any] = {}

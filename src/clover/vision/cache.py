@@ -117,7 +117,7 @@ class FeatureCache:
         rejected: list[Rejection],
     ) -> Iterator[tuple[list[str], Tensor]]:
         """Yield decoded batches; what cannot be decoded goes to `rejected`."""
-        size = 32
+        size = self._encoder.batch_size
         decoded = pool.map(lambda digest: self._decode(images[digest]), digests)
         names: list[str] = []
         pixels: list[Tensor] = []

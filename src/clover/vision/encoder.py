@@ -31,6 +31,7 @@ class ImageEncoder(Protocol):
         licence: Of the weights.
         licence_note: What it says of models trained on the tokens; empty when it says nothing.
         microns_per_pixel: Resolution it was trained at, where it is known.
+        batch_size: Images a forward pass.
     """
 
     id: str
@@ -40,6 +41,7 @@ class ImageEncoder(Protocol):
     licence: str
     licence_note: str
     microns_per_pixel: float | None
+    batch_size: int
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -84,6 +86,7 @@ class FeatureMapEncoder:
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self.id = f"timm/{config.model}"
         self.licence, self.licence_note = config.licence, config.licence_note
+        self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         data = network.default_cfg
@@ -174,6 +177,7 @@ class TinyEncoder:
     def __init__(self, config: EncoderConfig) -> None:
         self.id = "tiny/patches"
         self.licence, self.licence_note = "MIT", config.licence_note
+        self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         self.num_tokens, self.width = self._grid**2, 24

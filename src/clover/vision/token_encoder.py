@@ -98,6 +98,7 @@ class TokenEncoder:
         self.id = built.id
         self.licence = config.licence
         self.licence_note = config.licence_note
+        self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._device = device
         self._process = ImageProcessor(
