@@ -35,6 +35,7 @@ from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
 from clover.qformer.initialise import start_from_bert
+from clover.qformer.maps import AttentionMaps, attention_maps
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.slides.picture import check_is_no_slide, is_region, read_region
 from clover.training.device import Device, choose_device
@@ -263,6 +264,20 @@ class Clover:
             prefix = self.visual_prefix(features, [question])
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
+
+    def attention_maps(self, features: Tensor, question: str) -> AttentionMaps:
+        """Return where the Q-Former's queries look in one image, asked one question.
+
+        Args:
+            features: The image's tokens [1, P, E] from `encode`.
+            question: In words; without effect on a Q-Former that does not read it.
+        """
+        self.bridge.eval()
+        image = self.bridge.read_image(features.to(self.device.device))
+        tokens = self.question_tokens([question])
+        if tokens is None:
+            return attention_maps(self.bridge, image)
+        return attention_maps(self.bridge, image, tokens.ids, tokens.mask)
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""

@@ -17,11 +17,13 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from tests.serve.running import Running, data_uri, environment, running, seen, tiny_folder
 from tests.tiny import Tiny
 
 from clover.language.protocol import GenerationSettings
-from clover.model import Clover, load
+from clover.model import Clover, build_bridge, load, save_bridge
+from clover.qformer.bridge import Bridge
 
 QUESTION = "describe the image"
 
@@ -32,8 +34,17 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
 
 
 @pytest.fixture(scope="module")
-def server(parts: tuple[Tiny, Path]) -> Iterator[Running]:
-    with running(f"tiny={parts[1]}", f"other={parts[1]}", "--max-waiting", "8") as server:
+def alignment(parts: tuple[Tiny, Path], clover: Clover) -> tuple[Path, Bridge]:
+    bridge = build_bridge(parts[0].recipe, clover.encoder, clover.tokenizer, has_alignment=True)
+    path = parts[1].parent / "align.safetensors"
+    save_bridge(bridge, path)
+    return path, bridge.eval()
+
+
+@pytest.fixture(scope="module")
+def server(parts: tuple[Tiny, Path], alignment: tuple[Path, Bridge]) -> Iterator[Running]:
+    models = [f"tiny={parts[1]}", f"other={parts[1]}"]
+    with running(*models, "--max-waiting", "8", "--align", str(alignment[0])) as server:
         yield server
 
 
@@ -156,6 +167,32 @@ def test_a_system_message_is_read_before_the_question(
     )
     messages = [{"role": "system", "content": "many cells"}, seen(QUESTION, data_uri(path))]
     assert ask(client, messages).choices[0].message.content == expected[0].strip()
+
+
+def test_embeddings_are_stage_1s_unit_vectors(
+    client: openai.OpenAI,
+    clover: Clover,
+    alignment: tuple[Path, Bridge],
+    parts: tuple[Tiny, Path],
+) -> None:
+    path, bridge = parts[0].image(), alignment[1]
+    text = "the image shows liver"
+    reply = client.embeddings.create(model="tiny", input=[text, data_uri(path)])
+    with torch.no_grad():
+        tokens = clover.tokenizer([text], limit=clover.recipe.align.max_text_tokens)
+        row = bridge.qformer.encode_text(tokens.ids, tokens.mask)[:, 0]
+        keys = bridge.read_image(clover.encode(path))
+        seen_by = bridge.alignment.embed_image(bridge.qformer.encode_queries(keys).hidden)[0]
+        mean = seen_by.mean(dim=0)
+        expected = [bridge.alignment.embed_text(row)[0], mean / mean.norm()]
+    for item, vector in zip(reply.data, expected, strict=True):
+        assert item.embedding == pytest.approx(vector.tolist(), abs=1e-5)
+    plain = client.embeddings.create(model="tiny", input=text, encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(reply.data[0].embedding, abs=1e-6)
+    with pytest.raises(openai.BadRequestError, match="start the server with --align"):
+        client.embeddings.create(model="other", input=text)
+    with pytest.raises(openai.BadRequestError, match="dimensions is 3, these embeddings have 16"):
+        client.embeddings.create(model="tiny", input=text, dimensions=3)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

@@ -65,6 +65,12 @@ class FrozenLanguage(ABC):
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        dtype: torch.dtype = self._embed.weight.dtype
+        return dtype
+
+    @property
     def vocabulary_size(self) -> int:
         """Scores V that the model gives a token; may be more than its tokenizer has tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])

@@ -98,9 +98,12 @@ class RowBatch:
         device = self.language.device
         begins = torch.tensor(list(starts), device=device)
         positions = begins[:, None] + torch.arange(width, device=device)  # [N, T]
-        self._cache.open(first, list(starts), width)
+        self._cache.open(first, list(starts), width, begins)
         keys = torch.arange(max(starts) + width, device=device)
-        mask = keys[None, None, None, :] <= positions[:, None, :, None]  # [N, 1, T, keys]
+        hides = keys[None, None, None, :] > positions[:, None, :, None]  # [N, 1, T, keys]
+        # Numbers, not booleans: each layer would turn those into numbers by itself.
+        mask = torch.zeros(hides.shape, dtype=self.language.dtype, device=device)
+        mask.masked_fill_(hides, -torch.inf)
         return self.language.hidden(
             attention_mask=mask, position_ids=positions, past_key_values=self._cache, **inputs
         )
@@ -129,9 +132,11 @@ class _SlotCache:
         """Return the longest row; positions are given, so nothing depends on it."""
         return max(self._starts)
 
-    def open(self, first: int, starts: list[int], width: int) -> None:
-        """Say which slots the next pass writes, and where each begins."""
+    def open(self, first: int, starts: list[int], width: int, begins: Tensor) -> None:
+        """Say which slots the next pass writes, and where each begins (list and tensor `[N]`)."""
         self._first, self._starts, self._width = first, starts, width
+        self._begins = begins
+        self._numbers = torch.arange(first, first + len(starts), device=begins.device)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -145,9 +150,8 @@ class _SlotCache:
         longest = max(self._starts) + self._width
         pair = self._layers[layer_idx]
         for buffer, new in zip(pair, (keys, values), strict=True):
-            if self._width == 1:
-                slots = torch.arange(self._first, end, device=buffer.device)
-                buffer[slots, :, torch.tensor(self._starts, device=buffer.device)] = new[:, :, 0]
+            if self._width == 1 and len(self._starts) > 1:
+                buffer[self._numbers, :, self._begins] = new[:, :, 0]
             else:
                 for row, start in enumerate(self._starts):
                     buffer[self._first + row, :, start : start + self._width] = new[row]

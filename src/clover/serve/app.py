@@ -21,12 +21,13 @@ from clover import __version__
 from clover.core.errors import CloverError
 from clover.serve import metrics
 from clover.serve.completion import answer
+from clover.serve.embedding import embed
 from clover.serve.engine import Engine
 from clover.serve.far import starter
 from clover.serve.guard import Guard
 from clover.serve.request import BusyError
 from clover.serve.settings import ServeSettings
-from clover.serve.wire import ChatRequest, error_body
+from clover.serve.wire import ChatRequest, EmbeddingRequest, error_body
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,6 +92,10 @@ def _api(engine: Engine) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         return await answer(request, body)
+
+    @router.post("/v1/embeddings")
+    async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+        return await embed(request, body)
 
     return router
 

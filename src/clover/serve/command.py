@@ -121,8 +121,8 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     """Talk with MODEL (a model folder) about IMAGE.
 
     Answers appear as they are written; Ctrl-C stops one, Ctrl-D leaves. Commands: /image PATH,
-    /new, /save FILE, /help, /quit. Questions may also be piped in, one a line. Research use only,
-    not for diagnosis.
+    /why [FILE], /new, /save FILE, /help, /quit. A terminal that can shows the picture. Questions
+    may also be piped in, one a line. Research use only, not for diagnosis.
     """
     from clover.model import NOTICE, open_image, read_config
     from clover.serve.chat import Conversation, help_text
@@ -131,7 +131,9 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     if image is not None:
         open_image(Path(image).expanduser())
     loaded, settings = _load(model, options)
-    conversation = Conversation(loaded, _write, settings)
+    from clover.serve.overlay import drawer
+
+    conversation = Conversation(loaded, _write, settings, draw=drawer(sys.stdout.isatty()))
     click.secho(NOTICE, dim=True, err=True)
     if image is not None:
         conversation.look_at(image)
@@ -169,6 +171,11 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     help="A folder whose slides and images the page at / may open.",
 )
 @click.option(
+    "--align",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Stage 1's align.safetensors of the first MODEL's run: adds /v1/embeddings.",
+)
+@click.option(
     "--language-endpoint",
     metavar="URL",
     help="A vLLM server (--enable-prompt-embeds) of the same language model, to write the answers.",
@@ -182,7 +189,12 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     help="Number format of matrix products.",
 )
 def serve(
-    models: tuple[str, ...], device: str, precision: str, slides: Path | None, **options: Any
+    models: tuple[str, ...],
+    slides: Path | None,
+    align: Path | None,
+    device: str,
+    precision: str,
+    **options: Any,
 ) -> None:
     """Serve one or several MODELs (model folders) to OpenAI clients, and a page to look at slides.
 
@@ -205,15 +217,8 @@ def serve(
     try:
         from clover.serve.run import run
 
-        run(
-            models,
-            settings,
-            listener,
-            write=_line,
-            device=device,
-            precision=precision,
-            slides=slides,
-        )
+        where = {"device": device, "precision": precision}
+        run(models, settings, listener, write=_line, align=align, slides=slides, **where)
     finally:
         listener.close()
 

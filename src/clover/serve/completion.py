@@ -101,7 +101,7 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
         written = _settings(body, settings, GenerationSettings(max_tokens=_TEXT_TOKENS))
         if body.temperature is None:
             written = replace(written, temperature=1.0)
-        return Question(served.name, written, messages=messages, **common)  # type: ignore[arg-type]
+        return Question(served.name, written, messages=messages, **common)
     if served.clover is None:
         raise CloverError(f"'{served.name}' reads text alone; leave the image out")
     system, turns, question = conversation(body.messages, first)
@@ -119,7 +119,7 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
         picture=picture,
         turns=tuple(turns),
         system=system,
-        **common,  # type: ignore[arg-type]
+        **common,
     )
 
 

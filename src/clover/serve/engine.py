@@ -40,7 +40,7 @@ from clover.language.frozen import FrozenLanguage
 from clover.language.generation import next_token
 from clover.language.rows import RowBatch, can_share_a_batch
 from clover.serve.kept import FeatureStore, KeptPrompt, PromptStore, Symbol, shared_length
-from clover.serve.request import Begun, BusyError, Event, Question, Served, Ticket
+from clover.serve.request import Begun, BusyError, Event, Picture, Question, Served, Ticket
 from clover.serve.settings import ServeSettings
 from clover.serve.writing import Piece, Writing, score
 
@@ -411,15 +411,16 @@ class Engine:
     def _prefixes(self, served: Served, questions: Sequence[Question]) -> Tensor:
         clover = served.clover
         assert clover is not None, "only a model that sees is asked about pictures"
-        features = torch.cat([self._features(served, question) for question in questions])
+        pictures = [question.picture for question in questions if question.picture is not None]
+        features = torch.cat([self.features_of(served, picture) for picture in pictures])
         clover.bridge.eval()
         with clover.device.autocast():
             return clover.visual_prefix(features, [question.question for question in questions])
 
-    def _features(self, served: Served, question: Question) -> Tensor:
-        """Return an image's tokens `[1, P, E]`, encoded at most once."""
-        clover, picture = served.clover, question.picture
-        assert clover is not None and picture is not None, "only pictures have features"
+    def features_of(self, served: Served, picture: Picture) -> Tensor:
+        """Return an image's tokens `[1, P, E]`, encoded at most once; for `call`."""
+        clover = served.clover
+        assert clover is not None, "only a model that sees has features"
         key = served.encoder_key(picture.sha256)
         kept = picture.features if picture.features is not None else self.features.get(key)
         if kept is not None:

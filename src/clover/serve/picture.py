@@ -11,7 +11,7 @@ import binascii
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from clover.core.errors import CloverError
 
@@ -65,7 +65,7 @@ def open_stranger(content: bytes, *, max_pixels: int) -> Image.Image:
                 )
             opened.load()
             return opened.convert("RGB")
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise CloverError(f"the image is none of {known}, or is broken") from error
     # Broken files make Pillow's decoders raise almost anything.

@@ -69,7 +69,8 @@ def _body(
     max_bytes: int,
     deadline: float,
 ) -> bytes:
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
         left = deadline - time.monotonic()
         if left <= 0:

@@ -13,6 +13,7 @@ from clover.language.constraint import CompiledSchema
 from clover.language.frozen import FrozenLanguage
 from clover.language.protocol import GenerationSettings
 from clover.model import Clover
+from clover.qformer.bridge import Bridge
 from clover.serve.writing import Piece
 
 
@@ -32,6 +33,8 @@ class Served:
     name: str
     language: FrozenLanguage
     clover: Clover | None = None
+    alignment: Bridge | None = None
+    """Stage 1's bridge, for embeddings."""
 
     def encoder_key(self, sha256: str) -> tuple[str, str, str]:
         """Return what image features are kept under."""

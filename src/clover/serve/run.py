@@ -8,12 +8,14 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clover.core.errors import CloverError
 from clover.language.frozen import FrozenLanguage
 from clover.model import NOTICE, Clover, load, read_config
 from clover.serve.app import create_app
+from clover.serve.embedding import load_alignment
 from clover.serve.engine import Engine
 from clover.serve.page.folder import SlideFolder
 from clover.serve.page.router import page_router
@@ -28,6 +30,7 @@ def run(
     listener: socket.socket,
     *,
     write: Callable[[str], None],
+    align: Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     slides: Path | None = None,
@@ -39,6 +42,7 @@ def run(
         settings: How much.
         listener: From `listen`; the caller closes it.
         write: Takes lines for the person who started it.
+        align: Stage 1's weights of the first model's run, for embeddings.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
         slides: The folder whose slides the page may open; no file outside it is ever sent.
@@ -51,7 +55,12 @@ def run(
     named = [_named(text) for text in models]
     for _, path in named:
         read_config(path)
-    engine = Engine(load_served(named, device=device, precision=precision), settings)
+    served = load_served(named, device=device, precision=precision)
+    if align is not None:
+        first = served[0]
+        assert first.clover is not None, "it was loaded from a model folder"
+        served[0] = replace(first, alignment=load_alignment(first.clover, align))
+    engine = Engine(served, settings)
     try:
         app = create_app(engine, settings, routers=[page_router(folder)])
         server = build_server(app, settings)
