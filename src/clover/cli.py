@@ -29,6 +29,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "ask": ("clover.serve.command:ask", "One question about one image."),
     "chat": ("clover.serve.command:chat", "A conversation about an image."),
     "serve": ("clover.serve.command:serve", "An OpenAI-compatible server on this machine."),
+    "convert": ("clover.convert.command:convert", "Checkpoints of CLOVER, LAVIS, transformers."),
+    "plan": ("clover.plan.command:plan", "Memory, time and money before you start."),
     "report": ("clover.report.command:report", "One self-contained HTML page for a run."),
     "fetch": ("clover.serve.fetch:fetch", "Bring the models a recipe names into the cache."),
     "doctor": ("clover.serve.doctor:doctor", "What this machine can do."),

@@ -24,18 +24,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clover import __version__
+from clover.aligned import Aligned
 from clover.core.assets import resolve
 from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
+from clover.core.tensors import open_tensors
 from clover.language.frozen import FrozenLanguage
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
+from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
-from clover.qformer.maps import AttentionMaps, attention_maps
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.slides.picture import check_is_no_slide, is_region, read_region
 from clover.training.device import Device, choose_device
@@ -46,11 +48,18 @@ NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 
 
-@lru_cache(maxsize=2)
 def load_frozen_language(
     config: LanguageConfig, prompt: PromptConfig, device: Device
 ) -> LanguageModel:
     """Load a frozen language model once a process: stages that follow each other share it."""
+    return _language_weights(config, prompt.answer_end, device).with_prompt(
+        Prompt.from_config(prompt)
+    )
+
+
+@lru_cache(maxsize=2)
+def _language_weights(config: LanguageConfig, answer_end: str, device: Device) -> LanguageModel:
+    prompt = PromptConfig(answer_end=answer_end)
     return load_language_model(config, prompt, device=device.device, dtype=device.dtype)
 
 
@@ -98,7 +107,13 @@ def build_bridge(
         temperature=recipe.align.temperature,
     )
     if recipe.qformer.weights is not None:
-        start_from_bert(bridge, resolve(recipe.qformer.weights))
+        path = resolve(recipe.qformer.weights)
+        if "qformer.query_tokens" in open_tensors(path):
+            # A Q-Former that has learnt already, as `clover convert` writes it.
+            without = ("projection.",) if has_alignment else ("projection.", "heads.")
+            load_bridge(bridge, path, without=without)
+        else:
+            start_from_bert(bridge, path)
     return bridge
 
 
@@ -115,6 +130,7 @@ class Clover:
         device: Where the bridge runs.
         name: Shown with every answer.
         details: Further entries of the model folder's `config.json`.
+        aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
     """
 
     recipe: Recipe
@@ -125,6 +141,7 @@ class Clover:
     device: Device
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
+    aligned: Aligned | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -265,19 +282,62 @@ class Clover:
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
 
-    def attention_maps(self, features: Tensor, question: str) -> AttentionMaps:
-        """Return where the Q-Former's queries look in one image, asked one question.
+    def rank(
+        self, image: ImageLike, question: str, candidates: Sequence[str]
+    ) -> list[tuple[str, float]]:
+        """Order candidate answers by their loss, the likeliest first (SPEC, section 4.3).
 
         Args:
-            features: The image's tokens [1, P, E] from `encode`.
-            question: In words; without effect on a Q-Former that does not read it.
+            image: A path, encoded bytes, or a PIL image.
+            question: In words.
+            candidates: Possible answers.
+
+        Returns:
+            (answer, summed log-likelihood of its tokens, the end token included).
         """
+        question = check_question(question)
         self.bridge.eval()
-        image = self.bridge.read_image(features.to(self.device.device))
-        tokens = self.question_tokens([question])
-        if tokens is None:
-            return attention_maps(self.bridge, image)
-        return attention_maps(self.bridge, image, tokens.ids, tokens.mask)
+        with torch.no_grad(), self.device.autocast():
+            prefix = self.visual_prefix(self.encode(image), [question])
+            scores = self.language.rank(prefix, question, candidates)
+        return sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
+
+    def attach_alignment(self, path: str | Path) -> Aligned:
+        """Load stage 1's weights (`align.safetensors`) beside the tuned ones.
+
+        Raises:
+            CloverError: absent, damaged, or of other sizes.
+        """
+        bridge = Bridge(self.bridge.config, has_alignment=True)
+        load_bridge(bridge, Path(path))
+        bridge.to(self.device.device).eval().requires_grad_(False)
+        self.aligned = Aligned(bridge, self.tokenizer, self.recipe.align.max_text_tokens)
+        return self.aligned
+
+    def _stage_1(self) -> Aligned:
+        if self.aligned is None:
+            raise CloverError(
+                f"{self.name} was loaded without stage 1's weights, which caption, match and "
+                "compare; put align.safetensors into its folder, or call attach_alignment(FILE)"
+            )
+        return self.aligned
+
+    def caption(self, image: ImageLike, settings: CaptionSettings | None = None) -> str:
+        """Describe an image with stage 1's next-word head; `ask` does with the language model."""
+        return self._stage_1().caption(self.encode(image), settings)
+
+    def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
+        """Return the probability that each text belongs to the image."""
+        return self._stage_1().match(self.encode(image), texts)
+
+    def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """Return cosines [B, N] of B images and N texts."""
+        features = torch.cat([self.encode(image) for image in images])
+        return self._stage_1().similarity(features, texts)
+
+    def features(self, image: ImageLike) -> Tensor:
+        """Return an image's contrastive unit vectors [Q, C]; `encode` gives its tokens."""
+        return self._stage_1().image_vectors(self.encode(image))[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
@@ -337,13 +397,14 @@ def save_folder(model: Clover, path: Path) -> Path:
             "revision": model.encoder.revision,
             "width": model.encoder.width,
             "licence": model.encoder.licence,
+            **({"licence_note": note} if (note := model.encoder.licence_note) else {}),
         },
         "language": {
             "id": model.language.id,
             "width": model.language.hidden_size,
             "licence": model.language.licence,
         },
-        "trainable_parameters": sum(item.numel() for item in model.bridge.parameters()),
+        "trainable_parameters": model.bridge.num_trainable(),
         "bridge_sha256": sha256_file(bridge),
         "notice": NOTICE,
         **model.details,
@@ -355,6 +416,12 @@ def save_folder(model: Clover, path: Path) -> Path:
 
 def _card(config: dict[str, Any]) -> str:
     encoder, language = config["encoder"], config["language"]
+    note = encoder.get("licence_note")
+    said = (
+        f"\n**The image encoder's licence {note}. This model was trained on them.**\n"
+        if note
+        else ""
+    )
     return f"""# {config["name"]}: a CLOVER model
 
 **{NOTICE}**
@@ -364,7 +431,7 @@ def _card(config: dict[str, Any]) -> str:
 | image encoder, frozen, not in this folder | {encoder["id"]} | {encoder["licence"]} |
 | language model, frozen, not in this folder | {language["id"]} | {language["licence"]} |
 | bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
-
+{said}
     clover ask FOLDER image.png "Is there necrosis?"
     clover chat FOLDER image.png
 
@@ -443,9 +510,12 @@ def load(
     kept: dict[str, Any] = {
         name: config[name] for name in ("key", "data", "stage_1") if name in config
     }
-    return Clover(
+    model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+    if (path / "align.safetensors").exists():
+        model.attach_alignment(path / "align.safetensors")
+    return model
 
 
 def _language_beside(beside: Clover | None, recipe: Recipe, where: Device) -> LanguageModel | None:
@@ -493,6 +563,11 @@ def load_bridge(
     own = bridge.state_dict()
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
+            if name.startswith("projection."):
+                raise CloverError(
+                    f"{path} was trained for a language model {len(state[name])} wide, this one is "
+                    f"{len(own[name])}; name the one it was trained with in language.weights"
+                )
             raise CloverError(
                 f"{path}: {name} is {list(state[name].shape)}, the recipe wants "
                 f"{list(own[name].shape)}; the Q-Former's sizes must be those it was trained with"

@@ -64,6 +64,7 @@ def test_why_writes_where_the_model_looked(
     assert code == 0
     assert Image.open(path).size == Image.open(tiny.image()).size
     assert f"{path}: where the model looked when asked '{QUESTION}'" in out
+    assert "Deletion test: " in out
     assert "/why wants a question first" in err
     assert "/why writes a PNG; name it for instance picture.png" in err
 

@@ -163,7 +163,7 @@ def _scores(
         if view in rows
     }
     image, blind = views["image"], gains.get("blind")
-    parameters = sum(item.numel() for item in evaluation.job.model.bridge.parameters())
+    parameters = evaluation.job.model.bridge.num_trainable()
     baselines = {
         _BASELINES[name]: _figures(score(found, PROTOCOL, draws=evaluation.draws))
         for name, found in others.items()

@@ -6,9 +6,10 @@ half is each kind's own.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,24 +39,26 @@ class FrozenLanguage(ABC):
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.prompt = prompt
         self.config = config
-        self.tokens = Tokens(tokenizer, prompt.answer_end)
         self.id = config.weights
         self.licence = config.licence
         self.hidden_size = int(model.config.hidden_size)
         self._embed = model.get_input_embeddings()
+        self.prompt = prompt
+        self.tokens = Tokens(tokenizer, prompt.answer_end)
         self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
         """Ids of the constant text before the image."""
+        self._start_text = self._start_ids(config.text_start)
 
-    def with_prompt(self, prompt: Prompt, config: LanguageConfig) -> FrozenLanguage:
-        """Return the same weights under another prompt and other token limits; nothing is copied.
+    def with_prompt(self, prompt: Prompt, config: LanguageConfig | None = None) -> Self:
+        """Return the same weights under another prompt; nothing is copied.
 
         Args:
             prompt: how image and question are put.
-            config: token limits; the weights stay those of this model.
+            config: other token limits, if any; the weights stay those of this model.
         """
-        own = config.model_copy(update={"weights": self.config.weights})
+        own = config or self.config
+        own = own.model_copy(update={"weights": self.config.weights})
         return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
 
     @property
@@ -74,6 +77,36 @@ class FrozenLanguage(ABC):
     def vocabulary_size(self) -> int:
         """Scores V that the model gives a token; may be more than its tokenizer has tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def _start_ids(self, text: str) -> list[int]:
+        """Return the ids of `language.text_start`, which must be one token or none.
+
+        Raises:
+            CloverError: it is several tokens.
+        """
+        ids = self.tokens.encode(text)
+        if len(ids) > 1:
+            raise CloverError(
+                f"language.text_start {text!r} is {len(ids)} tokens, it must be one; "
+                "Vicuna's is '</s>'"
+            )
+        return ids
+
+    @contextlib.contextmanager
+    def _as_published(self) -> Iterator[None]:
+        """Within the block, let the model drop units as the published training does.
+
+        # Paper: the frozen model stays in training mode; here only with `paper_dropout`
+        # (docs/decisions/0002).
+        """
+        if not self.config.paper_dropout or not torch.is_grad_enabled():
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def text_tokens(self, text: str) -> list[int]:
         """Return the ids of a piece of text, with nothing added."""
@@ -99,12 +132,13 @@ class FrozenLanguage(ABC):
             instructions: B questions, without template.
             answers: B answers, without end token.
         """
-        return self.loss_from_ids(
-            visual,
-            [self.instruction_ids(text) for text in instructions],
-            [self.answer_ids(text) for text in answers],
-            prefix=self.prefix_ids,
-        )
+        with self._as_published():
+            return self.loss_from_ids(
+                visual,
+                [self.instruction_ids(text) for text in instructions],
+                [self.answer_ids(text) for text in answers],
+                prefix=self.prefix_ids,
+            )
 
     def generate(
         self, visual: Tensor | None, instructions: Sequence[str], settings: GenerationSettings

@@ -59,15 +59,6 @@ class Attention(nn.Module):
         normed: Tensor = self.norm(x + update)
         return normed
 
-    def weights(self, x: Tensor, keys: KeyValue, mask: Tensor | None) -> Tensor:
-        """Return how much each row attends to each key [B, H, R, K]; arguments as `forward`."""
-        queries = self.split(self.query(x))
-        scores = queries @ keys[0].transpose(-1, -2) / queries.shape[-1] ** 0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        weights: Tensor = scores.softmax(dim=-1)
-        return weights
-
 
 class FeedForward(nn.Module):
     """BERT's feed-forward with exact GELU, residual and norm."""

@@ -153,6 +153,7 @@ class Conversation:
 
     def _explain(self, name: str) -> None:
         """Write the picture with where the queries looked at the last question."""
+        from clover.explain import explain
         from clover.serve.overlay import overlay
 
         if not self.turns or self._features is None or self._picture is None:
@@ -160,16 +161,17 @@ class Conversation:
         path = Path(name or "why.png").expanduser()
         if path.suffix.lower() != ".png":
             raise CloverError(f"/why writes a PNG; name it for instance {path.stem}.png")
-        question = self.turns[-1].question
-        maps = self.model.attention_maps(self._features, question)
-        shown = overlay(self._picture, maps.rollout.mean(dim=0))
+        last = self.turns[-1]
+        found = explain(self.model, self._features, last.question, last.answer)
+        shown = overlay(self._picture, found.maps.rollout())
         with atomic_path(path) as partial:
             shown.save(partial, format="PNG")
         if self.draw is not None:
             self.write(self.draw(shown))
         self.write(
-            f"{path}: where the model looked when asked {question!r}. It says what was read, "
-            "not that the answer rests on it.\n"
+            f"{path}: where the model looked when asked {last.question!r}. Deletion test: "
+            f"{found.deletion.label}; without these places the answer's log-likelihood falls by "
+            f"{found.deletion.gain:.2f} more than without random ones.\n"
         )
 
     def _save(self, name: str) -> None:

@@ -166,14 +166,14 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
     "--max-waiting", default=64, show_default=True, type=click.IntRange(1), help="Then 429."
 )
 @click.option(
-    "--slides",
-    type=click.Path(path_type=Path),
-    help="A folder whose slides and images the page at / may open.",
-)
-@click.option(
     "--align",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Stage 1's align.safetensors of the first MODEL's run: adds /v1/embeddings.",
+)
+@click.option(
+    "--slides",
+    type=click.Path(path_type=Path),
+    help="A folder whose slides and images the page at / may open.",
 )
 @click.option(
     "--language-endpoint",
@@ -190,8 +190,8 @@ def chat(model: Path, image: str | None, **options: Any) -> None:
 )
 def serve(
     models: tuple[str, ...],
-    slides: Path | None,
     align: Path | None,
+    slides: Path | None,
     device: str,
     precision: str,
     **options: Any,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from clover.core.config import Recipe, TuneConfig
+from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
-from clover.core.record import write_rejected
+from clover.core.record import Record, write_rejected
 from clover.core.run import RunFolder
+from clover.language.prompt import EXAMPLES, Prompt
+from clover.language.protocol import LanguageModel
 from clover.model import (
     Clover,
     build_bridge,
@@ -21,6 +26,7 @@ from clover.model import (
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
+from clover.tune.example import choose_examples, spell, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.vision.dataset import load_feature_set
@@ -79,6 +85,8 @@ def tune(
     if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
         return TuneResult(out, data.summary(), True)
     language = load_frozen_language(recipe.language, recipe.prompt, device)
+    recipe = with_examples(recipe, data.records, language)
+    language = language.with_prompt(Prompt.from_config(recipe.prompt))
     bridge = build_bridge(recipe, encoder, tokenizer, language_width=language.hidden_size)
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
@@ -100,6 +108,34 @@ def tune(
         }
         model.save(out)
     return TuneResult(out, data.summary(), is_finished)
+
+
+def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageModel) -> Recipe:
+    """Return the recipe with worked examples in its prompt; they come from the training data.
+
+    Raises:
+        CloverError: examples are wanted, and the template has no place for them.
+    """
+    if not recipe.tune.worked_examples:
+        return recipe
+    if EXAMPLES not in recipe.prompt.template:
+        raise CloverError(
+            f"tune.worked_examples is {recipe.tune.worked_examples}, but prompt.template has no "
+            f"place for them; write {EXAMPLES} before its first turn, or set "
+            "tune.worked_examples to 0"
+        )
+    spelt = partial(
+        spell,
+        encode=language.text_tokens,
+        num_places=recipe.qformer.num_queries,
+        filler=recipe.tune.grounding_filler,
+    )
+    examples = choose_examples(
+        records, recipe.tune.worked_examples, fits=lambda answer: spelt(answer) is not None
+    )
+    return recipe.model_copy(
+        update={"prompt": write_examples(recipe.prompt, examples, spelt=spelt)}
+    )
 
 
 def ground(objective: TuneObjective, job: TrainingJob) -> None:
