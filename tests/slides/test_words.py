@@ -37,8 +37,12 @@ def test_a_reference_is_a_file_and_a_region(tmp_path: Path) -> None:
     named = tmp_path / "odd#name.png"
     named.touch()
     assert split_reference(named) == (named, None)
-    with pytest.raises(CloverError, match="'there' is no region"):
-        split_reference("slide.svs#there")
+    assert split_reference("missing#1.png") == (Path("missing#1.png"), None)
+    slide = tmp_path / "slide.svs"
+    slide.touch()
+    for wrong in ("there", "1,2,3", "1,2,3,x"):
+        with pytest.raises(CloverError, match=f"'{wrong}' is no region"):
+            split_reference(f"{slide}#{wrong}")
 
 
 @pytest.mark.parametrize("text", ["", "big", "0", "-1", "nan", "1000", "0.5,0.5,0.5"])

@@ -73,6 +73,26 @@ class Slide:
             )
         return self.microns_per_pixel
 
+    def scaled(self, microns_per_pixel: MicronsPerPixel | None, *, estimate: bool = False) -> Slide:
+        """Return the same open file with the size of a pixel that the user states.
+
+        Args:
+            microns_per_pixel: It goes before what the file states.
+            estimate: Take what the objective's power usually gives where the file states no size.
+
+        Raises:
+            CloverError: no power to estimate from.
+        """
+        source = self._source
+        scale = microns_per_pixel or source.stated
+        if scale is None and estimate:
+            if source.power is None:
+                raise CloverError(
+                    f"{self.path} states no objective to estimate from; {suggestion(source)}"
+                )
+            scale = estimated_from_power(source.power)
+        return Slide(self.path, source, scale)
+
     @property
     def extent(self) -> Region:
         """The whole slide in µm."""
@@ -245,10 +265,5 @@ def open_slide(
         CloverError: no such file, of no known format, damaged, or no power to estimate from.
     """
     path = Path(path)
-    source = open_source(path)
-    scale = microns_per_pixel or source.stated
-    if scale is None and estimate:
-        if source.power is None:
-            raise CloverError(f"{path} states no objective to estimate from; {suggestion(source)}")
-        scale = estimated_from_power(source.power)
-    return Slide(path, source, scale)
+    slide = Slide(path, source := open_source(path), source.stated)
+    return slide.scaled(microns_per_pixel, estimate=estimate)

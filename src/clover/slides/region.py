@@ -68,13 +68,15 @@ def parse_region(text: str) -> Region:
 def split_reference(name: str | Path) -> tuple[Path, Region | None]:
     """Split an image's name into its file and, for a region of a slide, the region.
 
-    A file whose own name holds a # is that file.
+    A file whose own name holds a # is that file, also where it is missing.
 
     Raises:
-        CloverError: what stands behind the # is no region.
+        CloverError: what stands behind the # of a file is no region.
     """
     path = Path(name)
     file, mark, rest = str(name).rpartition("#")
     if not mark or not file or path.is_file():
+        return path, None
+    if rest.count(",") != 3 and not Path(file).is_file():
         return path, None
     return Path(file), parse_region(rest)

@@ -32,7 +32,7 @@ class SlideFolder:
         if not root.is_dir():
             raise CloverError(f"--slides {root} is no folder; name one that holds slides")
         self._root = root.resolve()
-        self._open: OrderedDict[tuple[Path, int, str], Slide] = OrderedDict()
+        self._open: OrderedDict[tuple[Path, int], Slide] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -91,21 +91,20 @@ class SlideFolder:
             CloverError: no such slide, a damaged one, or a size of a pixel that is none.
         """
         path = self.path(name)
-        key = (path, path.stat().st_mtime_ns, mpp or "")
+        stated = parse_microns_per_pixel(mpp) if mpp and mpp != "estimate" else None
+        key = (path, path.stat().st_mtime_ns)
         with self._lock:
             if key not in self._open:
-                stated = None
-                if mpp and mpp != "estimate":
-                    stated = parse_microns_per_pixel(mpp)
-                self._open[key] = open_slide(path, stated, estimate=mpp == "estimate")
+                self._open[key] = open_slide(path)
             self._open.move_to_end(key)
             # Not closed here: another thread may be reading a tile of it.
             while len(self._open) > _KEPT_OPEN:
                 self._open.popitem(last=False)
-            return self._open[key]
+            slide = self._open[key]
+        return slide.scaled(stated, estimate=mpp == "estimate") if mpp else slide
 
     def forget(self, slide: Slide) -> None:
         """Open a slide anew the next time: OpenSlide gives nothing more after an error."""
         with self._lock:
-            for key in [key for key, found in self._open.items() if found is slide]:
+            for key in [key for key in self._open if key[0] == slide.path]:
                 del self._open[key]

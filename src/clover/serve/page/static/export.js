@@ -78,8 +78,7 @@ function turnPart(region, turn) {
 export function savePage(content, regions, model) {
   const parts = regions.filter((region) => region.turns.length).map((region) => `
     <section><h2>${escaped(region.name)}</h2>
-    <p class="small">${escaped(region.um ? `${content.name}#${region.um} µm` : content.name)}
-      ${region.seen ? `, seen at ${region.seen.toPrecision(3)} µm/px` : ""}</p>
+    <p class="small">${escaped(region.um ? `${content.name}#${region.um} µm` : content.name)}${region.seen ? `, seen at ${region.seen.toPrecision(3)} µm/px` : ""}</p>
     <img class="picture" src="${region.picture}" alt="${escaped(region.name)}">
     ${region.turns.map((turn) => turnPart(region, turn)).join("")}</section>`);
   const page = `<!doctype html><html lang="en"><head><meta charset="utf-8">
