@@ -108,7 +108,7 @@ def _parsed(lines: Iterable[str], problems: Problems) -> Iterator[dict[str, Any]
             problems.add("lines are not JSON objects and were left out", f"line {number}")
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Return a value as text, or None where there is none (missing, NaN, a list of several)."""
     if isinstance(value, str):
         return value
@@ -117,7 +117,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, (list, tuple)) and len(value) == 1:
-        return _text(value[0])
+        return text_of(value[0])
     return None
 
 
@@ -197,10 +197,10 @@ class ItemReader:
                 self.problems.add("ids are not in the truth file and were left out", identity)
                 return None
             gold = found
-            ours, theirs = _text(field(row, "question")), _text(field(gold, "question"))
+            ours, theirs = text_of(field(row, "question")), text_of(field(gold, "question"))
             if ours and theirs and ours.split() != theirs.split():
                 self._num_other_questions += 1
-        answer = _text(field(gold, "answer"))
+        answer = text_of(field(gold, "answer"))
         if answer is None:
             kind = (
                 "no answer" if field(gold, "answer") is None else "an answer that is not one text"
@@ -212,22 +212,22 @@ class ItemReader:
     def _complete(
         self, identity: Any, row: Mapping[str, Any], gold: Mapping[str, Any], answer: str
     ) -> Item:
-        prediction = _text(field(row, "prediction"))
+        prediction = text_of(field(row, "prediction"))
         if prediction is None:
             self.problems.add(
                 "items have no prediction that is one text: scored as empty", identity
             )
             prediction = ""
-        image = _text(field(gold, "image"))
+        image = text_of(field(gold, "image"))
         return Item(
             id=identity,
-            question=_text(field(gold, "question")) or "",
+            question=text_of(field(gold, "question")) or "",
             answer=answer,
             is_closed=_is_closed(gold, answer, self.problems, identity),
             prediction=prediction,
-            yes_no_answer=_text(gold.get("yes_no_answer")),
-            image=image if image is not None else _text(field(row, "image")),
-            form=_text(gold.get("form")),
+            yes_no_answer=text_of(gold.get("yes_no_answer")),
+            image=image if image is not None else text_of(field(row, "image")),
+            form=text_of(gold.get("form")),
         )
 
     def _check_truth(self) -> None:
