@@ -4,7 +4,7 @@
 absolute value / 127. The product is computed in the activations' own format, so gradients pass to
 the visual tokens as before. Embeddings, norms and the head stay as they are.
 
-# Why not torchao: docs/decisions/0008.
+# Why not torchao: docs/decisions/0009.
 """
 
 from __future__ import annotations
