@@ -107,16 +107,17 @@ def _card(
 ) -> dict[str, Any]:
     return {
         "form": str(row.get("form") or "").replace("_", " "),
-        "question": _short(row.get("question")),
-        "answer": _short(row.get("answer")),
-        "prediction": _short(row.get("prediction")),
-        "blind": _short(blind[row.get("id")]) if row.get("id") in blind else None,
+        "question": short(row.get("question")),
+        "answer": short(row.get("answer")),
+        "prediction": short(row.get("prediction")),
+        "blind": short(blind[row.get("id")]) if row.get("id") in blind else None,
         "judgement": judgement,
         "picture": embedded(folder / str(row["image"])) if folder and row.get("image") else None,
     }
 
 
-def _short(text: Any) -> str:
+def short(text: Any) -> str:
+    """Return a text as it is shown: of a long one the beginning."""
     said = "" if text is None else str(text)
     return said if len(said) <= _LONGEST_SHOWN else said[: _LONGEST_SHOWN - 1] + "…"
 
