@@ -14,6 +14,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,9 @@ class Witness:
         label = first_yes_no(item.prediction) if item.is_closed else None
         said = label or answer_form(item.prediction)
         true = gold or answer_form(item.answer)
-        # Hashes of 64 bits: a million texts share one by a chance of 3e-8.
-        self._questions.append(hash(question_form(item.question)))
-        self._said.append(hash(said))
-        self._true.append(hash(true))
+        self._questions.append(_code(question_form(item.question)))
+        self._said.append(_code(said))
+        self._true.append(_code(true))
         if gold is not None:
             self._saying[gold, label] += 1
         if self._training is not None:
@@ -203,6 +203,15 @@ class Witness:
 
     def _of_truth(self, word: str) -> int:
         return sum(count for (gold, _), count in self._saying.items() if gold == word)
+
+
+def _code(text: str) -> int:
+    """Return 64 bits of a text: a million texts share one by a chance of 3e-8.
+
+    Not Python's own hash, which is salted: sums over questions would change in their last digits.
+    """
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _blind(looks: Mapping[str, Any]) -> dict[str, Any] | None:
