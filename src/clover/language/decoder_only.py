@@ -11,6 +11,7 @@ together, and nothing longer than the longest of them is computed.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 _KEPT_PREFIXES = 4
 """Constant beginnings whose keys and values are kept."""
+_ROOM = 16
+"""Columns of an answer that the cache has room for from the start; it grows by itself."""
 
 
 class DecoderOnly(FrozenLanguage):
@@ -41,6 +44,10 @@ class DecoderOnly(FrozenLanguage):
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
         super().__init__(model, tokenizer, prompt=prompt, config=config)
+        if self.device.type == "cpu":
+            # On a processor attention reads shared heads where they lie, with a mask as without:
+            # transformers would copy them for every head (45 % of the time of attention).
+            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         self._body = model.base_model
         self._head = model.get_output_embeddings()
         self._prefixes: dict[Any, Any] = {}
@@ -177,8 +184,11 @@ class DecoderOnly(FrozenLanguage):
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
-    def _prefix_cache(self, prefix: Sequence[int], num_rows: int) -> Any:
-        """Return a fresh cache that holds the constant prefix for every row; none if empty."""
+    def _prefix_cache(self, prefix: Sequence[int], num_rows: int, *, room: int = 0) -> Any:
+        """Return a fresh cache that holds the constant prefix for every row; none if empty.
+
+        With room for so many more tokens, where nothing learns through it.
+        """
         if not prefix:
             return None
         # Device and type are in the key: a model that was moved must not meet its old cache.
@@ -194,19 +204,33 @@ class DecoderOnly(FrozenLanguage):
             while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             self._prefixes[key] = cache
-        return _repeated(self._prefixes[key], num_rows)
+        # Imported here, as all of transformers is: it takes seconds.
+        from clover.language.room import with_room
+
+        kept = self._prefixes[key]
+        roomy = with_room(kept, num_rows=num_rows, room=room) if room else None
+        return roomy if roomy is not None else _repeated(kept, num_rows)
 
     def _read_prompt(
-        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
+        self,
+        visual: Tensor | None,
+        prompt_ids: Ids,
+        prefix: Sequence[int],
+        *,
+        max_tokens: int = 0,
     ) -> tuple[Any, Tensor | None, Tensor]:
-        """Run ``[prefix][visual][pads][prompt]``; return the cache, last hidden state and mask."""
+        """Run ``[prefix][visual][pads][prompt]``; return the cache, last hidden state and mask.
+
+        With `max_tokens` the cache has room for an answer of so many.
+        """
         from transformers import DynamicCache
 
-        cache = self._prefix_cache(prefix, len(prompt_ids))
-        if cache is None:
-            cache = DynamicCache(config=self.model.config)
         ids, mask = self._padded(prompt_ids, is_left=True)
         embeds = self._joined((), visual, ids)
+        room = embeds.shape[1] + min(max_tokens, _ROOM) if max_tokens else 0
+        cache = self._prefix_cache(prefix, len(prompt_ids), room=room)
+        if cache is None:
+            cache = DynamicCache(config=self.model.config)
         mask = with_ones_before(mask, len(prefix) + embeds.shape[1])  # [B, P+Q+T]
         if not embeds.shape[1]:
             return cache, None, mask
@@ -224,7 +248,7 @@ class DecoderOnly(FrozenLanguage):
         self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int], max_tokens: int
     ) -> tuple[Tensor, _CachedSteps]:
         self._check_length(visual, prompt_ids, len(prefix), max_tokens)
-        cache, hidden, mask = self._read_prompt(visual, prompt_ids, prefix)
+        cache, hidden, mask = self._read_prompt(visual, prompt_ids, prefix, max_tokens=max_tokens)
         assert hidden is not None, "an answer needs at least one visual or prompt token before it"
         return self._logits(hidden), _CachedSteps(self, cache, mask)
 
