@@ -87,7 +87,11 @@ def test_beam_search_of_an_encoder_decoder_is_that_of_transformers(
         text = [*t5._prefix_ids], t5.text_ids(t5.prompt.split(question)[1])
         embed = t5.model.get_input_embeddings()
         rows = torch.cat(
-            [embed(torch.tensor([text[0]], dtype=torch.long)), visual[row : row + 1], embed(torch.tensor([text[1]]))],
+            [
+                embed(torch.tensor([text[0]], dtype=torch.long)),
+                visual[row : row + 1],
+                embed(torch.tensor([text[1]])),
+            ],
             dim=1,
         )
         theirs = t5.model.generate(
