@@ -21,8 +21,9 @@ import numpy as np
 from benchmarks.figure import print_figure
 from clover.core.config import load_recipe
 from clover.core.record import read_records, write_records
+from clover.evaluate.control import ratings
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
-from clover.evaluate.run import evaluate_folder, ratings
+from clover.evaluate.run import evaluate_folder
 from clover.tune.run import tune
 
 SETS = {

@@ -190,13 +190,21 @@ class Clover:
 
     @torch.no_grad()
     def answer_features(
-        self, features: Tensor, questions: Sequence[str], settings: GenerationSettings
+        self,
+        features: Tensor,
+        questions: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[str]:
-        """Answer B questions about B images given as encoder tokens [B, P, E]."""
+        """Answer B questions about B images given as encoder tokens [B, P, E].
+
+        A question with `choices` is answered with the likeliest of these.
+        """
         self.bridge.eval()
         with self.device.autocast():
             prefix = self.visual_prefix(features, questions)
-            return self.language.generate(prefix, questions, settings)
+            return self.language.generate(prefix, questions, settings, choices=choices)
 
     def encode(self, image: ImageLike) -> Tensor:
         """Return one image's tokens [1, P, E]."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clover.data.likeness import ANGLES, RINGS, Gallery, likeness, portrait
+from clover.vision.likeness import ANGLES, RINGS, Gallery, likeness, portrait
 
 
 @pytest.fixture(scope="module")

@@ -278,6 +278,8 @@ class EvaluateConfig(Section):
 
     batch_size: int = Field(32, ge=1)
     """Questions a forward pass."""
+    decoding: Literal["recipe", "paper", "sense"] = "recipe"
+    """`recipe`: the three below; `paper`: 5 beams, 5 to 40 tokens; `sense`: likelier of yes, no."""
     num_beams: int = Field(1, ge=1)
     """1 is greedy."""
     min_tokens: int = Field(1, ge=0)

@@ -20,8 +20,8 @@ from clover.core.record import Record, Rejection, numbered_records
 from clover.core.terminal import progress
 from clover.data.images import Tally
 from clover.data.known import Census
-from clover.data.leaks import Leak, Reference
-from clover.data.pictures import look
+from clover.vision.leaks import Leak, Reference
+from clover.vision.pictures import look
 
 _SHOWN = 5
 

@@ -24,7 +24,7 @@ from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.record import read_records, write_records, write_rejected
 from clover.core.run import RunFolder
 from clover.demo.table import demo_table
-from clover.evaluate.run import evaluate_folder
+from clover.evaluate.run import BASIC, evaluate_folder
 from clover.phantom.write import make_phantom
 from clover.report.page import write_report
 from clover.tune.run import tune
@@ -212,9 +212,10 @@ def _evaluate(demo: Demo, run: RunFolder, folder: Path) -> dict[str, Any]:
             out=demo.out / "evaluation",
             cache=demo.cache,
             train=demo.train / "vqa.jsonl",
-            controls=True,
+            controls=BASIC,
             control_items=demo.recipe.evaluate.control_items,
         )
+    assert scores is not None, "scores were asked for"
     total = {
         name: round(sum(item[name] for item in run.costs()), 4) for name in ("seconds", "dollars")
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from clover.core.errors import CloverError
 from clover.core.record import Record, image_path
+from clover.vision.probe import fit_softmax, standardised
 
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
@@ -108,10 +108,7 @@ def linear_probe_baseline(
         if not np.isfinite(features).all():
             raise CloverError(f"{name} features hold NaN or infinite values")
     # Train images are asked several questions; each form fits its own rows.
-    center = train_features.mean(axis=0, dtype=np.float64)
-    spread = train_features.std(axis=0, dtype=np.float64) + 1e-9
-    fitted = (train_features - center) / spread
-    asked = (test_features - center) / spread
+    fitted, asked = standardised(train_features, test_features)
 
     def fit(indices: list[int], labels: list[str]) -> _Answerer:
         if len(set(labels)) < 2:
@@ -120,57 +117,6 @@ def linear_probe_baseline(
         return lambda places: classifier.predict(asked[places])
 
     return _by_form(train, test, fit)
-
-
-@dataclass(frozen=True)
-class SoftmaxClassifier:
-    """A linear classifier: answer names, weights [D, K], biases [K]."""
-
-    names: list[str]
-    weights: Floats
-    biases: Floats
-
-    def predict(self, features: Floats) -> list[str]:
-        """Return the likeliest name for each row of features [N, D]."""
-        places = (features @ self.weights + self.biases).argmax(axis=1)
-        return [self.names[place] for place in places]
-
-
-def fit_softmax(
-    features: Floats, labels: Sequence[str], *, penalty: float = 1.0
-) -> SoftmaxClassifier:
-    """Fit multinomial logistic regression by L-BFGS.
-
-    Args:
-        features: [N, D], best standardised.
-        labels: N names.
-        penalty: Weight of half the squared weights beside the summed loss; biases are free.
-    """
-    from scipy.optimize import minimize
-    from scipy.special import logsumexp
-
-    names = sorted(set(labels))
-    place = {name: at for at, name in enumerate(names)}
-    truth = np.array([place[label] for label in labels])
-    rows, width, kinds = len(truth), features.shape[1], len(names)
-    hot = np.zeros((rows, kinds))
-    hot[np.arange(rows), truth] = 1.0
-
-    def loss(flat: Floats) -> tuple[float, Floats]:
-        weights, biases = flat[: width * kinds].reshape(width, kinds), flat[width * kinds :]
-        logits = features @ weights + biases  # [N, K]
-        log_total = logsumexp(logits, axis=1)
-        value = (log_total - logits[np.arange(rows), truth]).sum()
-        value += 0.5 * penalty * (weights**2).sum()
-        error = np.exp(logits - log_total[:, None]) - hot
-        slope = features.T @ error + penalty * weights
-        return float(value), np.concatenate([slope.ravel(), error.sum(axis=0)])
-
-    start = np.zeros(width * kinds + kinds)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
-    return SoftmaxClassifier(
-        names, found[: width * kinds].reshape(width, kinds), found[width * kinds :]
-    )
 
 
 def colour_features(records: Sequence[Record], folder: Path) -> Floats:

@@ -92,7 +92,7 @@ def score(
 @click.command(
     epilog="Example: clover evaluate model/ --data vqa_val.jsonl --out evaluation/ --controls"
 )
-@click.argument("model", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("model", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Questions with answers."
 )
@@ -103,42 +103,121 @@ def score(
     show_default=True,
     help="Where predictions and scores.json go.",
 )
-@click.option("--controls", is_flag=True, help="Ask also blind, with another image, with noise.")
+@click.option(
+    "--controls",
+    is_flag=False,
+    flag_value="basic",
+    metavar="[NAMES]",
+    help="Ask also without the image: basic (blind, shuffled, noise), all, or some of them, "
+    "comma-separated; all adds grey, stain, jpeg, turned, mirrored, paraphrase.",
+)
 @click.option(
     "--control-items", type=click.IntRange(0), default=0, help="Questions a control; 0 = all."
 )
 @click.option(
+    "--decoding",
+    help="recipe (default), paper (5 beams, 5 to 40 tokens), or sense (greedy; closed questions "
+    "get the likelier of yes and no).",
+)
+@click.option("--predict-only", is_flag=True, help="Write the predictions and score nothing.")
+@click.option(
     "--train",
     type=click.Path(path_type=Path),
-    help="Training questions: adds the colour-only baseline and the linear probe.",
+    help="Training questions: adds the colour-only baseline and the linear probe; refused where "
+    "they share an image with --data.",
 )
+@click.option("--allow-leaks", is_flag=True, help="Go on when --train and --data share images.")
 @click.option("--images", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--endpoint", metavar="URL", help="Ask an OpenAI-compatible endpoint in place of MODEL."
+)
+@click.option("--model", "peer", metavar="M", help="The model's name at the endpoint.")
+@click.option("--concurrency", type=click.IntRange(1, 64), default=4, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--closed-suffix", default="", help="Added to closed questions put to the endpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print scores.json.")
 @feature_option
-def evaluate(model: Path, data: Path, out: Path, **options: Any) -> None:
+def evaluate(model: Path | None, data: Path, out: Path, **options: Any) -> None:
     """Ask MODEL the questions of a file and score its answers by the strict rule.
 
-    Writes OUT/predictions.jsonl (rescore it with clover score) and OUT/scores.json. With
-    --controls it says how much of the score is owed to the image. Research use only, not for
-    diagnosis.
-    """
-    from clover.evaluate.run import evaluate_folder
-    from clover.evaluate.summary import evaluation_lines
+    Writes OUT/predictions.jsonl (rescore it with clover score) and OUT/scores.json, and continues
+    where it stopped when called again. With --controls it says how much of the score is owed to
+    the image. With --endpoint URL --model M the questions and images go there instead, and nowhere
+    else. Research use only, not for diagnosis.
 
-    scores = evaluate_folder(
-        model,
-        data=data,
-        out=out,
-        cache=options["cache"],
-        images=options["images"],
-        train=options["train"],
-        controls=options["controls"],
-        control_items=options["control_items"],
-    )
+    \b
+    Example:
+      clover evaluate model/ --data vqa_val.jsonl --controls all --control-items 200
+      clover evaluate --endpoint http://127.0.0.1:8000/v1 --model peer --data vqa_val.jsonl
+    """
+    from clover.evaluate.summary import control_lines, evaluation_lines, form_lines
+
+    if (model is None) == (options["endpoint"] is None):
+        raise click.UsageError("name either a MODEL folder or --endpoint URL with --model M")
+    if model is not None:
+        scores = _folder_scores(model, data, out, options)
+    else:
+        scores = _endpoint_scores(data, out, options)
+    if scores is None:
+        click.echo(f"{out / 'predictions.jsonl'}; next: clover score {out / 'predictions.jsonl'}")
+        return
     if options["as_json"]:
         click.echo(json.dumps(scores, ensure_ascii=False))
         return
     click.echo(scores["details"]["data"])
     for line in evaluation_lines(scores):
         click.echo(line)
+    if options["controls"] is not None:
+        for line in (*control_lines(scores), *form_lines(scores)):
+            click.echo(line)
     click.echo(f"{out / 'scores.json'}; research use only, not for diagnosis")
+
+
+def _folder_scores(
+    model: Path, data: Path, out: Path, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    from clover.evaluate.run import evaluate_folder
+    from clover.evaluate.view import find_controls
+
+    return evaluate_folder(
+        model,
+        data=data,
+        out=out,
+        cache=options["cache"],
+        images=options["images"],
+        train=options["train"],
+        controls=find_controls(options["controls"]),
+        control_items=options["control_items"],
+        decoding=options["decoding"],
+        check_leaks=not options["allow_leaks"],
+        predict_only=options["predict_only"],
+    )
+
+
+def _endpoint_scores(data: Path, out: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    from clover.evaluate.endpoint import EndpointModel
+    from clover.evaluate.run import evaluate_endpoint
+    from clover.evaluate.view import find_controls
+    from clover.vision.dataset import load_image_set
+
+    for name in ("train", "decoding"):
+        if options[name] is not None:
+            raise click.UsageError(f"--{name} is for a MODEL folder, not for --endpoint")
+    if not options["peer"]:
+        raise click.UsageError("--endpoint needs --model M, the model's name there")
+    controls = find_controls(options["controls"])
+    respondent = EndpointModel(
+        options["endpoint"],
+        options["peer"],
+        load_image_set(data, options["images"], needs="question"),
+        max_tokens=options["max_tokens"],
+        concurrency=options["concurrency"],
+        closed_suffix=options["closed_suffix"],
+    )
+    return evaluate_endpoint(
+        respondent,
+        out=out,
+        controls=controls,
+        control_items=options["control_items"],
+        predict_only=options["predict_only"],
+    )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from clover.evaluate.table import align
 
 _VIEWS = {
     "blind": "without the image",
     "shuffled": "with another image",
     "noise": "with a noise image",
+    "grey": "in grey",
+    "stain": "stains shifted",
+    "jpeg": "compressed",
+    "turned": "turned by a quarter",
+    "mirrored": "mirrored",
+    "paraphrase": "in other words",
 }
 _BASELINES = {
     "question_only": "question alone",
@@ -34,11 +42,13 @@ def evaluation_lines(scores: Mapping[str, Any]) -> list[str]:
     """Return the lines of the table and the sentence that says whether the model looks."""
     details = scores["details"]
     views, divided = details["views"], details["per_log_parameters"]
-    millions = details["trainable_parameters"] / 1e6
+    trained = details["trainable_parameters"]
+    name = details["model"] if trained is None else f"CLOVER, {trained / 1e6:.1f}M trainable"
     rows = [("", "closed (accuracy)", "open (recall)")]
-    rows.append(_row(f"CLOVER, {millions:.1f}M trainable", views["image"]))
-    cells = [f"{divided[k]:.2f}" if k in divided else "-" for k in ("closed", "open_recall")]
-    rows.append(("  / log10(millions)", cells[0], cells[1]))
+    rows.append(_row(name, views["image"]))
+    if trained is not None:
+        cells = [f"{divided[k]:.2f}" if k in divided else "-" for k in ("closed", "open_recall")]
+        rows.append(("  / log10(millions)", cells[0], cells[1]))
     gain = details["gains"].get("blind")
     if gain:
         rows.append(
@@ -47,17 +57,47 @@ def evaluation_lines(scores: Mapping[str, Any]) -> list[str]:
     rows += [_row(f"  {name}", views[view]) for view, name in _VIEWS.items() if view in views]
     baselines = details["baselines"]
     rows += [_row(name, baselines[key]) for key, name in _BASELINES.items() if key in baselines]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    rule = "  ".join("─" * width for width in widths)
-    body = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = _ruled(rows)
     return [
-        rule,
-        *body,
-        rule,
+        *lines,
         f"{scores['num_closed']} closed and {scores['num_open']} open questions, rule "
         f"{details['protocol']}, 95 % intervals over images",
         details["verdict"],
+        *(f"Suspicious: {text}." for text in details["suspicions"]),
     ]
+
+
+def control_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Return the controls as one table: what each costs, and how many answers stay the same."""
+    details = scores["details"]
+    rows = [("", "closed, points lost", "open, points lost", "answers that stay, %", "asked")]
+    for view, found in details["gains"].items():
+        stay = details["stay"][view]
+        rows.append(
+            (
+                _VIEWS[view],
+                with_interval(found["closed"]),
+                with_interval(found["open"]),
+                with_interval(stay),
+                f"{stay['n']:,}",
+            )
+        )
+    return _ruled(rows) if len(rows) > 1 else []
+
+
+def form_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Return a line for each question form: with the image, without, and what it is worth."""
+    rows: list[tuple[str, ...]] = [("question form", "n", "with image", "blind", "gain, points")]
+    for name, found in scores["details"]["forms"].items():
+        if "gain" in found:
+            shown = f"{found['image']:.1f}", f"{found['blind']:.1f}"
+            rows.append((name[:48], f"{found['n']:,}", *shown, with_interval(found["gain"])))
+    return _ruled(rows) if len(rows) > 1 else []
+
+
+def _ruled(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as aligned lines between two rules."""
+    body = align(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = "  ".join("─" * width for width in widths)
+    return [rule, *body, rule]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
+from clover.language.choice import ChoiceConstraint
 from clover.language.generation import Constraint, collect_tokens, iterate_tokens, stream_text
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings
@@ -141,19 +142,55 @@ class FrozenLanguage(ABC):
             )
 
     def generate(
-        self, visual: Tensor | None, instructions: Sequence[str], settings: GenerationSettings
+        self,
+        visual: Tensor | None,
+        instructions: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[str]:
-        """Return one answer an instruction. `visual` is `[B, Q, H]` or none."""
+        """Return one answer an instruction. `visual` is `[B, Q, H]` or none.
+
+        Args:
+            visual: `[B, Q, H]` or none.
+            instructions: B questions, without template.
+            settings: how to write.
+            choices: one a row: the answers it may give, or none for any; not for beam search.
+        """
         texts = [self.prompt.split(instruction)[1] for instruction in instructions]
-        return self.generate_text(visual, texts, settings)
+        return self.generate_text(visual, texts, settings, choices=choices)
 
     def generate_text(
-        self, visual: Tensor | None, after_image: Sequence[str], settings: GenerationSettings
+        self,
+        visual: Tensor | None,
+        after_image: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[str]:
         """Return one answer to each text that already carries the template (`Prompt`)."""
         prompts = [self.text_ids(text) for text in after_image]
-        rows = self.generate_from_ids(visual, prompts, settings, prefix=self.prefix_ids)
+        rows = self.generate_from_ids(
+            visual, prompts, settings, prefix=self.prefix_ids, constraints=self._confined(choices)
+        )
         return [self.tokens.decode(row) for row in rows]
+
+    def _confined(
+        self, choices: Sequence[Sequence[str] | None] | None
+    ) -> list[Constraint | None] | None:
+        """Return a constraint for each row that has choices; none where no row has any."""
+        if choices is None or not any(choices):
+            return None
+        return [
+            None
+            if not texts
+            else ChoiceConstraint(
+                [self.tokens.encode(text) for text in texts],
+                stop_ids=self.tokens.stop_ids,
+                num_tokens=self.vocabulary_size,
+            )
+            for texts in choices
+        ]
 
     def stream(
         self, visual: Tensor | None, instruction: str, settings: GenerationSettings

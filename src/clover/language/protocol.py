@@ -110,9 +110,17 @@ class LanguageModel(Protocol):
         ...
 
     def generate(
-        self, visual: Tensor | None, instructions: Sequence[str], settings: GenerationSettings
+        self,
+        visual: Tensor | None,
+        instructions: Sequence[str],
+        settings: GenerationSettings,
+        *,
+        choices: Sequence[Sequence[str] | None] | None = None,
     ) -> list[str]:
-        """Return B answers. `visual` is `[B, Q, H]` or none."""
+        """Return B answers. `visual` is `[B, Q, H]` or none.
+
+        A row with `choices` gives one of these, by probability, token by token.
+        """
         ...
 
     def generate_text(

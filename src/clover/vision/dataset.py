@@ -72,3 +72,42 @@ def load_feature_set(
         reason = rejected[-1].reason if rejected else "no record names an image"
         raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
     return FeatureSet(records, [digests[str(r.image)] for r in records], features, rejected, folder)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Records whose images are there; no features.
+
+    Attributes:
+        records: Usable records, in file order.
+        digests: SHA-256 of each record's image bytes.
+        rejected: What was set aside.
+        images: The folder that image paths start from.
+    """
+
+    records: list[Record]
+    digests: list[str]
+    rejected: list[Rejection]
+    images: Path
+
+    def summary(self) -> str:
+        """Return how many records are usable, and what was set aside."""
+        images = len(set(self.digests))
+        return f"{len(self.records):,} records on {images:,} images{set_aside(self.rejected)}"
+
+
+def load_image_set(path: Path, images: Path | None = None, *, needs: Needs = "any") -> ImageSet:
+    """Read records and hash their images; nothing is encoded.
+
+    Raises:
+        CloverError: nothing usable is left.
+    """
+    found = read_records(path, needs=needs)
+    folder = images if images is not None else found.folder
+    digests, _, missing = hash_images(found.records, folder)
+    records = [record for record in found.records if record.image in digests]
+    rejected = [*found.rejected, *missing]
+    if not records:
+        reason = rejected[-1].reason if rejected else "no record names an image"
+        raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
+    return ImageSet(records, [digests[str(r.image)] for r in records], rejected, folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clover.data.likeness import SIDE, Floats, portrait
+from clover.vision.likeness import SIDE, Floats, portrait
 
 _SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 

@@ -1,0 +1,214 @@
+"""What the controls show: how much of a score is owed to the image, and what the answers hang on.
+
+In: prediction lines of the same questions, with the image and in other views. Out: gains with
+intervals, shares of answers that stay, a sentence, and suspicions by name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clover.evaluate.interval import bootstrap_means, cluster_codes, interval, paired_bootstrap
+from clover.evaluate.item import ItemReader
+from clover.evaluate.protocol.strict import rate, strict_form
+
+Row = dict[str, Any]
+Rated = dict[str, tuple[bool, float, str]]
+"""id -> (is closed, closed hit or open recall as a fraction, the image it hangs on)."""
+
+_SAME_AS = 0.95
+"""Share of equal answers from which a model is said to answer like something that sees nothing."""
+_ONE_WORD = 90.0
+"""Percent of one answer to closed questions from which a model is called a yes- or no-sayer."""
+
+
+def ratings(rows: Sequence[Row]) -> Rated:
+    """Rate predictions by the strict rule."""
+    rated = {}
+    for item in ItemReader().items(rows):
+        rating = rate(item)
+        value = rating.closed if item.is_closed else rating.recall
+        rated[str(item.id)] = (item.is_closed, float(value or 0.0), item.image or str(item.id))
+    return rated
+
+
+def _gain(seen: Rated, unseen: Rated, ids: Sequence[str], draws: int) -> dict[str, Any]:
+    return paired_bootstrap(
+        [seen[name][1] for name in ids],
+        [unseen[name][1] for name in ids],
+        clusters=[seen[name][2] for name in ids],
+        draws=draws,
+    )
+
+
+def image_gain(
+    with_image: Sequence[Row], without: Sequence[Row], *, draws: int = 1000
+) -> dict[str, dict[str, Any]]:
+    """Return by how many points the image helps, over the questions both were asked.
+
+    Returns:
+        closed and open: difference, low, high (95 %, clustered by image), p_value, n.
+    """
+    seen, unseen = ratings(with_image), ratings(without)
+    gains = {}
+    for kind, is_closed in (("closed", True), ("open", False)):
+        ids = [name for name in unseen if name in seen and seen[name][0] == is_closed]
+        gains[kind] = _gain(seen, unseen, ids, draws)
+    return gains
+
+
+def form_name(row: Row) -> str:
+    """Return what groups a question with those of its kind, and whether it is closed."""
+    kind = "closed" if row.get("answer_type") == "closed" else "open"
+    return f"{row.get('form') or row['question']} ({kind})"
+
+
+def form_gains(
+    with_image: Sequence[Row], without: Sequence[Row], *, draws: int = 1000
+) -> dict[str, dict[str, Any]]:
+    """Return the image gain of each question form: value, low, high (points), n."""
+    seen, unseen = ratings(with_image), ratings(without)
+    by_form: dict[str, list[str]] = defaultdict(list)
+    for row in with_image:
+        if str(row["id"]) in unseen and str(row["id"]) in seen:
+            by_form[form_name(row)].append(str(row["id"]))
+    return {
+        name: gain_row(_gain(seen, unseen, ids, draws)) for name, ids in sorted(by_form.items())
+    }
+
+
+def gain_row(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a paired difference as value, low, high, n."""
+    named = {"value": "difference", "low": "low", "high": "high", "n": "n"}
+    return {ours: found[theirs] for ours, theirs in named.items()}
+
+
+def agreement(rows: Sequence[Row], others: Sequence[Row], *, draws: int = 1000) -> dict[str, Any]:
+    """Return the share of answers that are the same in both, in percent: value, low, high, n.
+
+    Equal is by the strict normal form; the interval draws whole images.
+    """
+    said = {str(row["id"]): strict_form(str(row["prediction"])) for row in rows}
+    pairs = [row for row in others if str(row["id"]) in said]
+    same = np.array(
+        [[strict_form(str(row["prediction"])) == said[str(row["id"])]] for row in pairs], float
+    )
+    if not len(same):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    codes = cluster_codes([str(row.get("image") or row["id"]) for row in pairs])
+    low, high = interval(bootstrap_means(same, codes, draws=draws)[:, 0]) if draws else (None, None)
+    return {
+        "value": 100 * float(same.mean()),
+        "low": None if low is None else round(100 * low, 4),
+        "high": None if high is None else round(100 * high, 4),
+        "n": len(same),
+    }
+
+
+def form_table(
+    rows: Mapping[str, Sequence[Row]], others: Mapping[str, Sequence[Row]], *, draws: int = 0
+) -> dict[str, Any]:
+    """Return accuracy (closed) or recall (open) in percent: question form by view or baseline.
+
+    With the blind view also `gain`: what the image is worth to the form, with its interval.
+    """
+    forms = {str(row["id"]): form_name(row) for row in rows["image"]}
+    table: dict[str, dict[str, Any]] = {}
+    for view, found in {**rows, **others}.items():
+        values = defaultdict(list)
+        for name, (is_closed, value, _) in ratings(found).items():
+            values[forms[name], is_closed].append(value)
+        for (form, is_closed), numbers in sorted(values.items()):
+            entry = table.setdefault(form, {"type": "closed" if is_closed else "open"})
+            if view == "image":
+                entry["n"] = len(numbers)
+            entry[view] = round(100 * float(np.mean(numbers)), 2)
+    for name, share in _majority(rows["image"]).items():
+        if name in table:
+            table[name]["majority"] = share
+    if "blind" in rows:
+        for name, gain in form_gains(rows["image"], rows["blind"], draws=draws).items():
+            if name in table:
+                table[name]["gain"] = gain
+    return table
+
+
+def _majority(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the share of the commonest answer of each form, in percent."""
+    answers = defaultdict(list)
+    for row in rows:
+        answers[form_name(row)].append(str(row["answer"]).lower())
+    return {
+        key: round(100 * max(map(found.count, set(found))) / len(found), 2)
+        for key, found in answers.items()
+    }
+
+
+def verdict(blind: Mapping[str, Any] | None, shuffled: Mapping[str, Any] | None) -> str:
+    """Say in a sentence whether the model looks at the image."""
+    if blind is None:
+        return "Not known whether the model looks: run again with --controls."
+    said = []
+    for kind in ("closed", "open"):
+        gain = blind[kind]
+        if gain["n"] == 0:
+            continue
+        low, high = gain["low"], gain["high"]
+        bounds = "" if low is None else f" [{low:.1f}, {high:.1f}]"
+        looks = low is not None and low > 0
+        said.append(
+            f"on {kind} questions the image {'is worth' if looks else 'shows no proven gain:'} "
+            f"{gain['difference']:.1f}{bounds} points"
+        )
+    lows = [blind[kind]["low"] for kind in ("closed", "open") if blind[kind]["n"]]
+    proven = [low is not None and low > 0 for low in lows]
+    head = "The model looks" if proven and all(proven) else "The model looks only in part"
+    if not any(proven):
+        head = "The model does not look"
+    if shuffled is not None and shuffled["closed"]["n"]:
+        said.append(
+            f"with another image it loses {shuffled['closed']['difference']:.1f} points (closed)"
+        )
+    return f"{head}: {'; '.join(said)}."
+
+
+def suspicions(
+    rows: Mapping[str, Sequence[Row]],
+    others: Mapping[str, Sequence[Row]],
+    *,
+    yes_rate: float | None,
+    base_rate: float | None,
+) -> list[str]:
+    """Return what gives a model away that does not do what its score suggests, a sentence each.
+
+    Args:
+        rows: Prediction lines by view.
+        others: Prediction lines of the baselines.
+        yes_rate: Percent of closed questions answered yes.
+        base_rate: Percent whose truth is yes.
+    """
+    found = []
+    if yes_rate is not None and base_rate is not None:
+        for word, said, truth in (
+            ("yes", yes_rate, base_rate),
+            ("no", 100 - yes_rate, 100 - base_rate),
+        ):
+            if said >= _ONE_WORD and truth < said - 10:
+                found.append(
+                    f"{word}-sayer: {said:.0f} % of closed questions are not answered "
+                    f"{'no' if word == 'yes' else 'yes'}, {truth:.0f} % are rightly {word}"
+                )
+    for name, source, text in (
+        ("blind", rows, "answers without the image as with it"),
+        ("question_only", others, "gives the commonest training answer to the same question"),
+    ):
+        if name in source:
+            share = agreement(rows["image"], source[name], draws=0)
+            if share["n"] and share["value"] >= 100 * _SAME_AS:
+                title = "blind model" if name == "blind" else "copies answers from training"
+                found.append(f"{title}: {text} in {share['value']:.0f} % of {share['n']:,}")
+    return found
