@@ -24,17 +24,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clover import __version__
+from clover.aligned import Aligned
 from clover.core.assets import resolve
 from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
+from clover.core.tensors import open_tensors
+from clover.language.frozen import FrozenLanguage
 from clover.language.load import load_language_model
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
+from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
 from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.slides.picture import check_is_no_slide, is_region, read_region
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
 
@@ -43,11 +48,18 @@ NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 
 
-@lru_cache(maxsize=2)
 def load_frozen_language(
     config: LanguageConfig, prompt: PromptConfig, device: Device
 ) -> LanguageModel:
     """Load a frozen language model once a process: stages that follow each other share it."""
+    return _language_weights(config, prompt.answer_end, device).with_prompt(
+        Prompt.from_config(prompt)
+    )
+
+
+@lru_cache(maxsize=2)
+def _language_weights(config: LanguageConfig, answer_end: str, device: Device) -> LanguageModel:
+    prompt = PromptConfig(answer_end=answer_end)
     return load_language_model(config, prompt, device=device.device, dtype=device.dtype)
 
 
@@ -95,7 +107,13 @@ def build_bridge(
         temperature=recipe.align.temperature,
     )
     if recipe.qformer.weights is not None:
-        start_from_bert(bridge, resolve(recipe.qformer.weights))
+        path = resolve(recipe.qformer.weights)
+        if "qformer.query_tokens" in open_tensors(path):
+            # A Q-Former that has learnt already, as `clover convert` writes it.
+            without = ("projection.",) if has_alignment else ("projection.", "heads.")
+            load_bridge(bridge, path, without=without)
+        else:
+            start_from_bert(bridge, path)
     return bridge
 
 
@@ -112,6 +130,7 @@ class Clover:
         device: Where the bridge runs.
         name: Shown with every answer.
         details: Further entries of the model folder's `config.json`.
+        aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
     """
 
     recipe: Recipe
@@ -122,6 +141,7 @@ class Clover:
     device: Device
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
+    aligned: Aligned | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -188,7 +208,37 @@ class Clover:
 
     def encode(self, image: ImageLike) -> Tensor:
         """Return one image's tokens [1, P, E]."""
-        return self.encoder.encode(self.encoder.prepare(open_image(image))[None]).float()
+        picture = open_image(image, self.resolution_for(image))
+        return self.encoder.encode(self.encoder.prepare(picture)[None]).float()
+
+    def resolution_for(self, image: ImageLike) -> float | None:
+        """Return the µm per pixel at which a region of a slide is read; None for a plain image.
+
+        Raises:
+            CloverError: a region, and nobody stated what the encoder learnt at.
+        """
+        if isinstance(image, bytes | Image.Image) or not is_region(image):
+            return None
+        return self.microns_per_pixel
+
+    @property
+    def microns_per_pixel(self) -> float:
+        """The µm per pixel the encoder learnt at.
+
+        Raises:
+            CloverError: the model folder does not state it; it is never guessed.
+        """
+        if self.encoder.microns_per_pixel is None:
+            raise CloverError(
+                f"{self.name} does not state the µm per pixel its images were taken at, so a slide "
+                "cannot be shown to it; set encoder.microns_per_pixel in its config.json or recipe"
+            )
+        return self.encoder.microns_per_pixel
+
+    @property
+    def field_um(self) -> float:
+        """Side in µm of the square that fills the encoder's input at its own resolution."""
+        return self.recipe.encoder.image_size * self.microns_per_pixel
 
     def default_settings(self) -> GenerationSettings:
         """Return the recipe's decoding."""
@@ -203,7 +253,7 @@ class Clover:
         """Answer one question about one image.
 
         Args:
-            image: A path, encoded bytes, or a PIL image.
+            image: A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, or a PIL image.
             question: In words.
             settings: Decoding; the recipe's when absent.
 
@@ -240,6 +290,63 @@ class Clover:
             after = self.prompt.conversation(turns, question)[1]
             yield from self.language.stream_text(prefix, after, settings or self.default_settings())
 
+    def rank(
+        self, image: ImageLike, question: str, candidates: Sequence[str]
+    ) -> list[tuple[str, float]]:
+        """Order candidate answers by their loss, the likeliest first (SPEC, section 4.3).
+
+        Args:
+            image: A path, encoded bytes, or a PIL image.
+            question: In words.
+            candidates: Possible answers.
+
+        Returns:
+            (answer, summed log-likelihood of its tokens, the end token included).
+        """
+        question = check_question(question)
+        self.bridge.eval()
+        with torch.no_grad(), self.device.autocast():
+            prefix = self.visual_prefix(self.encode(image), [question])
+            scores = self.language.rank(prefix, question, candidates)
+        return sorted(zip(candidates, scores, strict=True), key=lambda pair: -pair[1])
+
+    def attach_alignment(self, path: str | Path) -> Aligned:
+        """Load stage 1's weights (`align.safetensors`) beside the tuned ones.
+
+        Raises:
+            CloverError: absent, damaged, or of other sizes.
+        """
+        bridge = Bridge(self.bridge.config, has_alignment=True)
+        load_bridge(bridge, Path(path))
+        bridge.to(self.device.device).eval().requires_grad_(False)
+        self.aligned = Aligned(bridge, self.tokenizer, self.recipe.align.max_text_tokens)
+        return self.aligned
+
+    def _stage_1(self) -> Aligned:
+        if self.aligned is None:
+            raise CloverError(
+                f"{self.name} was loaded without stage 1's weights, which caption, match and "
+                "compare; put align.safetensors into its folder, or call attach_alignment(FILE)"
+            )
+        return self.aligned
+
+    def caption(self, image: ImageLike, settings: CaptionSettings | None = None) -> str:
+        """Describe an image with stage 1's next-word head; `ask` does with the language model."""
+        return self._stage_1().caption(self.encode(image), settings)
+
+    def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
+        """Return the probability that each text belongs to the image."""
+        return self._stage_1().match(self.encode(image), texts)
+
+    def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """Return cosines [B, N] of B images and N texts."""
+        features = torch.cat([self.encode(image) for image in images])
+        return self._stage_1().similarity(features, texts)
+
+    def features(self, image: ImageLike) -> Tensor:
+        """Return an image's contrastive unit vectors [Q, C]; `encode` gives its tokens."""
+        return self._stage_1().image_vectors(self.encode(image))[0]
+
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
         return save_folder(self, Path(path))
@@ -256,14 +363,22 @@ def check_question(question: str) -> str:
     return question.strip()
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """Open an image given as path, bytes or PIL image.
+def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Image.Image:
+    """Open an image given as path, region of a slide, bytes or PIL image.
+
+    Args:
+        image: What to open.
+        microns_per_pixel: Of a region's picture; None only looks a region over.
 
     Raises:
-        CloverError: no such file, or not an image.
+        CloverError: no such file, not an image, a whole slide, or a region that cannot be read.
     """
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, bytes):
+        if is_region(image):
+            return read_region(image, microns_per_pixel)
+        check_is_no_slide(image)
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
@@ -290,13 +405,14 @@ def save_folder(model: Clover, path: Path) -> Path:
             "revision": model.encoder.revision,
             "width": model.encoder.width,
             "licence": model.encoder.licence,
+            **({"licence_note": note} if (note := model.encoder.licence_note) else {}),
         },
         "language": {
             "id": model.language.id,
             "width": model.language.hidden_size,
             "licence": model.language.licence,
         },
-        "trainable_parameters": sum(item.numel() for item in model.bridge.parameters()),
+        "trainable_parameters": model.bridge.num_trainable(),
         "bridge_sha256": sha256_file(bridge),
         "notice": NOTICE,
         **model.details,
@@ -308,6 +424,12 @@ def save_folder(model: Clover, path: Path) -> Path:
 
 def _card(config: dict[str, Any]) -> str:
     encoder, language = config["encoder"], config["language"]
+    note = encoder.get("licence_note")
+    said = (
+        f"\n**The image encoder's licence {note}. This model was trained on them.**\n"
+        if note
+        else ""
+    )
     return f"""# {config["name"]}: a CLOVER model
 
 **{NOTICE}**
@@ -317,7 +439,7 @@ def _card(config: dict[str, Any]) -> str:
 | image encoder, frozen, not in this folder | {encoder["id"]} | {encoder["licence"]} |
 | language model, frozen, not in this folder | {language["id"]} | {language["licence"]} |
 | bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
-
+{said}
     clover ask FOLDER image.png "Is there necrosis?"
     clover chat FOLDER image.png
 
@@ -346,13 +468,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> Clover:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    beside: Clover | None = None,
+) -> Clover:
     """Load a model folder.
 
     Args:
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
+        beside: A loaded model; its frozen parts serve this one too where they are the same, so
+            that a further model costs its bridge alone.
 
     Raises:
         CloverError: a file is missing, damaged, or does not belong to the named frozen parts.
@@ -364,14 +494,19 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     where = choose_device(device, precision)  # type: ignore[arg-type]
-    encoder = load_encoder(recipe.encoder)
+    if beside is not None and beside.recipe.encoder == recipe.encoder:
+        encoder = beside.encoder
+    else:
+        encoder = load_encoder(recipe.encoder)
     if encoder.revision != config["encoder"]["revision"]:
         raise CloverError(
             f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
-    language = load_frozen_language(recipe.language, recipe.prompt, where)
+    language = _language_beside(beside, recipe, where) or load_frozen_language(
+        recipe.language, recipe.prompt, where
+    )
     bridge = build_bridge(
         recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
         encoder,
@@ -383,9 +518,24 @@ def load(path: str | Path, *, device: str = "auto", precision: str = "auto") -> 
     kept: dict[str, Any] = {
         name: config[name] for name in ("key", "data", "stage_1") if name in config
     }
-    return Clover(
+    model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
+    if (path / "align.safetensors").exists():
+        model.attach_alignment(path / "align.safetensors")
+    return model
+
+
+def _language_beside(beside: Clover | None, recipe: Recipe, where: Device) -> LanguageModel | None:
+    """Return a loaded model's language model under this recipe's prompt and limits."""
+    if beside is None or beside.device != where:
+        return None
+    language, config, theirs = beside.language, recipe.language, beside.recipe.language
+    if not isinstance(language, FrozenLanguage):
+        return None
+    if (config.kind, config.weights) != (theirs.kind, theirs.weights):
+        return None
+    return language.with_prompt(Prompt.from_config(recipe.prompt), config)
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:
@@ -421,6 +571,11 @@ def load_bridge(
     own = bridge.state_dict()
     for name in own.keys() & state.keys():
         if own[name].shape != state[name].shape:
+            if name.startswith("projection."):
+                raise CloverError(
+                    f"{path} was trained for a language model {len(state[name])} wide, this one is "
+                    f"{len(own[name])}; name the one it was trained with in language.weights"
+                )
             raise CloverError(
                 f"{path}: {name} is {list(state[name].shape)}, the recipe wants "
                 f"{list(own[name].shape)}; the Q-Former's sizes must be those it was trained with"

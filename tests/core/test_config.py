@@ -9,6 +9,7 @@ import yaml
 
 from clover.core.config import RECIPES, Recipe, load_recipe
 from clover.core.errors import CloverError
+from clover.core.files import fingerprint
 
 
 @pytest.fixture
@@ -122,3 +123,17 @@ def test_a_missing_recipe_in_a_folder_is_not_taken_for_the_shipped_one() -> None
     with pytest.raises(CloverError, match=r"no recipe my/phantom\.yaml"):
         load_recipe("my/phantom.yaml")
     assert load_recipe("recipes/phantom.yaml") == load_recipe("phantom")
+
+
+def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
+    recipe = load_recipe("phantom")
+    # The key as the first release made it, which knew none of these fields.
+    tree = recipe.model_dump(mode="json", include={"encoder", "language"})
+    for field in ("options", "mean", "std", "numbers", "licence_note"):
+        del tree["encoder"][field]
+    for field in ("quantise", "paper_dropout", "text_start"):
+        del tree["language"][field]
+    assert recipe.fingerprint("encoder", "language") == fingerprint(tree)
+    changed = load_recipe("phantom", ("language.quantise=int8",))
+    assert changed.fingerprint("language") != recipe.fingerprint("language")
+    assert changed.fingerprint("encoder") == recipe.fingerprint("encoder")

@@ -230,3 +230,13 @@ def test_a_wrong_price_shows_the_form(
     words = (*words, "--endpoint", "http://127.0.0.1:1/v1", "--price", "cheap")
     assert run(*words) == 2
     assert "0.5,1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0.7", "good=much"])
+def test_a_share_without_a_name_says_its_form(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str
+) -> None:
+    file = tmp_path / "good.jsonl"
+    file.write_text("")
+    assert run("instruct", "mix", file, "--out", tmp_path / "m.jsonl", "--share", share) == 2
+    assert f"--share '{share}' is not of the form name=0.8" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows that may give one of a few answers, and the cache with room."""
+"""Rows that may give one of a few answers; beam search beside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_yes_or_no_is_chosen_by_probability(
         # One token each: the likelier first token decides, whatever ends the answer.
         image, prompt = visual[row : row + 1], [language.text_ids(split(language, row))]
         with torch.no_grad():
-            logits, _ = language._begin(image, prompt, language._prefix_ids, 4)
+            logits, _ = language._begin(image, prompt, language.prefix_ids, 4)
         yes, no = (logits[0, language.tokens.encode(word)[0]] for word in ("yes", "no"))
         assert answers[row] == ("yes" if yes > no else "no")
 
@@ -51,8 +51,8 @@ def test_beam_search_is_that_of_transformers_and_no_worse_than_greedy(
 ) -> None:
     """Both against transformers' own, fed with word embeddings and no cache of ours."""
     for question, row in zip(QUESTIONS, range(3), strict=True):
-        ids = [*llama._prefix_ids, *llama.text_ids(llama.prompt.split(question)[1])]
-        before, after = ids[: len(llama._prefix_ids)], ids[len(llama._prefix_ids) :]
+        ids = [*llama.prefix_ids, *llama.text_ids(llama.prompt.split(question)[1])]
+        before, after = ids[: len(llama.prefix_ids)], ids[len(llama.prefix_ids) :]
         embed = llama.model.get_input_embeddings()
         rows = torch.cat(
             [
@@ -84,7 +84,7 @@ def test_beam_search_of_an_encoder_decoder_is_that_of_transformers(
 ) -> None:
     settings = GenerationSettings(num_beams=5, min_tokens=5, max_tokens=12)
     for row, question in enumerate(QUESTIONS):
-        text = [*t5._prefix_ids], t5.text_ids(t5.prompt.split(question)[1])
+        text = [*t5.prefix_ids], t5.text_ids(t5.prompt.split(question)[1])
         embed = t5.model.get_input_embeddings()
         rows = torch.cat(
             [
@@ -107,34 +107,3 @@ def test_beam_search_of_an_encoder_decoder_is_that_of_transformers(
         assert t5.generate(visual[row : row + 1], [question], settings)[0] == t5.tokens.decode(
             theirs
         )
-
-
-def test_the_cache_with_room_holds_what_the_growing_one_holds(
-    llama: DecoderOnly, visual: Tensor
-) -> None:
-    from clover.language.room import RoomyLayer, with_room
-
-    plain = llama._prefix_cache(llama._prefix_ids, 3)
-    with torch.no_grad():
-        roomy = with_room(llama._prefix_cache(llama._prefix_ids, 1), num_rows=3, room=2)
-        assert roomy is not None
-        random = torch.Generator().manual_seed(0)
-        for width in (2, 1, 40, 1):  # within the room, beyond it, and beyond what was added
-            shape = (3, *plain.layers[0].keys.shape[1:2], width, plain.layers[0].keys.shape[-1])
-            states = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
-            for index in range(2):
-                grown = roomy.update(*states, index)
-                expected = plain.update(*states, index)
-                assert all(map(torch.equal, grown, expected))
-        roomy.batch_select_indices(torch.tensor([2, 0]))
-        plain.batch_select_indices(torch.tensor([2, 0]))
-        states = torch.randn(2, *shape[1:], generator=random), torch.randn(2, *shape[1:])
-        assert all(map(torch.equal, roomy.update(*states, 0), plain.update(*states, 0)))
-        assert isinstance(roomy.layers[0], RoomyLayer)
-        assert roomy.get_seq_length() == plain.get_seq_length()
-
-
-def test_room_is_not_for_what_learns(llama: DecoderOnly) -> None:
-    from clover.language.room import with_room
-
-    assert with_room(llama._prefix_cache(llama._prefix_ids, 1), num_rows=2, room=4) is None

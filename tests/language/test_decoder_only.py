@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from clover.language import GenerationSettings
 from clover.language import decoder_only as module
 from clover.language.decoder_only import DecoderOnly
 from clover.language.protocol import LanguageModel
+from clover.language.shared_prefix import SharedPrefix, attend, behind, share_prefix
 
 from .tiny import ANSWERS, QUESTIONS, tiny_llama
 
@@ -112,10 +115,10 @@ def test_greedy_ids_equal_those_of_transformers(
 ) -> None:
     settings = GenerationSettings(max_tokens=12, min_tokens=min_tokens, repetition_penalty=penalty)
     prompts = [llama.instruction_ids(question) for question in QUESTIONS]
-    ours = llama.generate_from_ids(visual, prompts, settings, prefix=llama._prefix_ids)
+    ours = llama.generate_from_ids(visual, prompts, settings, prefix=llama.prefix_ids)
     for row, prompt in enumerate(prompts):
         embed = llama.model.get_input_embeddings()
-        start, rest = embed(torch.tensor(llama._prefix_ids)), embed(torch.tensor(prompt))
+        start, rest = embed(torch.tensor(llama.prefix_ids)), embed(torch.tensor(prompt))
         embeds = torch.cat([start, visual[row], rest])[None]
         theirs = llama.model.generate(
             inputs_embeds=embeds,
@@ -209,3 +212,61 @@ def test_bfloat16_weights_still_give_a_float32_loss(visual: Tensor) -> None:
 def test_both_classes_satisfy_the_protocol(llama: DecoderOnly, t5: LanguageModel) -> None:
     assert isinstance(llama, LanguageModel)
     assert isinstance(t5, LanguageModel)
+
+
+@pytest.mark.parametrize("template", ["<user> {image}{question} <assistant>", "{image}{question}"])
+def test_a_shared_beginning_answers_as_a_copied_one(template: str, visual: Tensor) -> None:
+    shared, copied = tiny_llama(template), tiny_llama(template)
+    assert shared._is_shared
+    copied._is_shared = False
+    settings = GenerationSettings(max_tokens=6, min_tokens=6)
+    found, expected = [], []
+    for language, kept in ((shared, found), (copied, expected)):
+        wanted = visual.clone().requires_grad_()
+        total, _ = language.loss(wanted, QUESTIONS, ANSWERS)
+        total.backward()
+        assert wanted.grad is not None
+        kept += [total.detach(), wanted.grad]
+        kept.append(torch.tensor(language.rank(visual[:1], QUESTIONS[0], ANSWERS)))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4
+    texts = shared.generate(visual, QUESTIONS, settings)
+    assert texts == copied.generate(visual, QUESTIONS, settings)
+    alone = [
+        shared.generate(visual[row : row + 1], [question], settings)[0]
+        for row, question in enumerate(QUESTIONS)
+    ]
+    assert texts == alone
+
+
+def test_the_shared_beginning_is_seen_whole_and_own_tokens_causally() -> None:
+    """The attention function against a loop over rows, heads and places."""
+    random = torch.Generator().manual_seed(5)
+    batch, heads, groups, length, past, before, width = 2, 4, 2, 3, 2, 5, 8
+    size = past + length
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random)
+
+    query, key = draw(batch, heads, length, width), draw(batch, groups, size, width)
+    value = draw(batch, groups, size, width)
+    prefix = SharedPrefix((draw(groups, before, width),), (draw(groups, before, width),))
+    with behind(prefix):
+        output, _ = attend(SimpleNamespace(layer_idx=0), query, key, value, None)
+        seen = torch.ones(batch, 1, length, size, dtype=torch.bool).tril(past)
+        masked, _ = attend(SimpleNamespace(layer_idx=0), query, key, value, seen)
+    for row in range(batch):
+        for head in range(heads):
+            group = head // (heads // groups)
+            for place in range(length):
+                keys = torch.cat([prefix.keys[0][group], key[row, group, : past + place + 1]])
+                values = torch.cat([prefix.values[0][group], value[row, group, : past + place + 1]])
+                weights = (keys @ query[row, head, place] / width**0.5).softmax(dim=0)
+                assert (output[row, place, head] - weights @ values).abs().max() <= 1e-5
+    assert torch.equal(output, masked)
+
+
+def test_a_model_with_a_sliding_window_keeps_its_own_attention() -> None:
+    model = tiny_llama().model
+    model.config.sliding_window = 16
+    assert not share_prefix(model)

@@ -108,3 +108,19 @@ def test_brightness_alone_does_not_tell_the_tissue() -> None:
     tissue = np.array([TISSUES.index(case.tissue) for case in cases])
     guessed = np.array([np.bincount(tissue[row], minlength=8).argmax() for row in nearest])
     assert (guessed == tissue).mean() < 0.5
+
+
+def test_masks_say_where_findings_were_painted_and_nothing_else_changed() -> None:
+    x, y, *radii = MIDDLE
+    place = Region("necrosis", x, y, *radii)
+    plain = case_of(3, tissue="liver")
+    assert draw(plain).masks == {}
+    picture = draw(replace(plain, necrosis=True, regions=(place,)))
+    assert set(picture.masks) == {"necrosis"}
+    mask = picture.masks["necrosis"]
+    rows, columns = np.mgrid[:224, :224]
+    ellipse = ((columns - x) / radii[0]) ** 2 + ((rows - y) / radii[1]) ** 2 <= 1
+    assert (mask & ellipse).sum() / (mask | ellipse).sum() > 0.75
+    # The ragged edge is the painted one: nuclei are gone inside it, and stand outside.
+    dark = picture.image[:, :, 0] < np.percentile(picture.image[:, :, 0], 15)
+    assert dark[~mask].mean() > 2 * dark[mask].mean()

@@ -53,6 +53,22 @@ def test_a_saved_conversation_holds_every_turn_and_new_forgets_them(
     assert long["image"] == str(tiny.image()) and "not for diagnosis" in long["notice"]
 
 
+def test_why_writes_where_the_model_looked(
+    tiny: Tiny, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from PIL import Image
+
+    path = tmp_path / "why.png"
+    lines = ["/why", QUESTION, f"/why {path}", "/why picture.txt"]
+    code, out, err = talk([str(tiny_model), str(tiny.image())], lines, monkeypatch, capsys)
+    assert code == 0
+    assert Image.open(path).size == Image.open(tiny.image()).size
+    assert f"{path}: where the model looked when asked '{QUESTION}'" in out
+    assert "Deletion test: " in out
+    assert "/why wants a question first" in err
+    assert "/why writes a PNG; name it for instance picture.png" in err
+
+
 def test_mistakes_are_one_line_each_and_the_chat_lives_on(
     tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,32 @@ def test_every_file_of_a_shipped_recipe_is_pinned_by_hash(name: str) -> None:
         "language.weights",
     }
     assert all(len(parse(item).sha256 or "") == 64 for item in references.values())
+
+
+def test_a_file_that_is_missing_is_named_with_the_place_it_belongs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "clover.cli", "fetch", "clover-vicuna7b", "--to", tmp_path / "home"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "CLOVER_OFFLINE": "1"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "encoder.weights: no file models/eva_vit_g.pth" in done.stderr
+    assert f"(in {tmp_path})" in done.stderr and "encoder.weights in the recipe" in done.stderr
+
+
+def test_a_hub_file_that_is_missing_offline_says_what_goes_where(tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("name: own\nencoder:\n  kind: known\n  model: uni2-h\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "clover.cli", "fetch", recipe, "--to", tmp_path / "home"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CLOVER_OFFLINE": "1"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    where = tmp_path / "home" / "hf" / "MahmoodLab--UNI2-h" / "main" / "pytorch_model.bin"
+    assert f"{where} is missing; put pytorch_model.bin of MahmoodLab/UNI2-h" in done.stderr

@@ -14,8 +14,7 @@ from tests.language.tiny import tiny_llama
 
 from clover.core.errors import CloverError
 from clover.language.decoder_only import DecoderOnly
-from clover.language.protocol import GenerationSettings
-from clover.serve.local_endpoint import Batcher, serve_language_model
+from clover.serve.local_endpoint import serve_language_model
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +67,6 @@ def test_concurrent_requests_answer_as_they_would_alone(client: openai.OpenAI) -
     assert together == alone
 
 
-def test_requests_that_wait_together_share_a_batch(language: DecoderOnly) -> None:
-    batcher = Batcher(language, max_batch=4)
-    settings = GenerationSettings(max_tokens=4)
-    messages = [{"role": "user", "content": "liver"}]
-    futures = [batcher.submit(messages, settings, seed) for seed in range(8)]
-    for future in futures:
-        future.result(timeout=30)
-    batcher.close()
-    assert sum(batcher.batch_sizes) == 8
-    assert max(batcher.batch_sizes) == 4
-
-
 def test_mistakes_come_back_in_the_shape_of_openai(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model 'other'"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
@@ -89,18 +76,6 @@ def test_mistakes_come_back_in_the_shape_of_openai(client: openai.OpenAI) -> Non
         client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "liver"}], max_tokens=1000
         )
-
-
-def test_one_bad_request_does_not_fail_its_neighbours(language: DecoderOnly) -> None:
-    batcher = Batcher(language, max_batch=4)
-    settings = GenerationSettings(max_tokens=4)
-    good = [{"role": "user", "content": "liver"}]
-    bad = [{"role": "user", "content": "liver " * 200}]
-    futures = [batcher.submit(item, settings, 0) for item in (good, bad, good)]
-    assert futures[0].result(timeout=30) == futures[2].result(timeout=30)
-    with pytest.raises(Exception, match="more than the model's 128"):
-        futures[1].result(timeout=30)
-    batcher.close()
 
 
 @pytest.fixture(scope="module")

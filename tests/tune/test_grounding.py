@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,20 @@ def test_calibration_gives_each_channel_mean_zero_and_unit_spread(tiny: Tiny) ->
     torch.testing.assert_close(normed.mean(dim=0), torch.zeros(24), atol=1e-4, rtol=0)
     spread = normed.std(dim=0)
     assert float((spread - 1).abs().max().detach()) < 1e-2
+
+
+def test_a_training_step_sees_a_share_of_the_tokens_and_an_answer_all(tiny: Tiny) -> None:
+    still = replace(tiny, recipe=tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
+    grounding = objective(still, share_seen=0.25)
+    features = torch.arange(2 * 16 * 3, dtype=torch.float32).view(2, 16, 3)
+    seen = grounding._seen(features)
+    assert seen.shape == (2, 4, 3)
+    for image, kept in zip(features, seen, strict=True):
+        rows = {tuple(row) for row in image.tolist()}
+        assert len({tuple(row) for row in kept.tolist()} & rows) == 4
+    grounding.module.train()
+    batch = grounding.collate([0, 1])
+    first, second = (grounding.losses(batch).sum.item() for _ in range(2))
+    assert first != second
+    grounding.module.eval()
+    assert grounding.losses(batch).sum.item() == grounding.losses(batch).sum.item()

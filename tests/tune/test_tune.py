@@ -96,3 +96,36 @@ def test_the_loss_is_the_sum_over_samples_whatever_the_batch(tiny: Tiny) -> None
     assert int(count) == sum(int(part[1]) for part in parts)
     # Words of each answer and its end: the question carries no loss.
     assert int(count) == 2 * (2 + 2 + 8)
+
+
+def test_a_word_embedding_that_does_not_learn_stays_and_is_not_counted(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    qformer = {"train_word_embedding": False}
+    recipe = tiny_recipe(tiny.folder, qformer=qformer, tune={"steps": 3})
+    stage1 = align(
+        tiny_recipe(tiny.folder, qformer=qformer, align={"steps": 3}),
+        captions=tiny.captions,
+        out=tmp_path / "a",
+        cache=tiny.folder / "cache",
+    ).weights
+    out = tmp_path / "model"
+    tune(
+        recipe,
+        instructions=tiny.instructions,
+        out=out,
+        run=tmp_path / "t",
+        cache=tiny.folder / "cache",
+        start=stage1,
+    )
+    fresh = tiny_clover(recipe).bridge
+    name = "qformer.word_embedding.weight"
+    start = fresh.state_dict()[name]
+    for file in (stage1, out / "bridge.safetensors"):
+        found = load_file(str(file))
+        assert torch.equal(found[name], start)
+        assert not torch.equal(
+            found["qformer.query_tokens"], fresh.state_dict()["qformer.query_tokens"]
+        )
+    everything = tiny_clover(tiny_recipe(tiny.folder)).bridge.num_trainable()
+    assert read_json(out / "config.json")["trainable_parameters"] == everything - start.numel()

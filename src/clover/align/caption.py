@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from clover.qformer.bridge import AlignmentHeads
@@ -35,6 +36,8 @@ def caption_loss(
         label_smoothing: 0.1 as published, spread over the whole vocabulary.
     """
     has_target = mask[:, 1:].bool()
+    if mask.is_meta:  # `clover plan` counts, it does not compute: then every place has a target
+        has_target = torch.ones(mask[:, 1:].shape, dtype=torch.bool)
     return vocabulary_loss(
         heads.language.transform(hidden[:, :-1][has_target]),
         word_embedding,

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
 
+_LATER = (
+    *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
+    *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
+)
+"""(section, field) of the second release on."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -60,13 +65,26 @@ class InstructConfig(Section):
     """Share of an image's questions that are asked three at once: more answers a step."""
 
 
+_FAMILIES = Path(__file__).resolve().parents[1] / "vision" / "family"
+
+
 class EncoderConfig(Section):
     """The frozen image encoder."""
 
-    kind: Literal["timm", "tiny"] = "timm"
-    """Which class loads it; see `clover.vision`."""
+    kind: str = "timm"
+    """Which family: `timm` (feature maps), or a file of `clover/vision/family` (docs/models.md)."""
     model: str = "tf_efficientnet_lite0"
     """The architecture's name in its library."""
+    options: dict[str, Any] = {}
+    """Further arguments of the architecture, by the names its library gives them."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from each channel; what the library says when absent."""
+    std: tuple[float, float, float] | None = None
+    """Each channel is divided by it; what the library says when absent."""
+    numbers: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of a token encoder's weights."""
+    licence_note: str = ""
+    """What the licence says of models trained on the encoder's outputs; goes into the card."""
     weights: str | None = None
     """An asset reference; without one the weights are random."""
     image_size: int = Field(224, ge=16)
@@ -81,6 +99,15 @@ class EncoderConfig(Section):
     """Licence of the weights; it travels into the model card."""
     batch_size: int = Field(32, ge=1)
     """Images a forward pass."""
+
+    @field_validator("kind")
+    @classmethod
+    def _check_kind(cls, kind: str) -> str:
+        files = [path.stem for path in _FAMILIES.glob("*.py") if path.stem != "__init__"]
+        known = ["timm", "tiny", *files]
+        if kind not in known:
+            raise ValueError(f"no family '{kind}'{nearest(kind, known)}")
+        return kind
 
 
 class QFormerConfig(Section):
@@ -116,6 +143,9 @@ class QFormerConfig(Section):
     """BERT's epsilon."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    train_word_embedding: bool = True
+    """Whether the word embedding learns, as published. It is most of a small Q-Former (11.7 of
+    19.1M), few of its rows are ever asked for, and AdamW passes over all of them at each step."""
     calibrate: int = Field(0, ge=0)
     """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
 
@@ -133,13 +163,20 @@ class LanguageConfig(Section):
     """Longer instructions lose their beginning (truncation left, as published)."""
     max_answer_tokens: int = Field(128, ge=2)
     """Longer answers lose their end."""
+    quantise: Literal["none", "int8", "bnb-8bit", "bnb-4bit"] = "none"
+    """Fewer bits for the frozen weights: `int8` runs everywhere, `bnb-*` needs a GPU."""
+    paper_dropout: bool = False
+    """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
+    text_start: str = ""
+    """A special token before the prompt; Vicuna's published `</s>`, for instance (SPEC, 4.2)."""
 
 
 class PromptConfig(Section):
     """How image and question are put before the language model, in every stage alike."""
 
     template: str = "{image}{question}"
-    """`{image}` becomes the visual tokens, `{question}` the question; special tokens may stand."""
+    """`{image}` becomes the visual tokens, `{question}` the question; special tokens may stand.
+    `{examples}` before both becomes the worked examples of `tune.worked_examples`."""
     answer_end: str = ""
     """Text (usually a special token) that closes an answer; the tokenizer's eos when empty."""
     closed_suffix: str = ""
@@ -213,6 +250,14 @@ class TuneConfig(OptimizerConfig):
     """Peak learning rate of these steps."""
     grounding_filler: str = " -"
     """What stands in the visual tokens behind a short answer; one token of the language model."""
+    grounding_spelling: Literal["whole", "shortest"] = "whole"
+    """Whether visual tokens spell an answer whole, or as far as it differs from every other."""
+    grounding_tokens: float = Field(1.0, gt=0, le=1)
+    """Share of an image's tokens that such a step sees, drawn anew each time: against over-fitting
+    where images are few."""
+    worked_examples: int = Field(0, ge=0)
+    """Training questions and answers shown to the language model, at `prompt.template`'s
+    `{examples}`; one for each frequent answer is worth most."""
     instruction_aware: bool = True
     """Whether the Q-Former reads the question too."""
     max_question_tokens: int = Field(128, ge=4)
@@ -295,6 +340,11 @@ class Recipe(Section):
         for section in tree.values():
             if isinstance(section, dict):
                 section.pop("checkpoint_every", None)
+        for name, field in _LATER:
+            # A field that came later counts when it is set: runs from before it still go on.
+            default = type(getattr(self, name)).model_fields[field].default
+            if name in tree and getattr(getattr(self, name), field) == default:
+                tree[name].pop(field)
         return fingerprint(tree)
 
 

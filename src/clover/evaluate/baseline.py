@@ -135,8 +135,10 @@ def colour_features(records: Sequence[Record], folder: Path) -> Floats:
 def _colours(path: Path) -> Floats:
     from PIL import Image
 
+    from clover.slides.picture import is_region, read_region
+
     try:
-        with Image.open(path) as image:
+        with read_region(path, None) if is_region(path) else Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3)
     except (OSError, ValueError) as error:
         raise CloverError(f"cannot read the image {path}: {error}") from error

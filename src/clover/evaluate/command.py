@@ -13,6 +13,7 @@ from clover.core.options import feature_option
 
 @click.command(epilog="Example: clover score predictions.jsonl --protocol strict,llava-med,quilt")
 @click.argument("predictions", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--protocol",
     default="strict",
@@ -34,7 +35,12 @@ from clover.core.options import feature_option
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="Compare with another prediction file for the same items.",
+    help="Compare with another prediction file for the same items; the same as OTHER.",
+)
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path),
+    help="Training questions with answers: expose answers that are copied from them.",
 )
 @click.option(
     "--trainable",
@@ -43,8 +49,12 @@ from clover.core.options import feature_option
 )
 @click.option("--draws", default=1000, show_default=True, type=click.IntRange(0, 100_000))
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap draws.")
-def score(predictions: Path, protocol: str, as_json: bool, **options: Any) -> None:
+def score(
+    predictions: Path, other: Path | None, protocol: str, as_json: bool, **options: Any
+) -> None:
     """Score anybody's PREDICTIONS: a JSON line is id, question, answer, answer_type, prediction.
+
+    With OTHER, a second file of predictions for the same items, the difference is tested in pairs.
 
     Further fields are used where there are any: yes_no_answer (QUILT-VQA), image (questions about
     one image are drawn together for the intervals), form (questions of one form share a
@@ -55,16 +65,18 @@ def score(predictions: Path, protocol: str, as_json: bool, **options: Any) -> No
     from clover.evaluate.table import comparison_lines, score_lines
 
     draws, seed, truth = options["draws"], options["seed"], options["truth"]
-    rated = read_sheet(predictions, protocol, truth=truth, per_item=options["per_item"])
-    against = options["against"]
-    other = None if against is None else read_sheet(against, protocol, truth=truth)
+    against = options["against"] if other is None else other
+    rated = read_sheet(
+        predictions, protocol, truth=truth, train=options["train"], per_item=options["per_item"]
+    )
+    second = None if against is None else read_sheet(against, protocol, truth=truth)
     scores = score_sheet(*rated, draws=draws, seed=seed, trainable_parameters=options["trainable"])
-    comparison = None if other is None else compare_files(rated, other, draws=draws, seed=seed)
+    comparison = None if second is None else compare_files(rated, second, draws=draws, seed=seed)
     for line in dict.fromkeys(
         warning for found in scores.values() for warning in found["details"]["warnings"]
     ):
         click.echo(f"clover: {line}", err=True)
-    for line in [] if other is None else other[1].problems.lines():
+    for line in [] if second is None else second[1].problems.lines():
         click.echo(f"clover: {against}: {line}", err=True)
     if as_json:
         if comparison is not None:

@@ -1,12 +1,14 @@
 """Anybody's prediction lines, read one by one; whatever is odd about them is counted.
 
-In: JSON Lines (or one JSON list) of ``id, question, answer, answer_type, prediction`` with
+In: JSON Lines (or one JSON list, or CSV) of ``id, question, answer, answer_type, prediction`` with
 ``yes_no_answer, image, group, form`` where there are any; a first line ``{"header": ...}`` is kept
 apart. Out: `Item`s, one at a time, so that a million lines need no memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import json
 import math
 from collections import Counter
@@ -44,7 +46,8 @@ class Problems:
     def lines(self) -> list[str]:
         """Return one line a kind: ``3 duplicate ids: the first counts (first: 17)``."""
         return [
-            f"{count:,} {kind}" + (f" (first: {self._first[kind]})" if kind in self._first else "")
+            _whole(f"{count:,} {kind}")
+            + (_whole(f" (first: {self._first[kind]})") if kind in self._first else "")
             for kind, count in self.counts.items()
         ]
 
@@ -59,30 +62,79 @@ def _decoded(lines: Iterable[bytes], problems: Problems) -> Iterator[str]:
 
 
 def read_rows(path: str | Path, problems: Problems) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a `.jsonl` file, or of a `.json` list; headers included.
+    """Yield the objects of a `.jsonl` file, a `.json` list or a `.csv` table; headers included.
 
     Raises:
-        CloverError: no such file, or a `.json` file that is not a list.
+        CloverError: no such file, or a `.json` file that is neither a list nor lines.
     """
     path = Path(path)
     if not path.is_file():
         raise CloverError(f"no file {path}")
+    encoding = _encoding(path)
+    kind = path.suffix.lower()
+    if kind == ".json":
+        yield from _read_list(path, encoding, problems)
+    elif kind in (".csv", ".tsv"):
+        yield from _read_table(path, encoding, problems)
+    else:
+        yield from _read_lines(path, encoding, problems)
+
+
+def _encoding(path: Path) -> str | None:
+    """Return the encoding that a file's first bytes betray; None is UTF-8, line by line."""
     with path.open("rb") as handle:
-        is_utf16 = handle.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    if path.suffix.lower() == ".json":
-        yield from _read_list(path, "utf-16" if is_utf16 else "utf-8-sig", problems)
-    elif is_utf16:
-        with path.open(encoding="utf-16", errors="replace") as text:
+        start = handle.read(4)
+    if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        return "utf-32"
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    # JSON begins with an ASCII mark: where its zero byte stands tells the order.
+    if len(start) == 4 and start[1:2] == b"\0" == start[3:4] and start[:1] != b"\0":
+        return "utf-16-le"
+    if len(start) == 4 and start[:1] == b"\0" == start[2:3] and start[1:2] != b"\0":
+        return "utf-16-be"
+    return None
+
+
+def _read_lines(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
+    if encoding is not None:
+        with path.open(encoding=encoding, errors="replace") as text:
             yield from _parsed(text, problems)
     else:
         with path.open("rb") as handle:
             yield from _parsed(_decoded(handle, problems), problems)
 
 
-def _read_list(path: Path, encoding: str, problems: Problems) -> Iterator[dict[str, Any]]:
+def _read_table(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(1 << 30)
+    with contextlib.ExitStack() as stack:
+        if encoding is not None:
+            text = stack.enter_context(path.open(encoding=encoding, errors="replace", newline=""))
+            lines: Iterable[str] = text
+        else:
+            lines = _decoded(stack.enter_context(path.open("rb")), problems)
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        try:
+            for row in csv.DictReader(lines, delimiter=delimiter):
+                # An empty prediction stays one; an empty yes_no_answer or image is none.
+                yield {
+                    name: value
+                    for name, value in row.items()
+                    if name and (value or field_name(name) in ("prediction", "answer"))
+                }
+        except csv.Error as error:
+            raise CloverError(f"{path} is not CSV: {error}") from error
+
+
+def _read_list(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding=encoding, errors="replace"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(path.read_text(encoding=encoding or "utf-8-sig", errors="replace"))
+    except RecursionError as error:
+        raise CloverError(f"{path} is not JSON of rows: it is nested too deep") from error
+    except ValueError as error:
+        if getattr(error, "msg", "") == "Extra data":  # JSON Lines under another name
+            yield from _read_lines(path, encoding, problems)
+            return
         raise CloverError(f"{path} is not JSON ({error}); name it .jsonl if it is lines") from error
     if not isinstance(rows, list):
         raise CloverError(f"{path} holds a JSON {type(rows).__name__}; a list of objects is needed")
@@ -108,7 +160,7 @@ def _parsed(lines: Iterable[str], problems: Problems) -> Iterator[dict[str, Any]
             problems.add("lines are not JSON objects and were left out", f"line {number}")
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Return a value as text, or None where there is none (missing, NaN, a list of several)."""
     if isinstance(value, str):
         return value
@@ -117,8 +169,26 @@ def _text(value: Any) -> str | None:
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, (list, tuple)) and len(value) == 1:
-        return _text(value[0])
+        return text_of(value[0])
     return None
+
+
+def field_name(name: str) -> str:
+    """Return our name for a field that others call otherwise."""
+    return next((ours for ours, theirs in _SYNONYMS.items() if name in theirs), name)
+
+
+def same_question(first: str, second: str) -> bool:
+    """Return whether two texts ask the same: one may have an instruction around the other."""
+    ours, theirs = (
+        " ".join(text.replace("<image>", " ").lower().split()) for text in (first, second)
+    )
+    return ours == theirs or (bool(ours) and bool(theirs) and (ours in theirs or theirs in ours))
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of characters, which no file can hold."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def field(row: Mapping[str, Any], name: str) -> Any:
@@ -179,6 +249,8 @@ class ItemReader:
             else:
                 self.problems.add("items have no id: numbered by their line", self._num_rows)
                 identity = f"line-{self._num_rows}"
+        if isinstance(identity, str):
+            identity = _whole(identity)
         key = str(identity)
         if key in self._seen:
             self.problems.add("items repeat an id and were left out: the first counts", key)
@@ -197,10 +269,10 @@ class ItemReader:
                 self.problems.add("ids are not in the truth file and were left out", identity)
                 return None
             gold = found
-            ours, theirs = _text(field(row, "question")), _text(field(gold, "question"))
-            if ours and theirs and ours.split() != theirs.split():
+            ours, theirs = text_of(field(row, "question")), text_of(field(gold, "question"))
+            if ours and theirs and not same_question(ours, theirs):
                 self._num_other_questions += 1
-        answer = _text(field(gold, "answer"))
+        answer = text_of(field(gold, "answer"))
         if answer is None:
             kind = (
                 "no answer" if field(gold, "answer") is None else "an answer that is not one text"
@@ -212,22 +284,22 @@ class ItemReader:
     def _complete(
         self, identity: Any, row: Mapping[str, Any], gold: Mapping[str, Any], answer: str
     ) -> Item:
-        prediction = _text(field(row, "prediction"))
+        prediction = text_of(field(row, "prediction"))
         if prediction is None:
             self.problems.add(
                 "items have no prediction that is one text: scored as empty", identity
             )
             prediction = ""
-        image = _text(field(gold, "image"))
+        image = text_of(field(gold, "image"))
         return Item(
             id=identity,
-            question=_text(field(gold, "question")) or "",
+            question=text_of(field(gold, "question")) or "",
             answer=answer,
             is_closed=_is_closed(gold, answer, self.problems, identity),
             prediction=prediction,
-            yes_no_answer=_text(gold.get("yes_no_answer")),
-            image=image if image is not None else _text(field(row, "image")),
-            form=_text(gold.get("form")),
+            yes_no_answer=text_of(gold.get("yes_no_answer")),
+            image=image if image is not None else text_of(field(row, "image")),
+            form=text_of(gold.get("form")),
         )
 
     def _check_truth(self) -> None:

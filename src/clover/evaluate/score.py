@@ -13,8 +13,9 @@ from typing import Any
 
 from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
+from clover.evaluate.expose import TrainingAnswers
 from clover.evaluate.interval import mcnemar, paired_bootstrap
-from clover.evaluate.item import ItemReader, read_rows, read_truth
+from clover.evaluate.item import ItemReader, Problems, read_rows, read_truth
 from clover.evaluate.protocol import Item, find_protocols
 from clover.evaluate.sheet import SCORE_KEYS, Sheet, rated_rows
 
@@ -67,6 +68,7 @@ def score_file(
     protocol: str | Sequence[str] = "strict",
     *,
     truth: str | Path | None = None,
+    train: str | Path | None = None,
     per_item: str | Path | None = None,
     draws: int = 1000,
     seed: int = 0,
@@ -77,6 +79,7 @@ def score_file(
         path: Prediction lines.
         protocol: One name or several.
         truth: A file with the answers, matched by id; without it the lines carry them.
+        train: The training questions with answers, to expose answers copied from them.
         per_item: Where to write one JSON line an item and protocol.
         draws: Bootstrap draws.
         seed: Of the draws.
@@ -84,7 +87,7 @@ def score_file(
     Raises:
         CloverError: a file that cannot be read, another split's truth, nothing to score.
     """
-    sheet, reader = read_sheet(path, protocol, truth=truth, per_item=per_item)
+    sheet, reader = read_sheet(path, protocol, truth=truth, train=train, per_item=per_item)
     return score_sheet(sheet, reader, draws=draws, seed=seed)
 
 
@@ -93,6 +96,7 @@ def read_sheet(
     protocol: str | Sequence[str] = "strict",
     *,
     truth: str | Path | None = None,
+    train: str | Path | None = None,
     per_item: str | Path | None = None,
 ) -> tuple[Sheet, ItemReader]:
     """Rate every item of a prediction file.
@@ -100,7 +104,7 @@ def read_sheet(
     Raises:
         CloverError: as `score_file`.
     """
-    sheet = Sheet(find_protocols(protocol))
+    sheet = Sheet(find_protocols(protocol), None if train is None else read_training(train))
     reader = ItemReader(read_truth(truth) if truth is not None else None)
     items = reader.items(read_rows(path, reader.problems))
     if per_item is None:
@@ -111,6 +115,18 @@ def read_sheet(
     if not len(sheet):
         raise CloverError(f"{path}: {_nothing(reader)}")
     return sheet, reader
+
+
+def read_training(path: str | Path) -> TrainingAnswers:
+    """Read training questions with their answers.
+
+    Raises:
+        CloverError: no such file, or no line with a question and an answer.
+    """
+    training = TrainingAnswers(read_rows(path, Problems()))
+    if not len(training):
+        raise CloverError(f"{path} holds no line with a question and an answer to copy from")
+    return training
 
 
 def _nothing(reader: ItemReader) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clover.evaluate.expose import TrainingAnswers, Witness
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
 from clover.evaluate.prior import majority, question_only
 from clover.evaluate.protocol import DROPPED, METRICS, Item, Protocol, Rating
@@ -27,8 +28,11 @@ _NAN = math.nan
 class Sheet:
     """Ratings of many items under the same protocols."""
 
-    def __init__(self, protocols: Sequence[Protocol]) -> None:
+    def __init__(
+        self, protocols: Sequence[Protocol], training: TrainingAnswers | None = None
+    ) -> None:
         self.protocols = list(protocols)
+        self.witness = Witness(training)
         self.ids: list[Any] = []
         self.images: list[str | None] = []
         self._same: dict[str, str] = {}
@@ -56,6 +60,7 @@ class Sheet:
         self._question_codes.append(self._questions.setdefault(form, len(self._questions)))
         answer = gold or strict_form(item.answer)
         self._answer_codes.append(self._answers.setdefault(answer, len(self._answers)))
+        self.witness.add(item, gold)
         ratings = [protocol.rate(item) for protocol in self.protocols]
         for protocol, rating in zip(self.protocols, ratings, strict=True):
             self._ratings[protocol.name].extend(
@@ -113,7 +118,7 @@ class Sheet:
             "draws": draws,
             "seed": seed,
         }
-        baselines = self._baselines()
+        baselines = {**self._baselines(), "exposed": self.witness.findings()}
         return {
             protocol.name: {
                 **_summary(table, means[:, place * 5 : place * 5 + 5]),

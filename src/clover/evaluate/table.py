@@ -54,6 +54,8 @@ def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"closed questions whose truth is yes: {base}% of {details['num_closed']:,}",
         *_baseline_lines(details),
         "",
+        *exposure_lines(details["exposed"]),
+        "",
         "percent [95 % interval]: "
         f"{details['draws']:,} bootstrap draws of {details['clusters']:,} clusters "
         f"(by {details['clustered_by']}), seed {details['seed']}",
@@ -94,6 +96,24 @@ def _baseline_lines(details: Mapping[str, Any]) -> list[str]:
         found = details[key]
         rows.append([title, _percent(found["closed"]), _percent(found["open_exact"])])
     return align(rows)
+
+
+def exposure_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each charge, or one that says what was looked for in vain."""
+    lines = [f"exposed as {charge['sentence']}" for charge in found["charges"]]
+    if not lines:
+        lines.append("not exposed as blind, a yes-sayer, a no-sayer or a copier")
+    looks = found["looks"]
+    if looks["n"] and not any(charge["name"] == "blind" for charge in found["charges"]):
+        doubt = ": too few to say whether it looks" if looks["low"] <= 0 else ""
+        lines.append(
+            "over its own answers dealt out at random among the images of the same question: "
+            f"{looks['gain']:+.1f} points [{looks['low']:+.1f}, {looks['high']:+.1f}], "
+            f"n={looks['n']:,}{doubt}"
+        )
+    if found["not_tried"]:
+        lines.append("not tried: " + "; ".join(found["not_tried"]))
+    return lines
 
 
 def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:

@@ -344,6 +344,7 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     from clover.core.record import read_records, write_records
     from clover.instruct.mix import MixSettings, data_card, mix_records
 
+    shares = _shares(share)  # before the files are read: they may be large
     sets: dict[str, RecordSet] = {}
     for file in files:
         if file.stem in sets:
@@ -357,7 +358,7 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
         balance=not options["no_balance"],
     )
     sources = {name: found.records for name, found in sets.items()}
-    mixed = mix_records(sources, shares=_shares(share), seed=seed, settings=settings)
+    mixed = mix_records(sources, shares=shares, seed=seed, settings=settings)
     write_records(out, mixed)
     counts = {name: len(records) for name, records in sources.items()}
     card = data_card(mixed, sources=counts, costs=_ledgers(files), seed=seed)
@@ -376,8 +377,13 @@ def _shares(texts: tuple[str, ...]) -> dict[str, float] | None:
         name, _, value = text.rpartition("=")
         try:
             shares[name] = float(value)
-        except ValueError as error:
-            raise CloverError(f"--share '{text}' is not of the form name=0.8") from error
+        except ValueError:
+            name = ""
+        if not name:
+            raise CloverError(
+                f"--share '{text}' is not of the form name=0.8, where name is a file's without "
+                "its ending"
+            )
     return shares or None
 
 

@@ -3,16 +3,16 @@
 In: visual tokens `[B, Q, H]`, instructions, answers. Out: loss or text. A training row is
 ``[before image][visual][instruction][answer][end]`` padded on the right; a prompt to be answered
 is ``[before image][visual][pads][instruction]``, so that all rows end together (SPEC 4.2, 4.3).
-Four things keep it quick: the constant text before the image is computed once for all batches,
-the vocabulary is scored only where an answer token is predicted, rows of like length run
-together, and nothing longer than the longest of them is computed.
+Four things keep it quick: the constant text before the image is computed once and read by all rows
+without a copy (`shared_prefix`), the vocabulary is scored only where an answer token is predicted,
+rows of like length run together, and nothing longer than the longest of them is computed.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from clover.core.errors import CloverError
 from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.grouping import length_groups
 from clover.language.prompt import Prompt
+from clover.language.shared_prefix import SharedPrefix, behind, share_prefix
 
 _LOGIT_ROWS = 1024
 """Answer positions scored at a time: 1024 x 49152 float32 logits are 200 MB."""
@@ -33,8 +34,22 @@ _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 _KEPT_PREFIXES = 4
 """Constant beginnings whose keys and values are kept."""
-_ROOM = 16
-"""Columns of an answer that the cache has room for from the start; it grows by itself."""
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What stands before the tokens that are read next."""
+
+    num_tokens: int
+    cache: Any = None
+    """transformers' cache of each row; none where nothing is kept."""
+    shared: SharedPrefix | None = None
+    """The beginning of all rows, where the cache does not hold it."""
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that the mask does not speak of: they stand outside the cache."""
+        return 0 if self.shared is None else self.shared.num_tokens
 
 
 class DecoderOnly(FrozenLanguage):
@@ -44,13 +59,10 @@ class DecoderOnly(FrozenLanguage):
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
         super().__init__(model, tokenizer, prompt=prompt, config=config)
-        if self.device.type == "cpu":
-            # On a processor attention reads shared heads where they lie, with a mask as without:
-            # transformers would copy them for every head (45 % of the time of attention).
-            os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
         self._body = model.base_model
         self._head = model.get_output_embeddings()
         self._prefixes: dict[Any, Any] = {}
+        self._is_shared = share_prefix(model)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         for scale in ("logit_scale", "logits_scaling"):
             if getattr(model.config, scale, None) not in (None, 1, 1.0):
@@ -66,7 +78,8 @@ class DecoderOnly(FrozenLanguage):
 
     def text_ids(self, after_image: str) -> list[int]:
         """Return the ids of a text after the image; a long one loses its beginning."""
-        return self.tokens.encode(after_image)[-self.config.max_instruction_tokens :]
+        limit = self.config.max_instruction_tokens - len(self._start_text)
+        return [*self._start_text, *self.tokens.encode(after_image)[-limit:]]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Return the ids of an answer and its end; a long answer loses both end and end token."""
@@ -98,7 +111,7 @@ class DecoderOnly(FrozenLanguage):
                 None if visual is None else visual[rows],
                 [instruction_ids[row] for row in rows],
                 [answer_ids[row] for row in rows],
-                past=self._prefix_cache(prefix, len(rows)),
+                past=self._past(prefix, len(rows), is_kept=False),
             )
             total = total + losses.sum()
         return total, torch.tensor(sum(map(len, answer_ids)), device=self.device)
@@ -114,7 +127,7 @@ class DecoderOnly(FrozenLanguage):
         embeds = self._joined((), visual, text_ids)
         full = with_ones_before(mask, embeds.shape[1])
         hidden = self._body(inputs_embeds=embeds, attention_mask=full, use_cache=False)
-        return self._logits(hidden.last_hidden_state)
+        return self.logits(hidden.last_hidden_state)
 
     def rank(
         self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
@@ -127,18 +140,18 @@ class DecoderOnly(FrozenLanguage):
         scores: list[float] = []
         with torch.no_grad():
             # The prompt is computed once; only its last token runs again with each candidate.
-            cache, _, _ = self._read_prompt(visual, [ids[:-1]], self._prefix_ids)
+            past, _, _ = self._read_prompt(visual, [ids[:-1]], self.prefix_ids)
             for start in range(0, len(answers), _CANDIDATES):
                 chunk = answers[start : start + _CANDIDATES]
                 losses, rows = self._answer_losses(
-                    None, [ids[-1:]] * len(chunk), chunk, past=_repeated(cache, len(chunk))
+                    None, [ids[-1:]] * len(chunk), chunk, past=_repeated(past, len(chunk))
                 )
                 sums = losses.new_zeros(len(chunk)).index_add(0, rows, losses)
                 scores += (-sums).tolist()
         return scores
 
     def _answer_losses(
-        self, visual: Tensor | None, instruction_ids: Ids, answer_ids: Ids, *, past: Any
+        self, visual: Tensor | None, instruction_ids: Ids, answer_ids: Ids, *, past: _Past
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each answer token `[N]` and the row it belongs to `[N]`."""
         joined = [[*i, *a] for i, a in zip(instruction_ids, answer_ids, strict=True)]
@@ -147,9 +160,8 @@ class DecoderOnly(FrozenLanguage):
         embeds = self._joined((), visual, ids)  # [B, Q+T, H]
         num_queries = embeds.shape[1] - ids.shape[1]
         # No mask: pads are on the right and attention is causal, so no answer token sees one.
-        hidden = self._body(
-            inputs_embeds=embeds, past_key_values=past, use_cache=past is not None
-        ).last_hidden_state
+        positions = torch.arange(embeds.shape[1], device=self.device)[None] + past.num_tokens
+        hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
         rows: list[int] = []
         columns: list[int] = []
         labels: list[int] = []
@@ -166,11 +178,11 @@ class DecoderOnly(FrozenLanguage):
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float32 cross-entropies of `[N, H]` hidden states, in chunks."""
         if len(hidden) <= _LOGIT_ROWS:
-            return F.cross_entropy(self._logits(hidden), labels, reduction="none")
+            return F.cross_entropy(self.logits(hidden), labels, reduction="none")
         from torch.utils.checkpoint import checkpoint
 
         def score(part: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(part), wanted, reduction="none")
+            return F.cross_entropy(self.logits(part), wanted, reduction="none")
 
         # Logits are recomputed in the backward pass: keeping them costs 4 V bytes a token.
         chunks = zip(
@@ -178,79 +190,83 @@ class DecoderOnly(FrozenLanguage):
         )
         return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Return the last hidden states `[B, T, H]` of the model's body, fed as transformers does.
+
+        For callers that keep a cache of their own (`clover.language.rows`).
+        """
+        states: Tensor = self._body(use_cache=True, **inputs).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits `[..., V]` of hidden states `[..., H]`."""
         logits: Tensor = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
-    def _prefix_cache(self, prefix: Sequence[int], num_rows: int, *, room: int = 0) -> Any:
-        """Return a fresh cache that holds the constant prefix for every row; none if empty.
+    def _read(self, past: _Past, **inputs: Any) -> Tensor:
+        """Run the model behind `past`, whose cache grows; return the last hidden states."""
+        with behind(past.shared):
+            hidden: Tensor = self._body(
+                past_key_values=past.cache, use_cache=past.cache is not None, **inputs
+            ).last_hidden_state
+        return hidden
 
-        With room for so many more tokens, where nothing learns through it.
+    def _past(self, prefix: Sequence[int], num_rows: int, *, is_kept: bool = True) -> _Past:
+        """Return the constant prefix before each of `num_rows` rows, computed once.
+
+        Args:
+            prefix: Ids; may be none.
+            num_rows: Rows that stand behind it.
+            is_kept: Whether what is read next is kept in the cache.
         """
+        from transformers import DynamicCache
+
+        fresh = DynamicCache(config=self.model.config) if is_kept else None
         if not prefix:
-            return None
+            return _Past(0, fresh)
         # Device and type are in the key: a model that was moved must not meet its old cache.
         key = (tuple(prefix), self.device, self._embed.weight.dtype)
         if key not in self._prefixes:
-            from transformers import DynamicCache
-
             cache = DynamicCache(config=self.model.config)
-            # no_grad, not inference_mode: training concatenates these with tensors that learn.
+            # no_grad, not inference_mode: training joins these with tensors that learn.
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=self.device)
                 self._body(input_ids=ids, past_key_values=cache, use_cache=True)
             while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
-            self._prefixes[key] = cache
-        # Imported here, as all of transformers is: it takes seconds.
-        from clover.language.room import with_room
-
-        kept = self._prefixes[key]
-        roomy = with_room(kept, num_rows=num_rows, room=room) if room else None
-        return roomy if roomy is not None else _repeated(kept, num_rows)
+            self._prefixes[key] = SharedPrefix.from_cache(cache) if self._is_shared else cache
+        found = self._prefixes[key]
+        if self._is_shared:
+            return _Past(len(prefix), fresh, found)
+        return _repeated(_Past(len(prefix), found), num_rows)
 
     def _read_prompt(
-        self,
-        visual: Tensor | None,
-        prompt_ids: Ids,
-        prefix: Sequence[int],
-        *,
-        max_tokens: int = 0,
-    ) -> tuple[Any, Tensor | None, Tensor]:
-        """Run ``[prefix][visual][pads][prompt]``; return the cache, last hidden state and mask.
-
-        With `max_tokens` the cache has room for an answer of so many.
-        """
-        from transformers import DynamicCache
-
+        self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int]
+    ) -> tuple[_Past, Tensor | None, Tensor]:
+        """Run ``[prefix][visual][pads][prompt]``; return the cache, last hidden state and mask."""
+        before = self._past(prefix, len(prompt_ids))
         ids, mask = self._padded(prompt_ids, is_left=True)
         embeds = self._joined((), visual, ids)
-        room = embeds.shape[1] + min(max_tokens, _ROOM) if max_tokens else 0
-        cache = self._prefix_cache(prefix, len(prompt_ids), room=room)
-        if cache is None:
-            cache = DynamicCache(config=self.model.config)
-        mask = with_ones_before(mask, len(prefix) + embeds.shape[1])  # [B, P+Q+T]
+        num_cached = before.num_tokens - before.num_shared
+        mask = with_ones_before(mask, num_cached + embeds.shape[1])  # [B, cached + Q+T]
         if not embeds.shape[1]:
-            return cache, None, mask
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, len(prefix) :]
-        hidden: Tensor = self._body(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return cache, hidden[:, -1], mask
+            return before, None, mask
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, num_cached:] + before.num_shared
+        hidden = self._read(
+            before, inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+        )
+        past = replace(before, num_tokens=before.num_tokens + embeds.shape[1])
+        return past, hidden[:, -1], mask
 
     def _begin(
         self, visual: Tensor | None, prompt_ids: Ids, prefix: Sequence[int], max_tokens: int
     ) -> tuple[Tensor, _CachedSteps]:
         self._check_length(visual, prompt_ids, len(prefix), max_tokens)
-        cache, hidden, mask = self._read_prompt(visual, prompt_ids, prefix, max_tokens=max_tokens)
+        past, hidden, mask = self._read_prompt(visual, prompt_ids, prefix)
         assert hidden is not None, "an answer needs at least one visual or prompt token before it"
-        return self._logits(hidden), _CachedSteps(self, cache, mask)
+        return self.logits(hidden), _CachedSteps(self, past, mask)
 
     def _check_length(
         self, visual: Tensor | None, prompt_ids: Ids, num_prefix: int, max_tokens: int
@@ -274,33 +290,32 @@ class DecoderOnly(FrozenLanguage):
 class _CachedSteps:
     """One token a row and step through the model, from a cache."""
 
-    def __init__(self, language: DecoderOnly, cache: Any, mask: Tensor) -> None:
+    def __init__(self, language: DecoderOnly, past: _Past, mask: Tensor) -> None:
         self.language = language
-        self.cache = cache
+        self.past = past
         self.mask = mask
-        self.position = mask.sum(dim=1)  # [B]
+        self.position = mask.sum(dim=1) + past.num_shared  # [B]
 
     def step(self, ids: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
-        hidden = self.language._body(
+        hidden = self.language._read(
+            self.past,
             input_ids=ids[:, None],
             attention_mask=self.mask,
             position_ids=self.position[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        )
         self.position = self.position + 1
-        return self.language._logits(hidden[:, -1])
+        return self.language.logits(hidden[:, -1])
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.past.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.position = self.position[rows]
 
 
-def _repeated(cache: Any, num_rows: int) -> Any:
-    """Return a copy of a one-row cache with `num_rows` rows."""
-    copied = copy.deepcopy(cache)
+def _repeated(past: _Past, num_rows: int) -> _Past:
+    """Return a copy of what one row has before it, for `num_rows` rows."""
+    copied = copy.deepcopy(past.cache)
     if num_rows > 1:
         copied.batch_repeat_interleave(num_rows)
-    return copied
+    return replace(past, cache=copied)

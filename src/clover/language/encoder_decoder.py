@@ -92,7 +92,7 @@ class EncoderDecoder(FrozenLanguage):
         scores: list[float] = []
         with torch.no_grad():
             prompts = [self.instruction_ids(instruction)]
-            state, mask = self._encode(visual, prompts, self._prefix_ids)
+            state, mask = self._encode(visual, prompts, self.prefix_ids)
             for candidate in candidates:
                 labels = torch.tensor([self.answer_ids(candidate)], device=self.device)
                 logits = self._decode(state, mask, labels)

@@ -6,9 +6,10 @@ half is each kind's own.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,14 +40,27 @@ class FrozenLanguage(ABC):
         self, model: Any, tokenizer: Any, *, prompt: Prompt, config: LanguageConfig
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.prompt = prompt
         self.config = config
-        self.tokens = Tokens(tokenizer, prompt.answer_end)
         self.id = config.weights
         self.licence = config.licence
         self.hidden_size = int(model.config.hidden_size)
         self._embed = model.get_input_embeddings()
-        self._prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        self.prompt = prompt
+        self.tokens = Tokens(tokenizer, prompt.answer_end)
+        self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
+        """Ids of the constant text before the image."""
+        self._start_text = self._start_ids(config.text_start)
+
+    def with_prompt(self, prompt: Prompt, config: LanguageConfig | None = None) -> Self:
+        """Return the same weights under another prompt; nothing is copied.
+
+        Args:
+            prompt: how image and question are put.
+            config: other token limits, if any; the weights stay those of this model.
+        """
+        own = config or self.config
+        own = own.model_copy(update={"weights": self.config.weights})
+        return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
 
     @property
     def device(self) -> torch.device:
@@ -55,9 +69,45 @@ class FrozenLanguage(ABC):
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the weights."""
+        dtype: torch.dtype = self._embed.weight.dtype
+        return dtype
+
+    @property
     def vocabulary_size(self) -> int:
         """Scores V that the model gives a token; may be more than its tokenizer has tokens."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def _start_ids(self, text: str) -> list[int]:
+        """Return the ids of `language.text_start`, which must be one token or none.
+
+        Raises:
+            CloverError: it is several tokens.
+        """
+        ids = self.tokens.encode(text)
+        if len(ids) > 1:
+            raise CloverError(
+                f"language.text_start {text!r} is {len(ids)} tokens, it must be one; "
+                "Vicuna's is '</s>'"
+            )
+        return ids
+
+    @contextlib.contextmanager
+    def _as_published(self) -> Iterator[None]:
+        """Within the block, let the model drop units as the published training does.
+
+        # Paper: the frozen model stays in training mode; here only with `paper_dropout`
+        # (docs/decisions/0002).
+        """
+        if not self.config.paper_dropout or not torch.is_grad_enabled():
+            yield
+            return
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def text_tokens(self, text: str) -> list[int]:
         """Return the ids of a piece of text, with nothing added."""
@@ -83,12 +133,13 @@ class FrozenLanguage(ABC):
             instructions: B questions, without template.
             answers: B answers, without end token.
         """
-        return self.loss_from_ids(
-            visual,
-            [self.instruction_ids(text) for text in instructions],
-            [self.answer_ids(text) for text in answers],
-            prefix=self._prefix_ids,
-        )
+        with self._as_published():
+            return self.loss_from_ids(
+                visual,
+                [self.instruction_ids(text) for text in instructions],
+                [self.answer_ids(text) for text in answers],
+                prefix=self.prefix_ids,
+            )
 
     def generate(
         self,
@@ -120,7 +171,7 @@ class FrozenLanguage(ABC):
         """Return one answer to each text that already carries the template (`Prompt`)."""
         prompts = [self.text_ids(text) for text in after_image]
         rows = self.generate_from_ids(
-            visual, prompts, settings, prefix=self._prefix_ids, constraints=self._confined(choices)
+            visual, prompts, settings, prefix=self.prefix_ids, constraints=self._confined(choices)
         )
         return [self.tokens.decode(row) for row in rows]
 
@@ -155,7 +206,7 @@ class FrozenLanguage(ABC):
             # The best beam is known only at the end: there is nothing to show before.
             yield self.generate_text(visual, [after_image], settings)[0]
             return
-        steps = self._steps(visual, [self.text_ids(after_image)], settings, prefix=self._prefix_ids)
+        steps = self.steps(visual, [self.text_ids(after_image)], settings, prefix=self.prefix_ids)
         yield from stream_text(steps, self.tokens)
 
     @abstractmethod
@@ -218,13 +269,13 @@ class FrozenLanguage(ABC):
         if settings.num_beams > 1:
             assert constraints is None, "beam search knows no constraints"
             return self._beam_search(visual, prompt_ids, settings, prefix=prefix)
-        steps = self._steps(
+        steps = self.steps(
             visual, prompt_ids, settings, prefix=prefix, seeds=seeds, constraints=constraints
         )
         return collect_tokens(steps, len(prompt_ids))
 
     @torch.no_grad()
-    def _steps(
+    def steps(
         self,
         visual: Tensor | None,
         prompt_ids: Ids,
@@ -234,6 +285,7 @@ class FrozenLanguage(ABC):
         seeds: Sequence[int] | None = None,
         constraints: Sequence[Constraint | None] | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
+        """Yield, step by step, the (row, token id) pairs that `generate_from_ids` collects."""
         logits, stepper = self._begin(visual, prompt_ids, prefix, settings.max_tokens)
         yield from iterate_tokens(
             logits,

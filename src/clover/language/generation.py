@@ -95,6 +95,36 @@ def iterate_tokens(
         logits = stepper.step(ids)
 
 
+def next_token(
+    scores: Tensor,
+    written: list[int],
+    settings: GenerationSettings,
+    generator: torch.Generator,
+    *,
+    stop_ids: frozenset[int],
+    constraint: Constraint | None = None,
+) -> int:
+    """Return what one row writes next, as `iterate_tokens` would choose it.
+
+    Args:
+        scores: logits `[V]`; they are changed.
+        written: the row's tokens so far.
+        settings: `max_tokens` and `num_beams` are not read here.
+        generator: of sampling.
+        stop_ids: tokens that end the row.
+        constraint: of what the row may write; it takes note of the token.
+    """
+    row = _adjust(scores.float()[None], [written], settings)
+    if len(written) < settings.min_tokens:
+        row[:, list(stop_ids)] = -torch.inf
+    if constraint is not None:
+        _confine(row, [constraint])
+    token = int(_pick(row, settings, [generator]))
+    if constraint is not None and token not in stop_ids:
+        constraint.accept(token)
+    return token
+
+
 def collect_tokens(steps: Iterator[list[tuple[int, int]]], num_rows: int) -> list[list[int]]:
     """Run the loop to its end and return each row's token ids, end token included."""
     written: list[list[int]] = [[] for _ in range(num_rows)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from clover.core.assets import parse, resolve
 from clover.core.config import LanguageConfig, PromptConfig
@@ -19,6 +20,7 @@ from clover.language.decoder_only import DecoderOnly
 from clover.language.dequantise import dequantised_folder
 from clover.language.encoder_decoder import EncoderDecoder
 from clover.language.prompt import Prompt
+from clover.language.quantise import bitsandbytes_config, quantise_int8
 
 
 def load_language_model(
@@ -47,7 +49,7 @@ def load_language_model(
     parsed = Prompt.from_config(prompt)
     with _quiet():
         tokenizer = _load_tokenizer(folder)
-        model = _load_model(folder, config, dtype).to(device)
+        model = _load_model(folder, config, dtype, device)
     build = DecoderOnly if config.kind == "decoder_only" else EncoderDecoder
     named = config.model_copy(update={"weights": parse(config.weights).reference.split("?")[0]})
     return build(model, tokenizer, prompt=parsed, config=named)
@@ -92,7 +94,9 @@ def _load_tokenizer(folder: Path) -> Any:
         raise CloverError(f"{folder} has no usable tokenizer: {hint}") from error
 
 
-def _load_model(folder: Path, config: LanguageConfig, dtype: torch.dtype) -> Any:
+def _load_model(
+    folder: Path, config: LanguageConfig, dtype: torch.dtype, device: str | torch.device
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
@@ -107,15 +111,33 @@ def _load_model(folder: Path, config: LanguageConfig, dtype: torch.dtype) -> Any
         # SPEC 4.1: the published system runs T5 with the exact GELU, not the checkpoint's tanh one.
         shape.dense_act_fn = "gelu"
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if config.quantise.startswith("bnb"):
+        more = {"quantization_config": bitsandbytes_config(config), "device_map": {"": device}}
     try:
-        return family.from_pretrained(
-            str(folder), config=shape, dtype=dtype, local_files_only=True, use_safetensors=True
+        model, report = family.from_pretrained(
+            str(folder),
+            config=shape,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **more,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise CloverError(
             f"cannot read the weights in {folder}: {_first_line(error)}; "
             "safetensors are read, pickles are not"
         ) from error
+    # transformers would draw what is missing at random and go on.
+    if missing := sorted(report["missing_keys"]):
+        raise CloverError(
+            f"{folder} does not fit its own config.json: {len(missing)} tensors are missing, "
+            f"for instance {missing[0]}; the files are not whole, or another model's"
+        )
+    if config.quantise == "int8":
+        quantise_int8(model)
+    return model if more else model.to(device)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ from clover.core.config import PromptConfig
 from clover.core.errors import CloverError
 
 _IMAGE, _QUESTION = "{image}", "{question}"
+EXAMPLES = "{examples}"
+"""Where stage 2 writes worked examples; nothing stands there before."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Prompt:
         Raises:
             CloverError: not exactly one `{image}` followed by exactly one `{question}`.
         """
-        template = config.template
+        template = config.template.replace(EXAMPLES, "")
         for slot in (_IMAGE, _QUESTION):
             if template.count(slot) != 1:
                 raise CloverError(
@@ -72,9 +74,7 @@ class Prompt:
         """
         if self.answer_end and self.answer_end in self.before_image:
             return self.before_image.rsplit(self.answer_end, 1)[1]
-        # Chat templates end a turn with a line break; it belongs before the next turn.
-        line_break = "\n" if "\n" in self.before_image + self.after_question else " "
-        return line_break + self.before_image
+        return _between_turns(self.config) + self.before_image
 
     def conversation(self, turns: Sequence[tuple[str, str]], question: str) -> tuple[str, str]:
         """Return the text before and after the visual tokens when answers went before.
@@ -92,3 +92,13 @@ class Prompt:
             opening = self._opening()
         before, after = self.split(question)
         return before, text + opening + after
+
+
+def turn_end(config: PromptConfig) -> str:
+    """Return what closes an answer before the next turn begins."""
+    return config.answer_end + _between_turns(config)
+
+
+def _between_turns(config: PromptConfig) -> str:
+    # Chat templates end a turn with a line break; it belongs before the next turn.
+    return "\n" if "\n" in config.template else " "

@@ -49,3 +49,8 @@ class Tokens:
             kept.append(token)
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.strip()
+
+    def spell(self, token: int) -> str:
+        """Return one token's own text, special tokens spelt out."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text

@@ -61,8 +61,12 @@ def _region_mask(distance: Layer, region: Region) -> Layer:
     return soft_step((1 - distance) * min(region.radius_x, region.radius_y), 3.0)
 
 
-def necrosis(canvas: Canvas, rng: Generator, region: Region) -> None:
-    """Turn a region into pale granular matter with ghosts of nuclei and nuclear dust."""
+def necrosis(canvas: Canvas, rng: Generator, region: Region) -> Layer:
+    """Turn a region into pale granular matter with ghosts of nuclei and nuclear dust.
+
+    Returns:
+        Where it was painted [SIZE, SIZE], 1 inside its ragged edge and 0 outside.
+    """
     mask = _region_mask(_region_distance(rng, region), region)
     ghosts = canvas.drop_sites(mask > 0.35)
     for layer in canvas.tissue_layers():
@@ -74,10 +78,15 @@ def necrosis(canvas: Canvas, rng: Generator, region: Region) -> None:
     canvas.stamp(canvas.nuclei, "ghost", ghosts[:60], rng=rng)
     specks = points_in(mask > 0.85, jittered_points(rng, 8.5, jitter=0.6))
     canvas.stamp(canvas.nuclei, "dust", specks[rng.random(len(specks)) < 0.8], rng=rng)
+    return mask
 
 
-def infiltrate(canvas: Canvas, rng: Generator, region: Region) -> None:
-    """Fill a region with lymphocytes, or with neutrophils in their pink cytoplasm."""
+def infiltrate(canvas: Canvas, rng: Generator, region: Region) -> Layer:
+    """Fill a region with lymphocytes, or with neutrophils in their pink cytoplasm.
+
+    Returns:
+        Where it was painted [SIZE, SIZE], as `necrosis`; stragglers outside are not in it.
+    """
     distance = _region_distance(rng, region)
     mask = _region_mask(distance, region)
     lymphoid = canvas.case.infiltrate == "lymphoid"
@@ -93,9 +102,10 @@ def infiltrate(canvas: Canvas, rng: Generator, region: Region) -> None:
     points = np.concatenate([dense, points_in(mask <= 0.4, stragglers)])
     if lymphoid:
         canvas.stamp(canvas.nuclei, "lymphocyte", points, rng=rng)
-        return
+        return mask
     canvas.stamp(canvas.cytoplasm, "cell", points, rng=rng, strength=0.75)
     canvas.stamp(canvas.nuclei, "neutrophil", points, rng=rng)
+    return mask
 
 
 def choose_mitoses(canvas: Canvas, rng: Generator) -> Points:

@@ -19,6 +19,9 @@ class Picture:
     image: NDArray[np.uint8]
     """[224, 224, 3], RGB."""
     regions: tuple[Region, ...]
+    masks: dict[str, NDArray[np.bool_]]
+    """Where necrosis and infiltrate were painted, [224, 224] each; their regions are the ellipses
+    that the ragged edges run about."""
 
 
 def draw(case: Case) -> Picture:
@@ -28,17 +31,18 @@ def draw(case: Case) -> Picture:
     tissue.paint(canvas, rng)
     if case.fibrosis:
         finding.fibrosis(canvas, rng)
+    masks: dict[str, NDArray[np.bool_]] = {}
     if (place := case.region("necrosis")) is not None:
-        finding.necrosis(canvas, rng, place)
+        masks["necrosis"] = finding.necrosis(canvas, rng, place) > 0.5
     if (place := case.region("infiltrate")) is not None:
-        finding.infiltrate(canvas, rng, place)
+        masks["infiltrate"] = finding.infiltrate(canvas, rng, place) > 0.5
     # Figures are painted after the other nuclei, which must not cover them.
     figures = finding.choose_mitoses(canvas, rng) if case.mitoses else None
     finding.paint_nuclei(canvas, rng)
     regions = list(case.regions)
     if figures is not None:
         regions += finding.paint_mitoses(canvas, rng, figures)
-    return Picture(stain.colour(canvas, rng), tuple(regions))
+    return Picture(stain.colour(canvas, rng), tuple(regions), masks)
 
 
 def render(case: Case) -> NDArray[np.uint8]:

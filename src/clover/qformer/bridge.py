@@ -62,6 +62,7 @@ class Bridge(nn.Module):
         # 1e-5, not the encoder's 1e-6: the published ln_vision is torch's default (SPEC, 3.1).
         self.vision_norm = nn.LayerNorm(config.encoder_width, eps=1e-5)
         self.qformer = QFormer(config)
+        self.qformer.word_embedding.requires_grad_(config.train_word_embedding)
         self.heads = AlignmentHeads(config, temperature=temperature) if has_alignment else None
         self.projection = (
             nn.Linear(config.hidden_size, language_width) if language_width is not None else None
@@ -108,5 +109,7 @@ class Bridge(nn.Module):
         return prefix
 
     def num_trainable(self) -> int:
-        """Return how many parameters learn."""
-        return sum(item.numel() for item in self.parameters() if item.requires_grad)
+        """Return how many parameters learn, or learnt: a loaded model takes no gradient."""
+        words = self.qformer.word_embedding.weight.numel()
+        still = 0 if self.config.train_word_embedding else words
+        return sum(item.numel() for item in self.parameters()) - still

@@ -18,8 +18,10 @@ _TOP = {
     "vision_proj": "heads.vision_projection",
     "text_proj": "heads.text_projection",
     "itm_head": "heads.matching",
+    "proj": "projection",
     "t5_proj": "projection",
     "llm_proj": "projection",
+    "opt_proj": "projection",
     "Qformer.bert.embeddings.word_embeddings": "qformer.word_embedding",
     "Qformer.bert.embeddings.position_embeddings": "qformer.position_embedding",
     "Qformer.bert.embeddings.LayerNorm": "qformer.embedding_norm",
@@ -39,6 +41,9 @@ _CROSS = {
 }
 _THEIRS = {theirs: ours for ours, theirs in {**_LAYER, **_CROSS}.items()}
 _BLOCK = re.compile(r"^Qformer\.bert\.encoder\.layer\.(\d+)\.(.+)\.(weight|bias)$")
+_BACK = {ours: theirs for theirs, ours in reversed(_TOP.items())}
+_PART = {**_LAYER, **_CROSS}
+_LAYER_NAME = re.compile(r"^qformer\.layers\.(\d+)\.(.+)\.(weight|bias)$")
 # Copies, buffers and frozen parts that published files carry along (SPEC, section 7.2).
 _IGNORED = re.compile(
     r"position_ids$|decoder\.(weight|bias)$|^(visual_encoder|t5_model|llm_model|opt_model)\."
@@ -79,3 +84,15 @@ def from_lavis(state: Mapping[str, Tensor]) -> Converted:
         else:
             converted.unknown.append(name)
     return converted
+
+
+def lavis_name_of(name: str) -> str | None:
+    """Return LAVIS's name of one of our parameters; the projection's is `proj` for any model."""
+    block = _LAYER_NAME.match(name)
+    if block is not None:
+        index, part, kind = block.groups()
+        return f"Qformer.bert.encoder.layer.{index}.{_PART[part]}.{kind}" if part in _PART else None
+    if name in _BACK:
+        return _BACK[name]
+    stem, _, kind = name.rpartition(".")
+    return f"{_BACK[stem]}.{kind}" if stem in _BACK else None

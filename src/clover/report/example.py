@@ -13,7 +13,10 @@ from typing import Any
 
 from PIL import Image
 
+from clover.core.errors import CloverError
 from clover.report.reading import Row, Run
+from clover.slides.picture import is_region, read_region
+from clover.slides.region import split_reference
 
 _EACH = 8
 """Right examples, and as many wrong ones."""
@@ -104,16 +107,17 @@ def _card(
 ) -> dict[str, Any]:
     return {
         "form": str(row.get("form") or "").replace("_", " "),
-        "question": _short(row.get("question")),
-        "answer": _short(row.get("answer")),
-        "prediction": _short(row.get("prediction")),
-        "blind": _short(blind[row.get("id")]) if row.get("id") in blind else None,
+        "question": short(row.get("question")),
+        "answer": short(row.get("answer")),
+        "prediction": short(row.get("prediction")),
+        "blind": short(blind[row.get("id")]) if row.get("id") in blind else None,
         "judgement": judgement,
         "picture": embedded(folder / str(row["image"])) if folder and row.get("image") else None,
     }
 
 
-def _short(text: Any) -> str:
+def short(text: Any) -> str:
+    """Return a text as it is shown: of a long one the beginning."""
     said = "" if text is None else str(text)
     return said if len(said) <= _LONGEST_SHOWN else said[: _LONGEST_SHOWN - 1] + "…"
 
@@ -126,15 +130,18 @@ def image_folder(run: Run) -> Path | None:
     places = [Path(stated), run.path / stated, run.path.parent / stated] if stated else []
     # A run folder that was moved: its own fresh images first.
     places += [run.path / "phantom-validation", run.path / "phantom", run.path]
-    return next((place for place in places if names and (place / names[0]).is_file()), None)
+    return next(
+        (place for place in places if names and split_reference(place / names[0])[0].is_file()),
+        None,
+    )
 
 
 def embedded(path: Path) -> str | None:
     """Return a small picture as a data URI of at most 20 kB, or None for what cannot be read."""
     try:
-        with Image.open(path) as opened:
+        with read_region(path, None) if is_region(path) else Image.open(path) as opened:
             picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (CloverError, OSError, ValueError, Image.DecompressionBombError):
         return None
     picture.thumbnail((_SIDE, _SIDE))
     for quality in (85, 75, 60, 45, 30):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from clover.core.errors import CloverError, nearest
-from clover.core.files import write_json
+from clover.core.files import atomic_path, write_json
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from clover.language.protocol import GenerationSettings
@@ -71,7 +72,10 @@ class Conversation:
     settings: GenerationSettings | None = None
     image: str | None = None
     turns: list[Turn] = field(default_factory=list)
+    draw: Callable[[Image.Image], str] | None = None
+    """Turns a picture into what this terminal shows; none where it shows no pictures."""
     _features: Tensor | None = None
+    _picture: Image.Image | None = None
 
     def look_at(self, path: str) -> None:
         """Read an image and begin anew.
@@ -79,11 +83,16 @@ class Conversation:
         Raises:
             CloverError: it cannot be read; the conversation is as it was.
         """
+        from clover.model import open_image
+
         name = path.strip().strip("'\"")
         if not name:
             raise CloverError("/image wants a path, for instance /image slide-17.png")
-        self._features = self.model.encode(Path(name).expanduser())
-        self.image, self.turns = name, []
+        picture = open_image(Path(name).expanduser())
+        self._features = self.model.encode(picture)
+        self.image, self.turns, self._picture = name, [], picture
+        if self.draw is not None:
+            self.write(self.draw(picture))
 
     def take(self, line: str) -> bool:
         """Do what a line says; return whether the conversation goes on.
@@ -115,6 +124,8 @@ class Conversation:
             self.write("A new conversation about the same image.\n")
         elif name == "/save":
             self._save(rest.strip().strip("'\""))
+        elif name == "/why":
+            self._explain(rest.strip().strip("'\""))
         elif name == "/help":
             self.write(help_text() + "\n")
         else:
@@ -139,6 +150,29 @@ class Conversation:
         self.write(" … (stopped)\n" if is_stopped else "\n")
         seconds = round(time.perf_counter() - start, 3)
         self.turns.append(Turn(question, "".join(pieces).strip(), seconds, is_stopped))
+
+    def _explain(self, name: str) -> None:
+        """Write the picture with where the queries looked at the last question."""
+        from clover.explain import explain
+        from clover.serve.overlay import overlay
+
+        if not self.turns or self._features is None or self._picture is None:
+            raise CloverError("/why wants a question first; ask one, then /why")
+        path = Path(name or "why.png").expanduser()
+        if path.suffix.lower() != ".png":
+            raise CloverError(f"/why writes a PNG; name it for instance {path.stem}.png")
+        last = self.turns[-1]
+        found = explain(self.model, self._features, last.question, last.answer)
+        shown = overlay(self._picture, found.maps.rollout())
+        with atomic_path(path) as partial:
+            shown.save(partial, format="PNG")
+        if self.draw is not None:
+            self.write(self.draw(shown))
+        self.write(
+            f"{path}: where the model looked when asked {last.question!r}. Deletion test: "
+            f"{found.deletion.label}; without these places the answer's log-likelihood falls by "
+            f"{found.deletion.gain:.2f} more than without random ones.\n"
+        )
 
     def _save(self, name: str) -> None:
         from clover.model import NOTICE

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from clover.core.assets import check_hash, home, parse, resolve
-from clover.core.config import Recipe, load_recipe
+from clover.core.config import EncoderConfig, Recipe, load_recipe
 from clover.core.errors import CloverError
 from clover.core.terminal import progress
 
@@ -28,12 +28,21 @@ class FetchedFile:
 def asset_references(recipe: Recipe) -> dict[str, str]:
     """Return recipe field -> asset reference, for every file the recipe names."""
     named = {
-        "encoder.weights": recipe.encoder.weights,
+        "encoder.weights": _encoder_weights(recipe.encoder),
         "qformer.weights": recipe.qformer.weights,
         "qformer.tokenizer": recipe.qformer.tokenizer,
         "language.weights": recipe.language.weights,
     }
     return {field: reference for field, reference in named.items() if reference}
+
+
+def _encoder_weights(config: EncoderConfig) -> str | None:
+    """Return the encoder's reference; one known by name has it in the register."""
+    if config.kind != "known":
+        return config.weights
+    from clover.vision.family.known import expand
+
+    return expand(config).weights
 
 
 def fetch_file(field: str, reference: str) -> FetchedFile:
@@ -42,7 +51,17 @@ def fetch_file(field: str, reference: str) -> FetchedFile:
     Raises:
         CloverError: it is absent and cannot be fetched.
     """
-    path = resolve(reference)
+    try:
+        path = resolve(reference)
+    except CloverError as error:
+        asset = parse(reference)
+        if asset.kind != "path":
+            raise CloverError(f"{field}: {error}") from error
+        raise CloverError(
+            f"{field}: no file {asset.path}, which the recipe expects there "
+            f"(in {Path.cwd()}); put {asset.path.name} there, or name another under "
+            f"{field} in the recipe"
+        ) from error
     if path.is_dir():
         sizes = (item.stat().st_size for item in path.rglob("*") if item.is_file())
         return FetchedFile(field, path, sum(sizes), "not pinned")

@@ -29,17 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clover.core.errors import CloverError
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.training.objective import Losses
 from clover.tune.objective import InstructionBatch, load_instructions
+from clover.tune.spelling import Spelling, SpellingKind
 from clover.vision.dataset import FeatureSet
 
 _RIDGE = 1e-4
 """Of the refit, per row: hidden rows have about unit variance."""
-_LONGEST_TOKEN = 20
-"""Characters; an answer of more for each place is not tokenised to find that it is too long."""
 _REFIT_ROWS = 16_384
 """Query rows that are enough to fit the projection on."""
 
@@ -56,6 +54,10 @@ class GroundingObjective:
     """One token of the language model, for places behind the answer."""
     anchor: float = 0.0
     """Weight of the squared distance to the word's embedding."""
+    spelling: SpellingKind = "whole"
+    """Whether an answer is spelt whole, or as far as it differs from every other."""
+    share_seen: float = 1.0
+    """Share of an image's tokens that a training step sees."""
     repeat: int = 1
     """A rare question is asked up to so many times as often, at most as often as the commonest."""
     seed: int = 0
@@ -64,22 +66,14 @@ class GroundingObjective:
     """Ids of the tokens that answers are made of [V']."""
 
     def __post_init__(self) -> None:
-        encode = self.model.language.text_tokens
-        filler = encode(self.filler)
-        if len(filler) != 1:
-            raise CloverError(
-                f"tune.grounding_filler {self.filler!r} is {len(filler)} tokens of the language "
-                "model, it must be one; ' -' is one in most"
-            )
-        self._filler = filler[0]
-        self._spelt: dict[str, list[int]] = {}
-        longest = _LONGEST_TOKEN * self.num_places
-        answers = {record.answer or "" for record in self.data.records}
-        for answer in (text for text in answers if len(text) <= longest):
-            # With a blank before it: the commonest form of a word, and often a single token.
-            ids = encode(" " + answer)
-            if len(ids) <= self.num_places:
-                self._spelt[answer] = ids
+        spelling = Spelling.of(
+            (record.answer or "" for record in self.data.records),
+            encode=self.model.language.text_tokens,
+            num_places=self.num_places,
+            filler=self.filler,
+            kind=self.spelling,
+        )
+        self._filler, self._spelt = spelling.filler_id, spelling.ids
         used = {self._filler}.union(*self._spelt.values())
         device = self.model.device.device
         self.vocabulary = torch.tensor(sorted(used))
@@ -142,9 +136,19 @@ class GroundingObjective:
         """Return how much visual tokens [B, Q, H] point at each word [B, Q, V']."""
         return (visual.float() - self._mean) @ self._offsets.t()
 
+    def _seen(self, features: Tensor) -> Tensor:
+        """Return a random share of each image's tokens: [G, P, E] to [G, P', E]."""
+        images, places, width = features.shape
+        kept = max(1, round(self.share_seen * places))
+        if kept == places:
+            return features
+        chosen = torch.rand(images, places, device=features.device).argsort(dim=1)[:, :kept]
+        return features.gather(1, chosen[..., None].expand(-1, -1, width))
+
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return the summed loss of the batch, averaged over places."""
-        visual = self.model.visual_prefix(batch.features, batch.questions).float()  # [B, Q, H]
+        features = self._seen(batch.features) if self.module.training else batch.features
+        visual = self.model.visual_prefix(features, batch.questions).float()  # [B, Q, H]
         target = self.targets(batch.answers).to(visual.device)
         loss = F.cross_entropy(
             self.scores(visual).flatten(0, 1), target.flatten(), reduction="none"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from clover.core.config import Recipe, TuneConfig
+from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
-from clover.core.record import write_rejected
+from clover.core.record import Record, write_rejected
 from clover.core.run import RunFolder
+from clover.language.prompt import EXAMPLES, Prompt
+from clover.language.protocol import LanguageModel
 from clover.model import (
     Clover,
     build_bridge,
@@ -21,8 +25,10 @@ from clover.model import (
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
+from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
+from clover.tune.spelling import Spelling
 from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
 
@@ -79,6 +85,8 @@ def tune(
     if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
         return TuneResult(out, data.summary(), True)
     language = load_frozen_language(recipe.language, recipe.prompt, device)
+    recipe = with_examples(recipe, data.records, language)
+    language = language.with_prompt(Prompt.from_config(recipe.prompt))
     bridge = build_bridge(recipe, encoder, tokenizer, language_width=language.hidden_size)
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
@@ -102,6 +110,35 @@ def tune(
     return TuneResult(out, data.summary(), is_finished)
 
 
+def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageModel) -> Recipe:
+    """Return the recipe with worked examples in its prompt; they come from the training data.
+
+    Raises:
+        CloverError: examples are wanted, and the template has no place for them.
+    """
+    if not recipe.tune.worked_examples:
+        return recipe
+    if EXAMPLES not in recipe.prompt.template:
+        raise CloverError(
+            f"tune.worked_examples is {recipe.tune.worked_examples}, but prompt.template has no "
+            f"place for them; write {EXAMPLES} before its first turn, or set "
+            "tune.worked_examples to 0"
+        )
+    spelling = Spelling.of(
+        (record.answer or "" for record in records),
+        encode=language.text_tokens,
+        num_places=recipe.qformer.num_queries,
+        filler=recipe.tune.grounding_filler,
+        kind=recipe.tune.grounding_spelling,
+    )
+    examples = choose_examples(
+        records, recipe.tune.worked_examples, fits=lambda answer: spelling.text(answer) is not None
+    )
+    return recipe.model_copy(
+        update={"prompt": write_examples(recipe.prompt, examples, spelt=spelling.text)}
+    )
+
+
 def ground(objective: TuneObjective, job: TrainingJob) -> None:
     """Run the steps before the language model's own, or what is left of them.
 
@@ -115,6 +152,8 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
         together=config.grounding_questions,
         filler=config.grounding_filler,
         repeat=config.grounding_repeat,
+        spelling=config.grounding_spelling,
+        share_seen=config.grounding_tokens,
         seed=job.seed,
     )
     if not grounding.num_samples():

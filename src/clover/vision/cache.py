@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clover.core.errors import CloverError
 from clover.core.files import atomic_path, fingerprint, read_json, write_json
 from clover.core.record import Record, Rejection
 from clover.core.terminal import progress
+from clover.slides.picture import is_region, read_region, region_digest
 from clover.vision.encoder import ImageEncoder
 
 _SHARD = 128  # images a shard: what a crash can cost
@@ -115,13 +117,13 @@ class FeatureCache:
         rejected: list[Rejection],
     ) -> Iterator[tuple[list[str], Tensor]]:
         """Yield decoded batches; what cannot be decoded goes to `rejected`."""
-        size = 32
+        size = self._encoder.batch_size
         decoded = pool.map(lambda digest: self._decode(images[digest]), digests)
         names: list[str] = []
         pixels: list[Tensor] = []
         for digest, found in zip(digests, decoded, strict=True):
-            if isinstance(found, str):
-                rejected.append(Rejection(str(images[digest]), 0, found))
+            if isinstance(found, Rejection):
+                rejected.append(found)
                 continue
             names.append(digest)
             pixels.append(found)
@@ -131,16 +133,21 @@ class FeatureCache:
         if names:
             yield names, torch.stack(pixels)
 
-    def _decode(self, path: Path) -> Tensor | str:
+    def _decode(self, path: Path) -> Tensor | Rejection:
         try:
+            if is_region(path):
+                return self._encoder.prepare(read_region(path, self._encoder.microns_per_pixel))
             with Image.open(path) as image:
                 return self._encoder.prepare(image)
+        except CloverError as error:
+            return Rejection(str(path), 0, "unreadable region of a slide", str(error))
         except UnidentifiedImageError:
-            return "broken image (of no known format)"
+            reason = "of no known format"
         except Image.DecompressionBombError:
-            return "broken image (too many pixels)"
+            reason = "too many pixels"
         except (OSError, SyntaxError, ValueError):
-            return "broken image (cut off or damaged)"
+            reason = "cut off or damaged"
+        return Rejection(str(path), 0, f"broken image ({reason})")
 
     def _write(self, number: int, digests: list[str], tokens: Tensor) -> None:
         shard = self.path / f"shard-{number:05d}.safetensors"
@@ -170,12 +177,18 @@ class FeatureCache:
 
 
 def hash_images(
-    records: Sequence[Record], folder: Path
+    records: Sequence[Record], folder: Path, *, microns_per_pixel: float | None = None
 ) -> tuple[dict[str, str], dict[str, Path], list[Rejection]]:
     """Hash the images of records.
 
+    Args:
+        records: Their images are paths, or regions of slides.
+        folder: Where relative paths start.
+        microns_per_pixel: At which the encoder reads regions; a part of their hash.
+
     Returns:
-        image name -> SHA-256; SHA-256 -> one path with these bytes; missing or empty images.
+        image name -> SHA-256; SHA-256 -> one path with these bytes; missing images, and regions
+        that name no place.
     """
     digests: dict[str, str] = {}
     paths: dict[str, Path] = {}
@@ -187,12 +200,17 @@ def hash_images(
             continue
         path = folder / name
         try:
-            data = path.read_bytes()
-        except OSError:
+            if not is_region(path):
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            elif microns_per_pixel is None:
+                raise CloverError("region of a slide, but encoder.microns_per_pixel is not set")
+            else:
+                digest = region_digest(path, microns_per_pixel)
+        except (OSError, CloverError) as error:
             failed.add(name)
-            rejected.append(Rejection(str(path), 0, "missing image"))
+            reason = "missing image" if isinstance(error, OSError) else str(error)
+            rejected.append(Rejection(str(path), 0, reason))
             continue
-        digest = hashlib.sha256(data).hexdigest()
         digests[name] = digest
         paths.setdefault(digest, path)
     return digests, paths, rejected

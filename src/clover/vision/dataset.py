@@ -58,7 +58,9 @@ def load_feature_set(
     found = read_records(path, needs=needs)
     folder = images if images is not None else found.folder
     features = FeatureCache(cache, encoder)
-    digests, paths, missing = hash_images(found.records, folder)
+    digests, paths, missing = hash_images(
+        found.records, folder, microns_per_pixel=encoder.microns_per_pixel
+    )
     broken = features.fill(paths)
     rejected = [*found.rejected, *missing, *broken]
     records = [

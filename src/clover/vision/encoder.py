@@ -29,7 +29,9 @@ class ImageEncoder(Protocol):
         num_tokens: Tokens an image, P.
         width: Width of a token, E.
         licence: Of the weights.
+        licence_note: What it says of models trained on the tokens; empty when it says nothing.
         microns_per_pixel: Resolution it was trained at, where it is known.
+        batch_size: Images a forward pass.
     """
 
     id: str
@@ -37,7 +39,9 @@ class ImageEncoder(Protocol):
     num_tokens: int
     width: int
     licence: str
+    licence_note: str
     microns_per_pixel: float | None
+    batch_size: int
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -81,7 +85,8 @@ class FeatureMapEncoder:
         # Depthwise convolutions run twice as fast on a CPU with channels last.
         self.network: nn.Module = network.to(memory_format=torch.channels_last)
         self.id = f"timm/{config.model}"
-        self.licence = config.licence
+        self.licence, self.licence_note = config.licence, config.licence_note
+        self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         data = network.default_cfg
@@ -171,7 +176,8 @@ class TinyEncoder:
 
     def __init__(self, config: EncoderConfig) -> None:
         self.id = "tiny/patches"
-        self.licence = "MIT"
+        self.licence, self.licence_note = "MIT", config.licence_note
+        self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         self.num_tokens, self.width = self._grid**2, 24
@@ -199,4 +205,10 @@ def load_encoder(config: EncoderConfig) -> ImageEncoder:
     Raises:
         CloverError: unknown architecture, or weights that do not fit it.
     """
-    return TinyEncoder(config) if config.kind == "tiny" else FeatureMapEncoder(config)
+    if config.kind == "tiny":
+        return TinyEncoder(config)
+    if config.kind == "timm":
+        return FeatureMapEncoder(config)
+    from clover.vision.token_encoder import TokenEncoder
+
+    return TokenEncoder(config)

@@ -1,0 +1,67 @@
+"""EVA-CLIP ViT-g/14 at full size, random weights, against transformers' `Blip2VisionModel`.
+
+    python -m benchmarks.eva --batch 2 --runs 3
+
+Both hold the same float32 weights (4 GB each, 8 GB in all). Prints the largest absolute difference
+of the tokens after the same last norm, the largest relative to the tokens' spread, and the seconds
+an image of both, called in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.figure import alternating, print_figure
+from clover.core.config import EncoderConfig
+from clover.core.tensors import open_tensors
+from clover.vision.token_encoder import build_family, load
+
+
+def main() -> None:
+    """Build both, compare, time."""
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=39, help="Blocks; less for a trial.")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    # Its own initial range, 1e-10, would make every token the same.
+    shape = Blip2VisionConfig(
+        num_hidden_layers=options.depth, layer_norm_eps=1e-6, initializer_range=0.02
+    )
+    theirs = Blip2VisionModel(shape).eval()
+    _, family = build_family(EncoderConfig(kind="eva_clip", model="vit_g_14"))
+    network = family.network
+    if options.depth != 39:
+        network.blocks = network.get_submodule("blocks")[: options.depth]  # type: ignore[index]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(theirs.state_dict(), path)
+        assert family.collect is not None
+        load(family, family.collect(open_tensors(path)), "transformers")
+    network = network.eval()
+    pixels = torch.randn(options.batch, 3, 224, 224)
+    with torch.inference_mode():
+        expected = theirs(pixels).last_hidden_state
+        found = theirs.post_layernorm(network(pixels))
+        difference = float((found - expected).abs().max())
+        spread = float(expected.std())
+        count = sum(item.numel() for item in theirs.parameters())
+        details = {"parameters": count, "batch": options.batch, "numbers": "float32"}
+        print_figure("eva_difference", difference * 1e6, "1e-6", spread=spread, **details)
+        ours_s, theirs_s = alternating(
+            [lambda: network(pixels), lambda: theirs(pixels)], runs=options.runs
+        )
+    print_figure("eva_seconds_an_image", ours_s / options.batch, "s", **details)
+    ratio = theirs_s / ours_s
+    print_figure("eva_speed", ratio, "x", peer="transformers Blip2VisionModel", **details)
+
+
+if __name__ == "__main__":
+    main()

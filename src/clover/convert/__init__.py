@@ -1,0 +1,1 @@
+"""Checkpoints between CLOVER, LAVIS and transformers, tensor by tensor."""

@@ -1,0 +1,111 @@
+"""Fewer bits for frozen weights: 8-bit integers that run on every device, bitsandbytes on a GPU.
+
+`int8`: each row of a weight matrix becomes integers in -127 … 127 and one scale, the row's largest
+absolute value / 127. The product is computed in the activations' own format, so gradients pass to
+the visual tokens as before. Embeddings, norms and the head stay as they are.
+
+# Why not torchao: docs/decisions/0009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clover.core.config import LanguageConfig
+from clover.core.errors import CloverError
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer whose weight is one byte a value.
+
+    Args:
+        linear: The layer whose weights it takes over.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        values = linear.weight.detach().float()
+        scale = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        self.register_buffer("weight", (values / scale).round().to(torch.int8))  # [N, K]
+        self.register_buffer("scale", scale.squeeze(1).to(linear.weight.dtype))  # [N]
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        # The matrix is spelt out for this product only: one layer at a time is full-sized.
+        product: Tensor = _Product.apply(x, self.weight) * self.scale.to(x.dtype)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T with an integer weight, which is spelt out again in the backward pass.
+
+    Keeping the full-sized weight for the backward pass would cost what the integers save.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
+        context.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = context.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+def quantise_int8(model: nn.Module) -> int:
+    """Replace the linear layers of a model in place, its head apart; return how many.
+
+    Args:
+        model: A transformers model.
+    """
+    head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+    kept = head()
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child is not kept:
+                setattr(parent, name, Int8Linear(child))
+                count += 1
+    return count
+
+
+def bitsandbytes_config(config: LanguageConfig) -> Any:
+    """Return transformers' configuration for 8 or 4 bits through bitsandbytes. Not measured here.
+
+    Raises:
+        CloverError: bitsandbytes is not installed, or there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise CloverError(
+            f"language.quantise {config.quantise} needs a CUDA GPU, and there is none; "
+            "language.quantise=int8 runs everywhere"
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise CloverError(
+            f"language.quantise {config.quantise} needs the package bitsandbytes: "
+            "pip install 'clover-pathology[bits]'"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if config.quantise == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,0 +1,1 @@
+"""Memory, time and money of a recipe, before anything is started."""

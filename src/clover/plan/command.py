@@ -1,0 +1,76 @@
+"""The verb `clover plan`: memory, time and money before you start."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command(epilog="Example: clover plan recipes/clover-vicuna7b.yaml --gpu 24 --price 2.5")
+@click.argument("recipe")
+@click.option("--gpu", "memory", type=float, default=24.0, show_default=True, help="Its GiB.")
+@click.option("--price", type=float, default=2.5, show_default=True, help="Dollars an hour.")
+@click.option(
+    "--tflops",
+    type=float,
+    default=100.0,
+    show_default=True,
+    help="What the card sustains; `clover doctor` measures it.",
+)
+@click.option("--images", type=int, default=100_000, show_default=True, help="To be encoded.")
+@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(recipe: str, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Say what RECIPE needs: parameters, peak memory by part, hours, dollars, disk.
+
+    One step of each stage is counted on torch's meta device; no weights are needed.
+    """
+    from clover.core.config import load_recipe
+    from clover.core.errors import CloverError
+    from clover.plan.run import Card
+    from clover.plan.run import plan as run_plan
+
+    limits = {"--gpu": options["memory"], "--tflops": options["tflops"]}
+    for name, value in limits.items():
+        if value <= 0:
+            raise CloverError(f"{name} is {value:g}, it must be above 0")
+    if options["price"] < 0 or options["images"] < 0:
+        raise CloverError("--price and --images cannot be below 0")
+    card = Card(options["memory"], options["tflops"], options["price"])
+    found = run_plan(load_recipe(recipe, settings), card, images=options["images"])
+    if as_json:
+        click.echo(json.dumps(found.row()))
+        return
+    _show(found.row(), card)
+
+
+def _show(row: dict[str, Any], card: Any) -> None:
+    click.echo(f"{row['recipe']}: {row['encoder']}, {row['encoder_parameters']:,} frozen")
+    click.echo(f"{'':<26}{'features':>12}{'align':>12}{'tune':>12}")
+    for label, key in (("trainable", "trainable_parameters"), ("frozen", "frozen_parameters")):
+        values = "".join(f"{row[stage][key] / 1e6:>11,.1f}M" for stage in ("align", "tune"))
+        click.echo(f"{label + ' parameters':<26}{'':>12}{values}")
+    for part in row["align"]["gib"]:
+        values = "".join(f"{row[stage]['gib'][part]:>12.2f}" for stage in ("align", "tune"))
+        click.echo(f"{part + ', GiB':<26}{'':>12}{values}")
+    for label, key in (("peak, GiB", "peak_gib"), ("hours", "hours"), ("dollars", "dollars")):
+        values = "".join(f"{row[key][stage]:>12,.2f}" for stage in ("features", "align", "tune"))
+        click.echo(f"{label:<26}{values}")
+    steps = "".join(f"{row[stage]['tflop_a_step']:>12,.2f}" for stage in ("align", "tune"))
+    click.echo(f"{'TFLOP a step':<26}{'':>12}{steps}")
+    click.echo(f"disk for {row['images']:,} images: {row['cache_gib']:,.1f} GiB")
+    click.echo(
+        f"hours at {card.tflops:g} TFLOP/s sustained, dollars at {card.price:g} an hour; "
+        "answers of the longest length in every row"
+    )
+    if row["fits"]:
+        click.echo(f"It fits {card.memory_gib:g} GiB.")
+    elif row["switch"]:
+        click.echo(f"It does not fit {card.memory_gib:g} GiB; it does with {row['switch']}")
+    else:
+        click.echo(
+            f"It does not fit {card.memory_gib:g} GiB, nor with any switch there is: take a "
+            "smaller language model or encoder, or a larger card"
+        )

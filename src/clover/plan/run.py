@@ -1,0 +1,168 @@
+"""From counted steps to memory, hours, dollars, and the switch that makes a recipe fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clover.core.config import Recipe
+from clover.plan.step import EncoderSize, StepSize, align_size, encoder_size, tune_size
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the recipe is to run on.
+
+    Attributes:
+        memory_gib: Its memory.
+        tflops: Matrix operations it sustains a second, in 10^12.
+        price: Dollars an hour.
+    """
+
+    memory_gib: float
+    tflops: float
+    price: float
+
+    def hours(self, operations: float) -> float:
+        """Return how long so many operations take."""
+        return operations / (self.tflops * 1e12) / 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that `clover plan` prints."""
+
+    recipe: Recipe
+    card: Card
+    images: int
+    encoder: EncoderSize
+    align: StepSize
+    tune: StepSize
+    switch: str | None
+    """Settings that make it fit; None when it fits, or when none of them does."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether each stage's peak fits the card."""
+        return max(self.peaks().values()) <= self.card.memory_gib
+
+    def peaks(self) -> dict[str, float]:
+        """Return each stage's peak in GiB."""
+        features = self.encoder.weights + self.encoder.image.peak
+        sizes = {"features": features, "align": self.align.peak, "tune": self.tune.peak}
+        return {name: size / _GIB for name, size in sizes.items()}
+
+    def hours(self) -> dict[str, float]:
+        """Return each stage's hours."""
+        recipe, card = self.recipe, self.card
+        return {
+            "features": card.hours(self.encoder.image.operations * self.images),
+            "align": card.hours(self.align.operations * recipe.align.steps),
+            "tune": card.hours(self.tune.operations * recipe.tune.steps),
+        }
+
+    def cache_gib(self) -> float:
+        """Return the disk that float16 features of all images take."""
+        return self.images * self.encoder.num_tokens * self.encoder.width * 2 / _GIB
+
+    def row(self) -> dict[str, Any]:
+        """Return the JSON-able form."""
+        parts = {}
+        for name, size in (("align", self.align), ("tune", self.tune)):
+            parts[name] = {
+                "trainable_parameters": size.trainable,
+                "frozen_parameters": size.frozen,
+                "gib": {
+                    "trained weights": round(size.weights / _GIB, 2),
+                    "frozen weights": round(size.frozen_weights / _GIB, 2),
+                    "gradients and moments": round(size.optimiser / _GIB, 2),
+                    "activations": round(size.activations / _GIB, 2),
+                },
+                "tflop_a_step": round(size.operations / 1e12, 3),
+            }
+        hours = self.hours()
+        return {
+            "recipe": self.recipe.name,
+            "encoder": self.encoder.id,
+            "encoder_parameters": self.encoder.parameters,
+            "images": self.images,
+            "cache_gib": round(self.cache_gib(), 2),
+            "peak_gib": {name: round(value, 2) for name, value in self.peaks().items()},
+            "hours": {name: round(value, 2) for name, value in hours.items()},
+            "dollars": {n: round(v * self.card.price, 2) for n, v in hours.items()},
+            "fits": self.fits,
+            "switch": self.switch,
+            **parts,
+        }
+
+
+def plan(recipe: Recipe, card: Card, *, images: int) -> Plan:
+    """Count a recipe's stages, and where one does not fit look for the switch that mends it.
+
+    Args:
+        recipe: Any.
+        card: What it is to run on.
+        images: How many images are encoded.
+
+    Raises:
+        CloverError: the encoder or the language model is not known.
+    """
+    encoder = encoder_size(recipe.encoder, batch=recipe.encoder.batch_size)
+    found = Plan(
+        recipe, card, images, encoder, align_size(recipe, encoder), tune_size(recipe, encoder), None
+    )
+    if found.fits:
+        return found
+    changed = _mend(recipe, encoder, card)
+    return Plan(recipe, card, images, encoder, found.align, found.tune, changed)
+
+
+def _mend(recipe: Recipe, encoder: EncoderSize, card: Card) -> str | None:
+    """Return the settings that make every stage fit, the cheapest first; None when none do."""
+    limit = card.memory_gib * _GIB
+    settings: list[str] = []
+    batch = recipe.encoder.batch_size
+    while encoder.weights + encoder.image.peak > limit and batch > 1:
+        batch //= 2
+        encoder = encoder_size(recipe.encoder, batch=batch)
+    if encoder.weights + encoder.image.peak > limit:
+        return None
+    if batch != recipe.encoder.batch_size:
+        settings.append(f"encoder.batch_size={batch}")
+    for stage, measure in (("align", align_size), ("tune", tune_size)):
+        for quantise in ("none", "int8") if stage == "tune" else ("none",):
+            chosen = _accumulate(recipe, encoder, stage, measure, limit, quantise=quantise)
+            if chosen is not None:
+                settings += chosen
+                break
+        else:
+            return None
+    return " ".join(f"--set {item}" for item in settings) or None
+
+
+def _accumulate(
+    recipe: Recipe, encoder: EncoderSize, stage: str, measure: Any, limit: float, *, quantise: str
+) -> list[str] | None:
+    """Return the fewest parts that a stage's batch must be split into to fit, as settings."""
+    language = recipe.language
+    more = []
+    if quantise != "none":
+        language = language.model_copy(update={"quantise": quantise})
+        more = [f"language.quantise={quantise}"]
+    config = getattr(recipe, stage)
+    for parts in range(config.accumulate, config.batch_size + 1):
+        # A contrast and its negatives need at least two pairs a part.
+        if config.batch_size % parts or (stage == "align" and config.batch_size // parts < 2):
+            continue
+        changed = recipe.model_copy(
+            update={
+                "language": language,
+                stage: config.model_copy(update={"accumulate": parts}),
+            }
+        )
+        if measure(changed, encoder).peak <= limit:
+            is_same = parts == config.accumulate
+            return more + ([] if is_same else [f"{stage}.accumulate={parts}"])
+    return None

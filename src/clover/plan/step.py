@@ -1,0 +1,259 @@
+"""One training step of each stage on the meta device, of the recipe's own modules and losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from clover.align.losses import alignment_losses
+from clover.core.assets import parse
+from clover.core.config import EncoderConfig, PromptConfig, Recipe
+from clover.core.errors import CloverError
+from clover.core.files import read_json
+from clover.language.decoder_only import DecoderOnly
+from clover.language.encoder_decoder import EncoderDecoder
+from clover.language.prompt import Prompt
+from clover.language.quantise import quantise_int8
+from clover.plan.count import Count, count, num_bytes
+from clover.qformer.bridge import Bridge
+from clover.qformer.tokenizer import Tokens
+from clover.vision.token_encoder import build_family, token_shape
+
+_LANGUAGES = Path(__file__).with_name("languages.yaml")
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class EncoderSize:
+    """The image encoder: bytes, parameters, tokens, width, and one image's count."""
+
+    id: str
+    parameters: int
+    weights: int
+    num_tokens: int
+    width: int
+    image: Count
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """One step of a stage.
+
+    Attributes:
+        trainable: Parameters that learn.
+        frozen: Parameters of the language model.
+        weights: Bytes of trained weights.
+        frozen_weights: Bytes of the language model.
+        optimiser: Bytes of gradients and AdamW's two moments.
+        activations: Largest bytes alive of one forward and backward pass, gradients apart.
+        operations: Of a whole step, all passes.
+    """
+
+    trainable: int
+    frozen: int
+    weights: int
+    frozen_weights: int
+    optimiser: int
+    activations: int
+    operations: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.frozen_weights + self.optimiser + self.activations
+
+
+def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
+    """Count the image encoder at its full size."""
+    if config.kind in ("timm", "tiny"):
+        return _small_encoder(config, batch=batch)
+    with META:
+        config, family = build_family(config.model_copy(update={"weights": _shape_only(config)}))
+    network = family.network.to(dtype=getattr(torch, config.numbers)).requires_grad_(False)
+    tokens, width = token_shape(network, config.image_size)
+    pixels = torch.empty(
+        batch,
+        3,
+        config.image_size,
+        config.image_size,
+        device=META,
+        dtype=getattr(torch, config.numbers),
+    )
+    with torch.no_grad():
+        found = count(lambda: network(pixels), before=[*network.parameters(), pixels])
+    parameters = sum(item.numel() for item in network.parameters())
+    return EncoderSize(
+        family.id,
+        parameters,
+        num_bytes(network),
+        tokens,
+        width,
+        Count(found.peak, found.operations // batch),
+    )
+
+
+def _shape_only(config: EncoderConfig) -> str | None:
+    """Only transformers' family reads its shape out of the weights' folder."""
+    return config.weights if config.kind == "transformers_vision" else None
+
+
+def _small_encoder(config: EncoderConfig, *, batch: int) -> EncoderSize:
+    from clover.vision.encoder import load_encoder
+
+    encoder = load_encoder(config.model_copy(update={"weights": None}))
+    network = getattr(encoder, "network", nn.Identity())
+    pixels = torch.empty(1, 3, config.image_size, config.image_size)
+    found = count(lambda: encoder.encode(pixels), before=[*network.parameters(), pixels])
+    return EncoderSize(
+        encoder.id,
+        sum(item.numel() for item in network.parameters()),
+        num_bytes(network),
+        encoder.num_tokens,
+        encoder.width,
+        Count(found.peak * batch, found.operations),
+    )
+
+
+def _tokens(batch: int, length: int) -> Tokens:
+    ids = torch.zeros(batch, length, dtype=torch.long, device=META)
+    return Tokens(ids, torch.ones_like(ids))
+
+
+def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
+    """Count a step of stage 1."""
+    with META:
+        bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
+    part = recipe.align.batch_size // recipe.align.accumulate
+    features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
+    text = _tokens(part, recipe.align.max_text_tokens)
+
+    def step() -> None:
+        losses = alignment_losses(
+            bridge,
+            bridge.read_image(features),
+            text,
+            decode_start=1,
+            which=recipe.align.losses,
+            label_smoothing=recipe.align.label_smoothing,
+        )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+
+    return _size(bridge, None, step, features, recipe.align.accumulate)
+
+
+def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
+    """Count a step of stage 2 with questions and answers of their longest."""
+    language = build_language(recipe)
+    with META:
+        bridge = Bridge(_qformer(recipe, encoder), language_width=language.hidden_size)
+        bridge.to(_numbers(recipe))
+    part = recipe.tune.batch_size // recipe.tune.accumulate
+    features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
+    text = _tokens(part, recipe.tune.max_question_tokens)
+    question = [[1] * recipe.language.max_instruction_tokens] * part
+    answer = [[1] * recipe.language.max_answer_tokens] * part
+
+    def step() -> None:
+        image = bridge.read_image(features)
+        reads = (text.ids, text.mask) if recipe.tune.instruction_aware else ()
+        visual = bridge.visual_prefix(image, *reads)
+        total, _ = language.loss_from_ids(visual, question, answer, prefix=())
+        total.backward()  # type: ignore[no-untyped-call]
+
+    return _size(bridge, language.model, step, features, recipe.tune.accumulate)
+
+
+def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, accumulate: int) -> StepSize:
+    frozen = [] if language is None else [*language.parameters(), *language.buffers()]
+    found = count(step, before=[*bridge.parameters(), *bridge.buffers(), *frozen, features])
+    trainable = bridge.num_trainable()
+    counted = num_bytes(bridge)
+    # Weights, gradients and AdamW's two moments are float32 in any case; under bfloat16 autocast
+    # keeps a copy of the weights in half the bytes.
+    copies = 0 if counted == 4 * trainable else counted
+    return StepSize(
+        trainable=trainable,
+        frozen=0 if language is None else sum(p.numel() for p in language.parameters()),
+        weights=4 * trainable + copies,
+        frozen_weights=0 if language is None else num_bytes(language),
+        optimiser=12 * trainable,
+        # The step's own gradients were counted with it; they stand under `optimiser`.
+        activations=max(0, found.peak - counted) + num_bytes_of(features),
+        operations=found.operations * accumulate,
+    )
+
+
+def num_bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _numbers(recipe: Recipe) -> torch.dtype:
+    """Return what matrix products run in; `auto` is planned for a card, which takes bfloat16."""
+    return torch.float32 if recipe.precision == "float32" else torch.bfloat16
+
+
+def _qformer(recipe: Recipe, encoder: EncoderSize) -> Any:
+    return recipe.qformer.model_copy(update={"encoder_width": encoder.width})
+
+
+def language_shape(recipe: Recipe) -> dict[str, Any]:
+    """Return the language model's configuration, from its folder or from the list.
+
+    Raises:
+        CloverError: the model is not at hand and not in the list.
+    """
+    weights = recipe.language.weights
+    asset = parse(weights)
+    if (asset.path / "config.json").exists():
+        found: dict[str, Any] = read_json(asset.path / "config.json")
+        return found
+    known: dict[str, dict[str, Any]] = yaml.safe_load(_LANGUAGES.read_text(encoding="utf-8"))
+    for name, shape in known.items():
+        if name.lower() in weights.lower():
+            return shape
+    raise CloverError(
+        f"the shape of language.weights {weights} is not known: fetch it first, or name one of "
+        f"{', '.join(known)}"
+    )
+
+
+def build_language(recipe: Recipe) -> DecoderOnly | EncoderDecoder:
+    """Build the language model on the meta device, in the format the recipe trains with.
+
+    Raises:
+        CloverError: its shape is not known.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    stated = language_shape(recipe)
+    shape = AutoConfig.for_model(**stated)
+    is_pair = recipe.language.kind == "encoder_decoder"
+    family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+    with META:
+        model = family.from_config(shape, dtype=_numbers(recipe))
+        if stated.get("tie_word_embeddings") is False:
+            # transformers ties a fresh T5 all the same; FLAN's checkpoints bring their own head.
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
+        if recipe.language.quantise == "int8":
+            quantise_int8(model)
+    build = EncoderDecoder if is_pair else DecoderOnly
+    # Ids are given, so neither template nor special tokens matter here.
+    settings = recipe.language.model_copy(update={"text_start": "", "paper_dropout": False})
+    return build(model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=settings)
+
+
+class NoText:
+    """A tokenizer of a model that is only counted."""
+
+    eos_token_id = 1
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        """Return no ids."""
+        return {"input_ids": []}

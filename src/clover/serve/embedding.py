@@ -1,0 +1,108 @@
+"""Embeddings of images and texts in one space: stage 1's contrastive heads behind OpenAI's API.
+
+In: texts, and images as data URIs among them. Out: unit vectors. A text is its `[CLS]` row; an
+image is the mean of its queries' vectors, made a unit vector again. Stage 1 itself compares a text
+with the best query of an image, so a dot product here is near its score, not equal to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from torch import Tensor
+from torch.nn import functional as F
+
+from clover.core.errors import CloverError
+from clover.model import NOTICE, Clover, build_bridge, load_bridge
+from clover.qformer.bridge import Bridge
+from clover.serve.completion import read_picture
+from clover.serve.engine import Engine
+from clover.serve.request import Picture, Served
+from clover.serve.wire import EmbeddingRequest
+
+
+def load_alignment(model: Clover, path: Path) -> Bridge:
+    """Load what `clover align` wrote, beside a model of the same recipe.
+
+    Raises:
+        CloverError: the file is absent, damaged, or of another recipe.
+    """
+    qformer = model.recipe.qformer.model_copy(update={"weights": None})
+    bridge = build_bridge(
+        model.recipe.model_copy(update={"qformer": qformer}),
+        model.encoder,
+        model.tokenizer,
+        has_alignment=True,
+    )
+    load_bridge(bridge, path)
+    return bridge.to(model.device.device).eval().requires_grad_(False)
+
+
+async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+    """Answer an embedding request.
+
+    Raises:
+        CloverError: nothing to embed with, or an input that is none.
+        HTTPException: no such model.
+    """
+    engine: Engine = request.app.state.engine
+    served = engine.models.get(body.model)
+    if served is None:
+        raise HTTPException(404, f"no model '{body.model[:80]}'")
+    if served.clover is None or served.alignment is None:
+        raise CloverError(
+            f"'{served.name}' has no embeddings: model folders hold stage 2 alone; start the "
+            "server with --align RUN/align.safetensors"
+        )
+    size = served.alignment.config.embedding_size
+    if body.dimensions not in (None, size):
+        raise CloverError(f"dimensions is {body.dimensions}, these embeddings have {size}")
+    rows, tokens = [], 0
+    for index, text in enumerate(body.inputs):
+        if not text.strip():
+            raise CloverError(f"input {index} is empty")
+        if text[:5].lower() == "data:":
+            picture = await read_picture(request, text, served)
+            work = engine.call(_embed_image, engine, served, picture)
+        else:
+            work = engine.call(_embed_text, served, text)
+        vector, count = await asyncio.wrap_future(work)
+        rows.append({"object": "embedding", "index": index, "embedding": _wire(vector, body)})
+        tokens += count
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": rows, "model": body.model, "usage": usage, "notice": NOTICE}
+
+
+@torch.no_grad()
+def _embed_text(served: Served, text: str) -> tuple[Tensor, int]:
+    """Return a text's unit vector and how many word pieces it has."""
+    clover, bridge = served.clover, served.alignment
+    assert clover is not None and bridge is not None, "checked before"
+    tokens = clover.tokenizer([text], limit=clover.recipe.align.max_text_tokens)
+    ids, mask = tokens.ids.to(clover.device.device), tokens.mask.to(clover.device.device)
+    hidden = bridge.qformer.encode_text(ids, mask, first_row=True)[:, 0]
+    return bridge.alignment.embed_text(hidden)[0].float().cpu(), int(mask.sum())
+
+
+@torch.no_grad()
+def _embed_image(engine: Engine, served: Served, picture: Picture) -> tuple[Tensor, int]:
+    """Return an image's unit vector and how many queries it is the mean of."""
+    clover, bridge = served.clover, served.alignment
+    assert clover is not None and bridge is not None, "checked before"
+    features = engine.features_of(served, picture)
+    keys = bridge.read_image(features.to(clover.device.device))
+    vectors = bridge.alignment.embed_image(bridge.qformer.encode_queries(keys).hidden)[0]
+    return F.normalize(vectors.float().mean(dim=0), dim=0).cpu(), len(vectors)
+
+
+def _wire(vector: Tensor, body: EmbeddingRequest) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode("ascii")
+    numbers: list[float] = vector.tolist()
+    return numbers

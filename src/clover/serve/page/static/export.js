@@ -1,0 +1,99 @@
+// What was asked, to keep: JSON, or one page that prints and needs no network.
+
+import { deletionText, paint } from "./heat.js";
+
+const NOTICE = "Research use only, not for diagnosis.";
+
+function save(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+function stem(content) {
+  return content.name.split("/").pop().replace(/\.[^.]+$/, "");
+}
+
+/** Everything as rows: what the JSON file holds. */
+export function rows(content, regions, model) {
+  return {
+    notice: NOTICE,
+    saved: new Date().toISOString(),
+    model: model.name,
+    model_microns_per_pixel: model.microns_per_pixel,
+    slide: {
+      name: content.name,
+      width: content.width,
+      height: content.height,
+      microns_per_pixel: content.micronsPerPixel,
+      origin: content.origin,
+    },
+    regions: regions.map((region) => ({
+      name: region.name,
+      reference: region.um ? `${content.name}#${region.um}` : null,
+      pixels: [region.box.x, region.box.y, region.box.width, region.box.height].map(Math.round),
+      seen_microns_per_pixel: region.seen,
+      turns: region.turns.map((turn) => ({
+        question: turn.question,
+        answer: turn.answer,
+        seconds: turn.seconds,
+        ...(turn.isStopped ? { stopped: true } : {}),
+        ...(turn.why?.yes != null ? { probability_of_yes: turn.why.yes } : {}),
+        ...(turn.why?.deletion ? { deletion_test: turn.why.deletion } : {}),
+      })),
+    })),
+  };
+}
+
+export function saveJson(content, regions, model) {
+  const text = JSON.stringify(rows(content, regions, model), null, 2);
+  save(`${stem(content)}-conversation.json`, "application/json", text);
+}
+
+function escaped(text) {
+  return String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+}
+
+function heatPicture(turn) {
+  if (!turn.why) return "";
+  const picture = paint(turn.why.rollout, turn.why.grid, 0.65).toDataURL();
+  return `<img class="heat" src="${picture}" alt="Rollout of the attention over the region">`;
+}
+
+function turnPart(region, turn) {
+  const yes = turn.why?.yes;
+  const chance = yes == null ? "" : `<p class="small">yes ${(yes * 100).toFixed(0)} %, no ${(100 - yes * 100).toFixed(0)} %</p>`;
+  const test = turn.why?.deletion;
+  const map = turn.why
+    ? `<figure><span class="stack"><img src="${region.picture}" alt="">${heatPicture(turn)}</span>
+       <figcaption>${test ? `${escaped(test.label)}: ${escaped(deletionText(test))}` : "Where it looked; not tested."}</figcaption></figure>`
+    : "";
+  return `<div class="turn"><p class="asked">${escaped(turn.question)}</p>
+    <p class="said">${escaped(turn.answer)}</p>${chance}${map}</div>`;
+}
+
+/** Save one self-contained page that prints. */
+export function savePage(content, regions, model) {
+  const parts = regions.filter((region) => region.turns.length).map((region) => `
+    <section><h2>${escaped(region.name)}</h2>
+    <p class="small">${escaped(region.um ? `${content.name}#${region.um} µm` : content.name)}${region.seen ? `, seen at ${region.seen.toPrecision(3)} µm/px` : ""}</p>
+    <img class="picture" src="${region.picture}" alt="${escaped(region.name)}">
+    ${region.turns.map((turn) => turnPart(region, turn)).join("")}</section>`);
+  const page = `<!doctype html><html lang="en"><head><meta charset="utf-8">
+<title>${escaped(content.name)}: conversation</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:32px auto;padding:0 16px;color:#17201c;background:#fff}
+h1{font-size:22px}h2{font-size:17px;border-top:1px solid #ccc;padding-top:14px;margin-top:28px}
+.notice{border:1px solid #7a4a00;color:#7a4a00;padding:6px 12px;border-radius:6px;font-weight:600}
+.small,figcaption{color:#55615b;font-size:13px}.picture{width:224px;border:1px solid #ccc}
+.turn{break-inside:avoid;margin:16px 0}.asked{font-weight:600;margin:0}.said{margin:2px 0;white-space:pre-wrap}
+figure{margin:8px 0;display:flex;gap:14px;align-items:flex-start}.stack{position:relative;flex:0 0 160px}
+.stack img{width:160px;height:160px;display:block}.stack .heat{position:absolute;inset:0}
+@media print{body{margin:0}.notice{-webkit-print-color-adjust:exact}}
+</style></head><body><h1>${escaped(content.name)}</h1><p class="notice">${NOTICE} Answers may be wrong.</p>
+<p class="small">${escaped(model.name)}, ${new Date().toLocaleString()}${
+  content.micronsPerPixel ? `, ${content.micronsPerPixel.x.toPrecision(4)} µm/px (${escaped(content.origin)})` : ""}</p>
+${parts.join("")}<p class="notice">${NOTICE}</p></body></html>`;
+  save(`${stem(content)}-conversation.html`, "text/html", page);
+}

@@ -1,0 +1,1 @@
+"""Slides: microns per pixel, one reader for every format, tissue, regions and fields."""

@@ -1,0 +1,101 @@
+"""Any image a record, a command or a page may name: a file, or a region of a slide.
+
+``slide.svs#x,y,width_um,height_um`` is readable wherever an image's path is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from clover.core.errors import CloverError
+from clover.core.files import sha256_file
+from clover.slides.reader import Slide, open_slide
+from clover.slides.region import Region, split_reference
+from clover.slides.source import SLIDE_SUFFIXES
+
+_OVERVIEW = 512
+"""Longer side in pixels of a region that is only looked over: for colours, for a thumbnail."""
+
+
+@lru_cache(maxsize=8)
+def _shared_slide(path: Path, _changed: int) -> Slide:
+    """Open a slide once: the regions of one slide stand together in a file."""
+    return open_slide(path)
+
+
+def shared_slide(path: Path) -> Slide:
+    """Return a slide that stays open, opened again when its file has changed.
+
+    Raises:
+        CloverError: no such file, or no slide.
+    """
+    try:
+        return _shared_slide(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise CloverError(f"no slide {path}") from error
+
+
+def is_region(name: str | Path) -> bool:
+    """Return whether a name stands for a region of a slide.
+
+    Raises:
+        CloverError: there is a # whose rest is no region.
+    """
+    return split_reference(name)[1] is not None
+
+
+def read_region(name: str | Path, microns_per_pixel: float | None) -> Image.Image:
+    """Read ``slide.svs#x,y,width_um,height_um``.
+
+    Args:
+        name: The reference.
+        microns_per_pixel: Of the picture: the encoder's. None gives a picture of at most 512 px
+            for whoever only looks it over.
+
+    Raises:
+        CloverError: no slide, no µm per pixel in it, a region outside, or damage.
+    """
+    path, region = split_reference(name)
+    assert region is not None, "a plain image is no region"
+    slide = shared_slide(path)
+    return slide.read(region, microns_per_pixel or _looked_over(region, slide))
+
+
+def _looked_over(region: Region, slide: Slide) -> float:
+    return max(max(region.width, region.height) / _OVERVIEW, slide.scale.mean)
+
+
+def check_is_no_slide(path: str | Path) -> None:
+    """Refuse a whole slide where a field of view is wanted.
+
+    Raises:
+        CloverError: the file is a scanner's.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in SLIDE_SUFFIXES - {".tif", ".tiff"}:
+        raise CloverError(
+            f"{path} is a whole slide; name a region with --region x,y,width,height (µm), or go "
+            "over all of its tissue with --tour"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _slide_digest(path: Path, _changed: int) -> str:
+    return sha256_file(path)
+
+
+def region_digest(name: str | Path, microns_per_pixel: float | None) -> str:
+    """Return the cache key of a region: the slide's bytes, the place, and the resolution.
+
+    Another slide, place or resolution is a miss, never a wrong hit.
+
+    Raises:
+        OSError: no such slide.
+    """
+    path, region = split_reference(name)
+    slide = _slide_digest(path, path.stat().st_mtime_ns)
+    return hashlib.sha256(f"{slide}#{region}@{microns_per_pixel}".encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""Transformers whose tokens the Q-Former reads: what all families share.
+
+A family (`clover/vision/family`) says how a network is built, how its checkpoint's tensors are
+called, and how pixels become tokens; this file loads, freezes, prepares images and encodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clover.core.assets import parse, resolve
+from clover.core.config import EncoderConfig
+from clover.core.errors import CloverError, nearest
+from clover.core.files import fingerprint
+from clover.core.tensors import TensorSource, open_tensors
+from clover.vision import family as families
+from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
+
+Triple = tuple[float, float, float]
+Reads = dict[str, Callable[[], Tensor]]
+"""Name of a network's tensor -> how to read it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A network that is built but not loaded.
+
+    Attributes:
+        id: Library and architecture.
+        network: Its `forward` takes pixels [B, 3, S, S] and returns tokens [B, P, E].
+        collect: A checkpoint -> how to read each of the network's tensors, by our name; None
+            when `build` has loaded them.
+        mean: The library's normalisation.
+        std: The library's normalisation.
+        adapt: (name, found, wanted) -> a tensor of the wanted shape, for learned positions.
+    """
+
+    id: str
+    network: nn.Module
+    collect: Callable[[TensorSource], Reads] | None
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
+    adapt: Callable[[str, Tensor, Tensor], Tensor] = lambda name, found, wanted: found
+
+
+def known_families() -> list[str]:
+    """Return the names that `encoder.kind` may have."""
+    return sorted(item.name for item in pkgutil.iter_modules(families.__path__))
+
+
+def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
+    """Build the network a recipe names, with fresh weights.
+
+    Returns:
+        The configuration with what a register of models adds to it, and the network.
+
+    Raises:
+        CloverError: unknown family or architecture.
+    """
+    known = known_families()
+    if config.kind not in known:
+        raise CloverError(
+            f"encoder.kind '{config.kind}' is no family"
+            f"{nearest(config.kind, [*known, 'timm', 'tiny'])}"
+        )
+    module = importlib.import_module(f"clover.vision.family.{config.kind}")
+    if hasattr(module, "expand"):
+        return build_family(module.expand(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights, where none are named, are the same everywhere
+        built: Family = module.build(config)
+    return config, built
+
+
+class TokenEncoder:
+    """A frozen transformer from an image to its tokens, class token first where there is one.
+
+    Args:
+        config: Names family, architecture, weights, size.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        config, built = build_family(config)
+        if config.weights is not None and built.collect is not None:
+            load(built, built.collect(open_tensors(resolve(config.weights))), config.weights)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype: torch.dtype = getattr(torch, config.numbers)
+        network = built.network.eval().requires_grad_(False)
+        self.network = network.to(device=device, dtype=self._dtype)
+        self.id = built.id
+        self.licence = config.licence
+        self.licence_note = config.licence_note
+        self.batch_size = config.batch_size
+        self.microns_per_pixel = config.microns_per_pixel
+        self._device = device
+        self._process = ImageProcessor(
+            config.image_size, config.mean or built.mean, config.std or built.std
+        )
+        self.num_tokens, self.width = token_shape(self.network, config.image_size)
+        asset = parse(config.weights) if config.weights else None
+        self.revision = fingerprint(
+            {
+                "weights": asset and [asset.reference, asset.sha256],
+                "options": config.options,
+                "pixels": [config.image_size, self._process.mean, self._process.std],
+                "numbers": config.numbers,
+                "form": 1,
+            }
+        )
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Return one image as the network wants it [3, S, S]."""
+        return self._process(image)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, E], float32 on the CPU, without gradient."""
+        tokens: Tensor = self.network(pixels.to(self._device, self._dtype))
+        return tokens.float().cpu()
+
+
+def token_shape(network: nn.Module, size: int) -> tuple[int, int]:
+    """Return tokens an image and width of a token, without computing any.
+
+    Raises:
+        CloverError: the network cannot read images of this size.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weights = next(network.parameters())
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            pixels = torch.empty(1, 3, size, size, device=weights.device, dtype=weights.dtype)
+            found = network(pixels)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise CloverError(
+            f"the encoder cannot read images of encoder.image_size {size}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if found.ndim != 3:
+        raise CloverError(
+            f"the encoder gives {list(found.shape)}, not tokens [B, P, E]; use kind: timm for "
+            "convolutional networks"
+        )
+    return int(found.shape[1]), int(found.shape[2])
+
+
+def renamed(source: TensorSource, rename: Callable[[str], str | None]) -> Reads:
+    """Return the reads of a checkpoint whose tensors only have other names."""
+    return {
+        ours: partial(source.__getitem__, theirs)
+        for theirs in source
+        if (ours := rename(theirs)) is not None
+    }
+
+
+def load(family: Family, reads: Reads, name: str) -> None:
+    """Copy a checkpoint into a network, tensor by tensor.
+
+    Raises:
+        CloverError: tensors are missing or of another shape; they are named.
+    """
+    state = family.network.state_dict()
+    missing = [name for name in state if name not in reads]
+    if missing:
+        raise CloverError(
+            f"{name} does not fit {family.id}: {len(missing)} of {len(state)} tensors are "
+            f"missing, for instance {', '.join(missing[:3])}; "
+            + (f"it has {', '.join(list(reads)[:3])}" if reads else "it has none of them")
+        )
+    for tensor, target in state.items():
+        found = family.adapt(tensor, reads[tensor](), target)
+        if found.shape != target.shape:
+            raise CloverError(
+                f"{name} does not fit {family.id}: {tensor} is {list(found.shape)}, the "
+                f"architecture wants {list(target.shape)}; another model, or another "
+                "encoder.image_size"
+            )
+        with torch.no_grad():
+            target.copy_(found)

@@ -1,0 +1,334 @@
+"""The page as its user uses it: headless Chromium, a real server, the shared slide, a tiny model.
+
+`CLOVER_HOME/test` keeps axe-core between runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clover.core.assets import home
+from clover.core.files import read_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.serve.running import running, tiny_folder
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+AXE = "4.14.1"
+SLIDE = "CMU-1-Small-Region.svs"
+HASTE = 60_000
+"""Milliseconds to wait at most; no verdict, only an end to waiting."""
+
+
+@pytest.fixture(scope="module")
+def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve a tiny model at 0.8 µm/px and a folder with the shared slide and a picture."""
+    pytest.importorskip("openslide", reason="the extra [slides] is not installed")
+    folder = tmp_path_factory.mktemp("page")
+    tiny, model = tiny_folder(folder)
+    config = read_json(model / "config.json")
+    # A field of 179 µm, as the phantom's: 32 px of 5.6 µm.
+    config["recipe"]["encoder"]["microns_per_pixel"] = 5.6
+    (model / "config.json").write_text(json.dumps(config))
+    slides = folder / "slides"
+    slides.mkdir()
+    shutil.copy(shared / "data" / "slides" / SLIDE, slides)
+    shutil.copy(tiny.image(), slides / "unscaled.png")
+    with running(str(model), "--slides", str(slides)) as found:
+        yield found.url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+    with api.sync_playwright() as play:
+        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: str) -> Iterator[Any]:
+    """Return a fresh page; whatever it complains of, or asks of another address, fails the test."""
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+    found = context.new_page()
+    found.set_default_timeout(HASTE)
+    complaints: list[str] = []
+    found.on("console", lambda message: complaints.append(message.text))
+    found.on("pageerror", lambda error: complaints.append(str(error)))
+    asked: list[str] = []
+    found.on("request", lambda request: asked.append(request.url))
+    found.goto(server)
+    yield found
+    context.close()
+    assert complaints == []
+    assert all(url.startswith((server, "blob:", "data:")) for url in asked)
+
+
+def open_slide(page: Any, name: str = SLIDE) -> None:
+    page.click("#open")
+    page.click(f"#slides button:has-text('{name}')")
+    page.wait_for_selector("#scale:not([hidden])" if name == SLIDE else "#mpp")
+    page.wait_for_load_state("networkidle")
+
+
+def click_field(page: Any) -> None:
+    """Draw one field of view over tissue, by a click."""
+    page.click("#draw-button")
+    box = page.locator("#draw").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.62)
+    page.wait_for_selector(".about img")
+
+
+def ask(page: Any, question: str) -> str:
+    count = page.locator(".turns li").count()
+    page.fill("#question", question)
+    page.keyboard.press("Enter")
+    last = f".turns li:nth-child({count + 1})"
+    page.wait_for_selector(f"{last} .after button")
+    return str(page.inner_text(f"{last} .said"))
+
+
+def saved(page: Any, button: str, folder: Path) -> Path:
+    with page.expect_download() as waiting:
+        page.click(button)
+    target = folder / waiting.value.suggested_filename
+    waiting.value.save_as(target)
+    return target
+
+
+def test_open_zoom_draw_ask_read_overlay_export(page: Any, tmp_path: Path) -> None:
+    assert page.is_visible("text=Research use only, not for diagnosis")
+    open_slide(page)
+    assert page.inner_text("#scale-text") == "200 µm"
+    page.click("#zoom-in")
+    page.wait_for_function("document.getElementById('scale-text').textContent !== '200 µm'")
+    page.click("#fit")
+    page.wait_for_function("document.getElementById('scale-text').textContent === '200 µm'")
+    click_field(page)
+    assert "179 × 179 µm, seen at 5.6 µm/px" in page.inner_text(".about")
+    first = ask(page, "which tissue is shown ?")
+    second = ask(page, "is there necrosis ?")
+    assert page.locator(".turns li").count() == 2
+    # The other region has its own conversation, and the first one's is kept.
+    page.click("#draw-button")
+    box = page.locator("#draw").bounding_box()
+    page.mouse.move(box["x"] + 430, box["y"] + 300)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 600, box["y"] + 380, steps=4)
+    page.mouse.up()
+    page.wait_for_selector(".regions button:nth-child(2)")
+    assert page.locator(".turns li").count() == 0
+    assert "Seen coarser than the model learnt" in page.inner_text(".about")
+    page.click(".regions button:nth-child(1)")
+    assert page.inner_text(".turns li:nth-child(2) .said") == second
+    page.click(".turns li:nth-child(1) .after button")
+    page.wait_for_selector(".verdict")
+    assert page.is_visible(".heat-layer")
+    assert "most attended places the answer keeps" in page.inner_text("#heat-verdict")
+    page.select_option("#heat-kind", label="Layer 1, query 3")
+    assert "Layer 1, query 3" in page.get_attribute(".heat-layer", "aria-label")
+    rows = read_json(saved(page, "#save-json", tmp_path))
+    assert [turn["answer"] for turn in rows["regions"][0]["turns"]] == [first, second]
+    assert rows["regions"][0]["turns"][0]["deletion_test"]["label"]
+    assert rows["slide"]["microns_per_pixel"]["x"] == 0.499 and rows["slide"]["origin"] == "header"
+    assert "not for diagnosis" in rows["notice"]
+    printed = saved(page, "#save-page", tmp_path).read_text(encoding="utf-8")
+    assert printed.count("not for diagnosis") >= 2 and "data:image/png;base64," in printed
+    assert first in printed and "<script" not in printed and "http" not in printed
+    # What was saved names the region in the form that `clover ask` takes.
+    assert rows["regions"][0]["reference"].startswith(f"{SLIDE}#")
+
+
+def test_the_answer_is_the_one_that_clover_ask_gives(
+    page: Any, server: str, shared: Path, tmp_path: Path
+) -> None:
+    open_slide(page)
+    click_field(page)
+    answer = ask(page, "which tissue is shown ?")
+    rows = read_json(saved(page, "#save-json", tmp_path))
+    reference = rows["regions"][0]["reference"].replace(SLIDE, "")
+    import base64
+    import urllib.request
+
+    place = f"{server}/slides/region?name={SLIDE}&region={reference.lstrip('#')}"
+    with urllib.request.urlopen(place) as reply:
+        picture = base64.b64encode(reply.read()).decode()
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    words = {"type": "text", "text": "which tissue is shown ?"}
+    body = {"messages": [{"role": "user", "content": [part, words]}], "model": rows["model"]}
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as reply:
+        told = json.load(reply)["choices"][0]["message"]["content"].strip()
+    assert told == answer
+
+
+def test_everything_goes_by_keyboard(page: Any) -> None:
+    page.focus("#open")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#slides button")
+    page.focus(f"#slides button:has-text('{SLIDE}')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#scale:not([hidden])")
+    page.focus("#fit")
+    page.keyboard.press("r")
+    page.wait_for_selector("#draw:not([hidden])")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Shift+ArrowRight")
+    assert "µm" in page.inner_text("#live")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".about img")
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.keyboard.type("is there necrosis ?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".turns li .after button")
+    assert page.inner_text("#live").startswith("Answer:")
+    page.focus("#draw-button")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#draw") and page.locator(".regions button").count() == 1
+
+
+def test_a_file_without_size_is_asked_for_it(page: Any) -> None:
+    open_slide(page, "unscaled.png")
+    page.click("#draw-button")
+    assert "does not state its µm per pixel" in page.inner_text("#message")
+    assert page.is_hidden("#draw") and page.is_hidden("#scale")
+    page.fill("#mpp", "5.6")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#scale:not([hidden])")
+    assert "(user)" in page.inner_text(".about")
+    page.click("#draw-button")
+    page.wait_for_selector("#draw:not([hidden])")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".about img")
+    assert "seen at" in page.inner_text(".about")
+
+
+def test_an_image_can_be_dropped_and_asked_about(page: Any, server: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = tmp_path / "dropped.png"
+    Image.new("RGB", (300, 200), (190, 60, 70)).save(image)
+    page.set_input_files("#file", str(image))
+    page.wait_for_selector(".about img")
+    assert page.inner_text(".regions") == "Whole image"
+    assert ask(page, "which tissue is shown ?")
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    page.set_input_files("#file", str(broken))
+    page.wait_for_selector("#message:not([hidden])")
+    assert "is no image that a browser opens" in page.inner_text("#message")
+    # What was open is still there.
+    assert page.inner_text("#title") == "dropped.png"
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    """Return axe-core's script, from the cache or from npm, or skip."""
+    kept = home() / "test" / f"axe-{AXE}.min.js"
+    if not kept.is_file():
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.skip("axe-core is not in the cache and there is no npm")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            [npm, "pack", f"axe-core@{AXE}", "--silent"],
+            cwd=kept.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "npm_config_update_notifier": "false"},
+        )
+        if packed.returncode:
+            pytest.skip(f"axe-core is not in the cache and npm has none: {packed.stderr[-200:]}")
+        archive = kept.parent / packed.stdout.split()[-1]
+        with tarfile.open(archive) as found:
+            member = found.extractfile("package/axe.min.js")
+            assert member is not None
+            kept.write_bytes(member.read())
+        archive.unlink()
+    return kept.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 420])
+def test_axe_finds_nothing(browser: Any, server: str, axe: str, theme: str, width: int) -> None:
+    # A context of its own without the policy: the test's script is not the server's.
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=theme, bypass_csp=True
+    )
+    page = context.new_page()
+    page.set_default_timeout(HASTE)
+    page.goto(server)
+    page.wait_for_selector("#suggestions button")
+    faults = check(page, axe)
+    page.click("#open")
+    page.wait_for_selector("#slides button")
+    faults += check(page, axe)
+    page.click(f"#slides button:has-text('{SLIDE}')")
+    page.wait_for_selector("#scale:not([hidden])")
+    click_field(page)
+    ask(page, "is there necrosis ?")
+    page.click(".turns li .after button")
+    page.wait_for_selector(".verdict")
+    page.wait_for_timeout(600)
+    faults += check(page, axe)
+    context.close()
+    assert faults == []
+
+
+def check(page: Any, axe: str) -> list[str]:
+    page.evaluate(axe)
+    found = page.evaluate("axe.run().then((result) => result.violations)")
+    return [
+        f"{fault['id']}: {node['target']} {node.get('failureSummary', '')[:200]}"
+        for fault in found
+        for node in fault["nodes"]
+    ]
+
+
+def test_a_token_is_asked_for_where_one_is_wanted(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, model = tiny_folder(tmp_path_factory.mktemp("guarded"))
+    with running(str(model), CLOVER_TOKEN="secret") as guarded:
+        context = browser.new_context()
+        page = context.new_page()
+        page.set_default_timeout(HASTE)
+        page.goto(guarded.url)
+        page.wait_for_selector("#token-dialog[open]")
+        page.fill("#token", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#suggestions button")
+        context.close()
+
+
+def test_the_first_view_comes_soon(page: Any) -> None:
+    """Print how long it took: a figure, not a verdict (docs/page.md)."""
+    page.click("#open")
+    page.wait_for_selector("#slides button")
+    start = time.perf_counter()
+    page.click(f"#slides button:has-text('{SLIDE}')")
+    page.wait_for_selector("#scale:not([hidden])")
+    page.wait_for_load_state("networkidle")
+    print(f"first view {time.perf_counter() - start:.2f} s")

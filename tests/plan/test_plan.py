@@ -1,0 +1,158 @@
+"""`clover plan`: the published counts, the arithmetic behind hours and dollars, and the switch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from clover.cli import cli
+from clover.core.config import EncoderConfig, Recipe, load_recipe
+from clover.core.errors import CloverError
+from clover.plan.count import count
+from clover.plan.run import Card, Plan, plan
+from clover.plan.step import EncoderSize, align_size, encoder_size, tune_size
+
+# SPEC, section 9, and the language models' own numbers.
+FULL = {
+    "clover-flant5xl": (187_262_464, 2_849_757_184),
+    "clover-vicuna7b": (188_837_376, 6_738_423_808),
+}
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def test_a_product_is_counted_to_the_byte_and_to_the_operation() -> None:
+    a, b = meta(10, 20), meta(20, 30)
+
+    def call() -> None:
+        first = a @ b  # 10 x 30 floats
+        second = first @ meta(30, 40)  # that and 30 x 40, and 10 x 40
+        del first
+        second.sum()
+
+    found = count(call, before=[a, b])
+    assert found.operations == 2 * 10 * 20 * 30 + 2 * 10 * 30 * 40
+    assert found.peak == 4 * (10 * 30 + 30 * 40 + 10 * 40)
+
+
+def test_a_backward_pass_is_twice_the_forward_pass() -> None:
+    layer, x = nn.Linear(64, 32, device="meta"), meta(8, 64).requires_grad_()
+    forward = count(lambda: layer(x), before=[x, *layer.parameters()])
+    both = count(lambda: layer(x).sum().backward(), before=[x, *layer.parameters()])
+    assert both.operations == 3 * forward.operations == 3 * 2 * 8 * 64 * 32
+
+
+@pytest.fixture(scope="module")
+def eva() -> EncoderSize:
+    return encoder_size(load_recipe("clover-vicuna7b").encoder, batch=1)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_step_of_the_full_size_recipe_has_the_published_counts(
+    name: str, eva: EncoderSize
+) -> None:
+    recipe, encoder = load_recipe(name), eva
+    assert recipe.encoder == load_recipe("clover-vicuna7b").encoder
+    assert (encoder.num_tokens, encoder.width) == (257, 1408)
+    # 39 blocks of products of 257 tokens, and the patches (SPEC, 3.1 and 9).
+    products = 2 * 257 * 1408 * (4 * 1408 + 2 * 6144) + 4 * 257 * 257 * 1408
+    expected = 39 * products + 2 * 256 * 1408 * 588
+    assert encoder.image.operations == pytest.approx(expected, rel=1e-3)
+    stage_1, stage_2 = align_size(recipe, encoder), tune_size(recipe, encoder)
+    assert stage_1.trainable == 186_705_470
+    assert (stage_2.trainable, stage_2.frozen) == FULL[name]
+    assert stage_2.frozen_weights == pytest.approx(2 * stage_2.frozen, rel=1e-4)  # bfloat16
+    assert stage_1.optimiser == 12 * stage_1.trainable
+    # The frozen model is passed forward and, for the visual tokens, backward: 4 operations a weight
+    # and token, 6 for what learns.
+    tokens = recipe.tune.batch_size * (32 + 128 + 256 - 1)
+    if name == "clover-vicuna7b":
+        assert stage_2.operations > 4 * 6.6e9 * tokens
+        assert stage_2.operations < 5 * 6.8e9 * tokens
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("language")
+    shape = {"model_type": "llama", "vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 2}
+    shape |= {"intermediate_size": 256, "num_attention_heads": 2, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(shape))
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "precision": "float32",
+            "encoder": {"kind": "eva_clip", "model": "vit_tiny_14", "image_size": 56},
+            "qformer": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 500},
+            "language": {"weights": str(folder)},
+            "align": {"steps": 100, "batch_size": 4},
+            "tune": {"steps": 50, "batch_size": 4},
+        }
+    )
+    return plan(recipe, Card(memory_gib=80, tflops=0.001, price=3.0), images=1000)
+
+
+def test_hours_dollars_and_disk_follow_from_the_counts(made: Plan) -> None:
+    found = made
+    row = found.row()
+    assert row["fits"] and row["switch"] is None
+    assert found.hours()["align"] == pytest.approx(found.align.operations * 100 / 1e9 / 3600)
+    assert row["dollars"]["tune"] == pytest.approx(3 * found.hours()["tune"], abs=0.01)
+    assert found.cache_gib() == pytest.approx(1000 * 17 * 48 * 2 / 2**30)
+    parts = row["tune"]["gib"]
+    assert sum(parts.values()) == pytest.approx(row["peak_gib"]["tune"], abs=0.03)
+
+
+def test_the_switch_that_is_named_makes_it_fit(made: Plan) -> None:
+    found = made
+    limit = 0.7 * max(found.peaks().values())
+    card = Card(memory_gib=limit, tflops=1, price=1)
+    tight = plan(found.recipe, card, images=10)
+    assert not tight.fits and tight.switch
+    changes = tight.switch.replace("--set ", "").split()
+    tree = found.recipe.model_dump(mode="json")
+    for change in changes:
+        key, value = change.split("=")
+        section, name = key.split(".")
+        tree[section][name] = value if name == "quantise" else int(value)
+    mended = plan(Recipe.model_validate(tree), card, images=10)
+    assert mended.fits
+    hopeless = plan(found.recipe, Card(memory_gib=0.001, tflops=1, price=1), images=10)
+    assert not hopeless.fits and hopeless.switch is None
+
+
+def test_eight_bits_halve_the_frozen_weights_of_a_planned_model(made: Plan) -> None:
+    recipe = made.recipe.model_copy(update={"precision": "auto"})
+    encoder = encoder_size(recipe.encoder, batch=1)
+    language = recipe.language.model_copy(update={"quantise": "int8"})
+    full = tune_size(recipe, encoder)
+    small = tune_size(recipe.model_copy(update={"language": language}), encoder)
+    words = 2 * 500 * 64 * 2  # embeddings and head stay as they are
+    ratio = (small.frozen_weights - words) / (full.frozen_weights - words)
+    assert 0.49 < ratio < 0.53
+
+
+def test_the_command_prints_a_table_or_one_json_object() -> None:
+    arguments = ["plan", "phantom", "--gpu", "8", "--price", "1"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert "peak, GiB" in done.output and "It fits 8 GiB." in done.output
+    row = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
+    assert row["recipe"] == "clover-phantom" and row["tune"]["trainable_parameters"] > 19e6
+
+
+def test_a_language_model_of_unknown_shape_and_a_card_of_nothing_are_one_line(made: Plan) -> None:
+    recipe = made.recipe
+    language = recipe.language.model_copy(update={"weights": "hf://org/unheard-of@main"})
+    with pytest.raises(CloverError, match=r"shape of language\.weights .* is not known: fetch it"):
+        tune_size(
+            recipe.model_copy(update={"language": language}),
+            encoder_size(EncoderConfig(kind="tiny"), batch=1),
+        )
+    done = CliRunner().invoke(cli, ["plan", "phantom", "--gpu", "0"])
+    assert isinstance(done.exception, CloverError) and "--gpu is 0" in str(done.exception)

@@ -1,0 +1,427 @@
+"""`clover serve` in a process of its own, asked as users ask: official clients, curl, sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from tests.serve.running import Running, data_uri, environment, running, seen, tiny_folder
+from tests.tiny import Tiny
+
+from clover.language.protocol import GenerationSettings
+from clover.model import Clover, build_bridge, load, save_bridge
+from clover.qformer.bridge import Bridge
+
+QUESTION = "describe the image"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
+    return tiny_folder(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def alignment(parts: tuple[Tiny, Path], clover: Clover) -> tuple[Path, Bridge]:
+    bridge = build_bridge(parts[0].recipe, clover.encoder, clover.tokenizer, has_alignment=True)
+    path = parts[1].parent / "align.safetensors"
+    save_bridge(bridge, path)
+    return path, bridge.eval()
+
+
+@pytest.fixture(scope="module")
+def server(parts: tuple[Tiny, Path], alignment: tuple[Path, Bridge]) -> Iterator[Running]:
+    models = [f"tiny={parts[1]}", f"other={parts[1]}"]
+    with running(*models, "--max-waiting", "8", "--align", str(alignment[0])) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def clover(parts: tuple[Tiny, Path]) -> Clover:
+    return load(parts[1], device="cpu", precision="float32")
+
+
+def ask(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=messages, **more)
+
+
+def test_it_says_what_it_serves_where_and_with_which_limits(server: Running) -> None:
+    assert "tiny: tiny/patches, bridge of" in server.banner
+    assert f"at http://127.0.0.1:{server.port}/v1" in server.banner
+    assert "16 answers at once, 8 wait, 20 MiB a request, 50 megapixels" in server.banner
+    assert "not for diagnosis" in server.banner
+
+
+def test_the_model_list_names_every_adapter(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "other"]
+    assert client.models.retrieve("other").owned_by == "clover"
+    with pytest.raises(openai.NotFoundError, match="no model 'none'"):
+        client.models.retrieve("none")
+
+
+def test_an_answer_is_that_of_clover_ask(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    for tissue in ("liver", "colon"):
+        path = parts[0].image(tissue)
+        reply = ask(client, [seen(QUESTION, data_uri(path))])
+        assert reply.choices[0].message.content == clover.ask(path, QUESTION).text
+        assert reply.notice == "Research use only, not for diagnosis."
+        usage = reply.usage
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        assert 1 <= usage.completion_tokens <= 6
+
+
+def test_a_streamed_answer_is_the_whole_one_in_pieces(
+    client: openai.OpenAI, parts: tuple[Tiny, Path]
+) -> None:
+    messages = [seen(QUESTION, data_uri(parts[0].image()))]
+    whole = ask(client, messages, max_tokens=12)
+    options = {"include_usage": True}
+    chunks = list(ask(client, messages, max_tokens=12, stream=True, stream_options=options))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text.strip() == whole.choices[0].message.content
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert reasons[-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 2
+
+
+def test_a_conversation_keeps_its_turns_in_view(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image("kidney")
+    features, turns = clover.encode(path), []
+    messages = [seen("is this liver ?", data_uri(path))]
+    for question in ("is this liver ?", "many cells or few ?", QUESTION):
+        if turns:
+            messages.append({"role": "user", "content": question})
+        reply = ask(client, messages).choices[0].message.content
+        assert reply == "".join(clover.stream(features, turns, question)).strip()
+        turns.append((question, reply))
+        messages.append({"role": "assistant", "content": reply})
+
+
+def test_a_new_image_begins_a_new_conversation(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    first, second = parts[0].image("liver"), parts[0].image("colon")
+    messages = [
+        seen(QUESTION, data_uri(first)),
+        {"role": "assistant", "content": "liver"},
+        seen(QUESTION, data_uri(second)),
+    ]
+    assert ask(client, messages).choices[0].message.content == clover.ask(second, QUESTION).text
+
+
+def test_several_answers_with_seeds_stops_and_scores(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    messages = [seen(QUESTION, data_uri(path))]
+    warm = ask(client, messages, n=3, temperature=1.5, seed=4, max_tokens=8)
+    texts = [choice.message.content for choice in warm.choices]
+    expected = [
+        clover.ask(
+            path, QUESTION, settings=GenerationSettings(temperature=1.5, max_tokens=8, seed=4 + i)
+        ).text
+        for i in range(3)
+    ]
+    assert texts == expected and len(set(texts)) > 1
+    scored = ask(client, messages, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert [item.logprob for item in scored] == [item.top_logprobs[0].logprob for item in scored]
+    whole = ask(client, messages, max_tokens=12).choices[0].message.content
+    stop = whole.split()[2]
+    stopped = ask(client, messages, max_tokens=12, stop=[stop]).choices[0]
+    assert stopped.message.content == whole[: whole.index(stop)].strip()
+    assert stopped.finish_reason == "stop"
+
+
+def test_a_system_message_is_read_before_the_question(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    prefix = clover.visual_prefix(clover.encode(path), [QUESTION])
+    expected = clover.language.generate(
+        prefix, [f"many cells\n{QUESTION}"], clover.default_settings()
+    )
+    messages = [{"role": "system", "content": "many cells"}, seen(QUESTION, data_uri(path))]
+    assert ask(client, messages).choices[0].message.content == expected[0].strip()
+
+
+def test_embeddings_are_stage_1s_unit_vectors(
+    client: openai.OpenAI,
+    clover: Clover,
+    alignment: tuple[Path, Bridge],
+    parts: tuple[Tiny, Path],
+) -> None:
+    path, bridge = parts[0].image(), alignment[1]
+    text = "the image shows liver"
+    reply = client.embeddings.create(model="tiny", input=[text, data_uri(path)])
+    with torch.no_grad():
+        tokens = clover.tokenizer([text], limit=clover.recipe.align.max_text_tokens)
+        row = bridge.qformer.encode_text(tokens.ids, tokens.mask)[:, 0]
+        keys = bridge.read_image(clover.encode(path))
+        seen_by = bridge.alignment.embed_image(bridge.qformer.encode_queries(keys).hidden)[0]
+        mean = seen_by.mean(dim=0)
+        expected = [bridge.alignment.embed_text(row)[0], mean / mean.norm()]
+    for item, vector in zip(reply.data, expected, strict=True):
+        assert item.embedding == pytest.approx(vector.tolist(), abs=1e-5)
+    plain = client.embeddings.create(model="tiny", input=text, encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(reply.data[0].embedding, abs=1e-6)
+    with pytest.raises(openai.BadRequestError, match="start the server with --align"):
+        client.embeddings.create(model="other", input=text)
+    with pytest.raises(openai.BadRequestError, match="dimensions is 3, these embeddings have 16"):
+        client.embeddings.create(model="tiny", input=text, dimensions=3)
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "audio"),
+    ({"messages": [seen("", "IMAGE")]}, "the question is empty"),
+    ({"messages": [seen("what ?", *["IMAGE"] * 20)]}, "20 images in one message"),
+    ({"messages": [seen("what ?", "data:image/png;base64,@@@")]}, "base64 is broken"),
+    ({"messages": [seen("what ?", "data:text/plain;base64,YQ==")]}, "is not an image"),
+    ({"messages": [seen("what ?", "data:image/png;base64,YWJj")]}, "none of PNG, JPEG"),
+    ({"messages": [seen("what ?", "http://127.0.0.1/a.png")]}, "--allow-image-urls"),
+    ({"messages": [seen("what ?", "file:///etc/passwd")]}, "--allow-image-urls"),
+    ({"messages": [seen("what ?", "IMAGE"), {"role": "assistant", "content": "a"}]}, "end with a"),
+    ({"messages": [seen("what ?", "IMAGE")], "max_tokens": 5000}, "at most 1024"),
+    ({"messages": [seen("what ?", "IMAGE")], "max_tokens": 400}, "more than the model's 256"),
+    ({"messages": [seen("what ?", "IMAGE")], "temperature": 9}, "temperature"),
+    ({"messages": [seen("what ?", "IMAGE")], "tools": [{"a": 1}]}, "tools is not supported"),
+    ({"messages": [seen("what ?", "IMAGE")], "n": 1000}, "n: "),
+    ({"messages": [{"role": "user", "content": "liver"}]}, "no chat template"),
+    ({"messages": [{"role": "user", "content": "a" * 200_001}]}, "200,001 characters, at most"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_mistake_is_one_line_in_the_shape_of_openai(
+    client: openai.OpenAI, parts: tuple[Tiny, Path], body: dict[str, Any], message: str
+) -> None:
+    text = json.dumps(body).replace("IMAGE", data_uri(parts[0].image()))
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="tiny", **json.loads(text))
+    assert message in refused.value.message
+    body_of_error: Any = refused.value.body
+    assert body_of_error["type"] == "invalid_request_error"
+    assert "Traceback" not in refused.value.response.text
+    assert "\n" not in body_of_error["message"]
+
+
+def test_too_many_at_once_are_told_to_come_again_and_the_rest_is_answered(
+    server: Running, client: openai.OpenAI, parts: tuple[Tiny, Path]
+) -> None:
+    messages = [seen(QUESTION, data_uri(parts[0].image()))]
+    before = ask(client, messages).choices[0].message.content
+
+    def flood(_: int) -> str:
+        try:
+            return str(ask(client, messages, n=4).choices[0].message.content)
+        except openai.RateLimitError as error:
+            assert int(error.response.headers["retry-after"]) >= 1
+            return "busy"
+
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(flood, range(24)))
+    assert set(answers) == {"busy", before}
+
+
+def raw(server: Running, text: bytes, *, wait: float = 10.0) -> bytes:
+    """Send bytes, return what comes back until the server closes or is silent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
+        connection.sendall(text)
+        parts = []
+        try:
+            while part := connection.recv(65536):
+                parts.append(part)
+                if b"\r\n\r\n" in b"".join(parts) and b"}" in part:
+                    break
+        except TimeoutError:
+            pass
+        return b"".join(parts)
+
+
+def test_other_sites_may_not_ask(server: Running) -> None:
+    def head(*lines: str) -> bytes:
+        return raw(server, ("\r\n".join(["GET /v1/models HTTP/1.1", *lines]) + "\r\n\r\n").encode())
+
+    own = f"Host: 127.0.0.1:{server.port}"
+    assert head(own).startswith(b"HTTP/1.1 200")
+    # A name of somebody else's that points here (DNS rebinding), and a page of another site.
+    assert head("Host: evil.example").startswith(b"HTTP/1.1 403")
+    assert head(own, "Origin: https://evil.example").startswith(b"HTTP/1.1 403")
+    assert head(own, "Origin: null").startswith(b"HTTP/1.1 403")
+    reply = head(own, f"Origin: http://127.0.0.1:{server.port}")
+    assert reply.startswith(b"HTTP/1.1 200")
+    assert b"access-control-allow-origin" not in reply.lower()
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(server: Running) -> None:
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+    reply = raw(server, head.encode())
+    assert reply.startswith(b"HTTP/1.1 413")
+    assert b"more than 20,971,520 bytes" in reply
+
+
+def test_a_client_that_leaves_is_not_written_for(
+    server: Running, client: openai.OpenAI, parts: tuple[Tiny, Path]
+) -> None:
+    def figure(name: str) -> float:
+        text = client.get("/../metrics", cast_to=str)
+        line = next(line for line in text.splitlines() if line.startswith(name + " "))
+        return float(line.split()[1])
+
+    before = figure('clover_answers_total{result="cancelled"}')
+    body = {
+        "model": "tiny",
+        "messages": [seen(QUESTION, data_uri(parts[0].image()))],
+        "max_tokens": 200,
+        "n": 4,
+        "temperature": 2,
+    }
+    text = json.dumps(body)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall((head + text).encode())
+    deadline = time.monotonic() + 30
+    while figure("clover_running_answers") or figure("clover_waiting_answers"):
+        assert time.monotonic() < deadline, "answers nobody waits for are still being written"
+        time.sleep(0.05)
+    assert figure('clover_answers_total{result="cancelled"}') > before
+
+
+def test_off_loopback_a_token_is_required_and_checked(parts: tuple[Tiny, Path]) -> None:
+    command = [sys.executable, "-m", "clover.cli", "serve", str(parts[1]), "--host", "0.0.0.0"]
+    refused = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert refused.returncode == 2
+    assert "a token is required: set CLOVER_TOKEN" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_token_is_asked_for_and_sigterm_lets_an_answer_finish(
+    parts: tuple[Tiny, Path],
+) -> None:
+    with running(str(parts[1]), CLOVER_TOKEN="s3cret") as server:
+        wrong = openai.OpenAI(base_url=server.url + "/v1", api_key="no", max_retries=0)
+        right = openai.OpenAI(base_url=server.url + "/v1", api_key="s3cret", max_retries=0)
+        with pytest.raises(openai.AuthenticationError, match="token is absent or wrong"):
+            wrong.models.list()
+        messages: Any = [seen(QUESTION, data_uri(parts[0].image()))]
+        stream = right.chat.completions.create(
+            model="tiny", messages=messages, stream=True, max_tokens=150, temperature=2
+        )
+        iterator = iter(stream)
+        next(iterator)
+        server.process.send_signal(signal.SIGTERM)
+        reasons = [chunk.choices[0].finish_reason for chunk in iterator]
+        assert reasons[-1] in ("stop", "length")
+        assert server.process.wait(timeout=60) == 0
+        wrong.close()
+        right.close()
+
+
+def test_a_port_in_use_is_one_line(server: Running, parts: tuple[Tiny, Path]) -> None:
+    command = [sys.executable, "-m", "clover.cli", "serve", str(parts[1])]
+    refused = subprocess.run(
+        [*command, "--port", str(server.port)], capture_output=True, text=True, env=environment()
+    )
+    assert refused.returncode == 2
+    assert (
+        refused.stderr
+        == f"clover: port {server.port} is taken; choose another, or 0 for a free one\n"
+    )
+
+
+NODE = """
+const OpenAI = require("openai");
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
+const image = process.argv[3];
+const content = [{ type: "text", text: "describe the image" },
+                 { type: "image_url", image_url: { url: image } }];
+(async () => {
+  const messages = [{ role: "user", content }];
+  const models = (await client.models.list()).data.map((m) => m.id);
+  const whole = await client.chat.completions.create({ model: "tiny", messages });
+  const answer = whole.choices[0].message.content;
+  let streamed = "";
+  for await (const chunk of await client.chat.completions.create(
+      { model: "tiny", messages, stream: true })) streamed += chunk.choices[0].delta.content ?? "";
+  const again = await client.chat.completions.create({ model: "tiny", messages: [
+      ...messages, { role: "assistant", content: answer }, { role: "user", content: "what ?" }] });
+  let status = 0, message = "";
+  try { await client.chat.completions.create({ model: "none", messages }); }
+  catch (error) { status = error.status; message = error.message; }
+  console.log(JSON.stringify({ models, answer, streamed,
+      again: again.choices[0].message.content, status, message }));
+})();
+"""
+
+
+def node_modules() -> Path | None:
+    """Return where npm's `openai` lies: `npm install --prefix DIR openai`, outside this project."""
+    folder = Path(os.environ.get("CLOVER_TEST_NODE_MODULES", "/tmp/clover-test-node/node_modules"))
+    return folder if shutil.which("node") and (folder / "openai").is_dir() else None
+
+
+@pytest.mark.skipif(node_modules() is None, reason="node or npm's openai is not installed")
+def test_the_official_client_of_node_is_served(
+    server: Running, clover: Clover, parts: tuple[Tiny, Path], tmp_path: Path
+) -> None:
+    path = parts[0].image()
+    script = tmp_path / "ask.js"
+    script.write_text(NODE)
+    done = subprocess.run(
+        ["node", str(script), server.url + "/v1", data_uri(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NODE_PATH": str(node_modules())},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = clover.ask(path, QUESTION).text
+    assert found["models"] == ["tiny", "other"]
+    assert found["answer"] == expected
+    assert found["streamed"].strip() == expected
+    turn = "".join(clover.stream(clover.encode(path), [(QUESTION, expected)], "what ?")).strip()
+    assert found["again"] == turn
+    assert found["status"] == 404
+    assert "no model 'none'" in found["message"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_is_served(server: Running, clover: Clover, parts: tuple[Tiny, Path]) -> None:
+    body = {"model": "tiny", "messages": [seen(QUESTION, data_uri(parts[0].image()))]}
+    address, kind = server.url + "/v1/chat/completions", "Content-Type: application/json"
+    done = subprocess.run(
+        ["curl", "-s", address, "-H", kind, "-d", "@-"],
+        input=json.dumps(body),
+        capture_output=True,
+        text=True,
+    )
+    reply = json.loads(done.stdout)
+    assert reply["choices"][0]["message"]["content"] == clover.ask(parts[0].image(), QUESTION).text
