@@ -1,4 +1,4 @@
-"""Rows that may give one of a few answers, and beam search."""
+"""Rows that may give one of a few answers; beam search beside."""
 
 from __future__ import annotations
 

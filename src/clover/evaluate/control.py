@@ -1,7 +1,7 @@
 """What the controls show: how much of a score is owed to the image, and what the answers hang on.
 
 In: prediction lines of the same questions, with the image and in other views. Out: gains with
-intervals, shares of answers that stay, a sentence, and suspicions by name.
+intervals, shares of answers that stay, and a sentence.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from clover.evaluate.protocol.strict import rate, strict_form
 Row = dict[str, Any]
 Rated = dict[str, tuple[bool, float, str]]
 """id -> (is closed, closed hit or open recall as a fraction, the image it hangs on)."""
-
-_SAME_AS = 0.95
-"""Share of equal answers from which a model is said to answer like something that sees nothing."""
-_ONE_WORD = 90.0
-"""Percent of one answer to closed questions from which a model is called a yes- or no-sayer."""
 
 
 def ratings(rows: Sequence[Row]) -> Rated:
@@ -174,41 +169,3 @@ def verdict(blind: Mapping[str, Any] | None, shuffled: Mapping[str, Any] | None)
             f"with another image it loses {shuffled['closed']['difference']:.1f} points (closed)"
         )
     return f"{head}: {'; '.join(said)}."
-
-
-def suspicions(
-    rows: Mapping[str, Sequence[Row]],
-    others: Mapping[str, Sequence[Row]],
-    *,
-    yes_rate: float | None,
-    base_rate: float | None,
-) -> list[str]:
-    """Return what gives a model away that does not do what its score suggests, a sentence each.
-
-    Args:
-        rows: Prediction lines by view.
-        others: Prediction lines of the baselines.
-        yes_rate: Percent of closed questions answered yes.
-        base_rate: Percent whose truth is yes.
-    """
-    found = []
-    if yes_rate is not None and base_rate is not None:
-        for word, said, truth in (
-            ("yes", yes_rate, base_rate),
-            ("no", 100 - yes_rate, 100 - base_rate),
-        ):
-            if said >= _ONE_WORD and truth < said - 10:
-                found.append(
-                    f"{word}-sayer: {said:.0f} % of closed questions are not answered "
-                    f"{'no' if word == 'yes' else 'yes'}, {truth:.0f} % are rightly {word}"
-                )
-    for name, source, text in (
-        ("blind", rows, "answers without the image as with it"),
-        ("question_only", others, "gives the commonest training answer to the same question"),
-    ):
-        if name in source:
-            share = agreement(rows["image"], source[name], draws=0)
-            if share["n"] and share["value"] >= 100 * _SAME_AS:
-                title = "blind model" if name == "blind" else "copies answers from training"
-                found.append(f"{title}: {text} in {share['value']:.0f} % of {share['n']:,}")
-    return found

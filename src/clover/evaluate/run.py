@@ -6,7 +6,7 @@ In: a model, questions with answers. Out: prediction files and `scores.json`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from clover.core.config import EvaluateConfig
 from clover.core.files import write_json, write_jsonl
-from clover.core.record import Rejection, write_rejected
+from clover.core.record import Record, Rejection, write_rejected
 from clover.evaluate.baseline import (
     colour_only_baseline,
     linear_probe_baseline,
@@ -28,13 +28,16 @@ from clover.evaluate.control import (
     form_table,
     gain_row,
     image_gain,
-    suspicions,
     verdict,
 )
 from clover.evaluate.decoding import find_decoding
 from clover.evaluate.endpoint import EndpointModel
+from clover.evaluate.expose import TrainingAnswers
+from clover.evaluate.item import ItemReader
 from clover.evaluate.predict import NOTICE, LocalModel, PredictionJob, predict
-from clover.evaluate.score import per_log_parameters, score
+from clover.evaluate.protocol import find_protocols
+from clover.evaluate.score import per_log_parameters, score, score_sheet
+from clover.evaluate.sheet import Sheet
 from clover.evaluate.view import BASIC, View
 from clover.model import load, read_config
 from clover.vision.dataset import FeatureSet, load_feature_set
@@ -65,6 +68,8 @@ class Evaluation:
     """Parameters that were trained, where that is known."""
     baselines: Mapping[str, list[Row]] = field(default_factory=dict)
     """Prediction lines of what needs no model of ours."""
+    training: Sequence[Record] = ()
+    """Training questions, where they are known: to expose answers copied from them."""
     draws: int = 1000
 
 
@@ -168,6 +173,7 @@ def evaluate_folder(
         control_items=control_items,
         trainable=model.bridge.num_trainable(),
         baselines={} if learnt is None or predict_only else _baseline_rows(learnt, asked),
+        training=() if learnt is None else learnt.records,
         draws=config.bootstrap,
     )
     if predict_only:
@@ -228,7 +234,10 @@ def _baseline_rows(train: FeatureSet, test: FeatureSet) -> dict[str, list[Row]]:
 
 def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, Any]:
     draws, others = evaluation.draws, evaluation.baselines
-    views = {view: score(found, PROTOCOL, draws=draws) for view, found in rows.items()}
+    views = {
+        view: score(found, PROTOCOL, draws=draws) for view, found in rows.items() if view != "image"
+    }
+    views = {"image": _score_beside(rows["image"], evaluation.training, draws), **views}
     gains = {
         view: image_gain(rows["image"], found, draws=draws)
         for view, found in rows.items()
@@ -276,14 +285,18 @@ def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, 
             },
             "forms": form_table(rows, others, draws=draws),
             "verdict": verdict(blind, gains.get("shuffled")),
-            "suspicions": suspicions(
-                rows,
-                others,
-                yes_rate=image["details"]["yes_rate"],
-                base_rate=image["details"]["base_rate"],
-            ),
+            "exposed": image["details"]["exposed"],
         },
     }
+
+
+def _score_beside(rows: list[Row], training: Sequence[Record], draws: int) -> dict[str, Any]:
+    """Score by the strict rule, with an eye on answers that are copied from training."""
+    known = TrainingAnswers(record.row() for record in training) if training else None
+    sheet, reader = Sheet(find_protocols(PROTOCOL), known), ItemReader()
+    for item in reader.items(rows):
+        sheet.add(item)
+    return score_sheet(sheet, reader, draws=draws)[PROTOCOL]
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
