@@ -91,18 +91,19 @@ class Witness:
         self._num_wrong_lookups: Counter[str] = Counter()
         self._long: Counter[str] = Counter()
 
-    def add(self, item: Item, gold: str | None) -> None:
+    def add(self, item: Item, question: str, gold: str | None) -> None:
         """Remember one item.
 
         Args:
             item: Prediction and truth.
+            question: The question's form.
             gold: The yes or no that is right, for a closed item.
         """
         label = first_yes_no(item.prediction) if item.is_closed else None
         said = label or answer_form(item.prediction)
         true = gold or answer_form(item.answer)
         # Hashes of 64 bits: a million texts share one by a chance of 3e-8.
-        self._questions.append(hash(question_form(item.question)))
+        self._questions.append(hash(question))
         self._said.append(hash(said))
         self._true.append(hash(true))
         if gold is not None:
@@ -136,6 +137,10 @@ class Witness:
         ]
         charges += self._copier()
         return {"charges": charges, "looks": looks, "not_tried": list(self._not_tried(looks))}
+
+    def questions(self) -> Codes:
+        """Return a code of each item's question, the same in every sheet of a process."""
+        return np.frombuffer(self._questions, dtype=np.int64)
 
     def _codes(self) -> tuple[array[int], array[int], array[int]]:
         return self._questions, self._said, self._true

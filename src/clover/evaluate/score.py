@@ -210,7 +210,7 @@ def compare_files(
         and pairs: how many items both files hold.
 
     Raises:
-        CloverError: the files share no id.
+        CloverError: the files share no id, or ask other questions under the same ids.
     """
     sheet, other = first[0], second[0]
     places = {str(identity): place for place, identity in enumerate(other.ids)}
@@ -225,6 +225,13 @@ def compare_files(
             "a paired comparison needs predictions for the same items"
         )
     ours, theirs = (list(column) for column in zip(*pairs, strict=True))
+    asked, also = sheet.witness.questions()[ours], other.witness.questions()[theirs]
+    num_others = int((asked != also).sum())
+    if num_others * 2 > len(pairs):
+        raise CloverError(
+            f"{num_others:,} of the {len(pairs):,} shared ids ask another question in the other "
+            "file; a paired comparison needs predictions for the same items"
+        )
     names = sheet.cluster_names()
     clusters = [names[place] for place in ours]
     result: dict[str, dict[str, Any]] = {}
