@@ -95,10 +95,12 @@ def test_two_files_are_compared_in_pairs(tmp_path: Path) -> None:
     assert row.split()[-5:] == ["0.0391", "8", "/", "1", "30"]
     assert "30 items are in both files" in table
     other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({**line, "question": "Else?"}) + "\n" for line in ours))
+    other.write_text(
+        "".join(json.dumps({**line, "question": "?", "answer": "no"}) + "\n" for line in ours)
+    )
     refused = clover("score", paths[0], other)
     assert refused.returncode == 2
-    assert "30 of the 30 shared ids ask another question" in refused.stderr
+    assert "30 of the 30 shared ids have another question and another truth" in refused.stderr
     # The same the other way round, and with --against.
     back = json.loads(clover("score", paths[1], "--against", paths[0], "--json").stdout)
     assert back["strict"]["against"]["closed"]["difference"] == -closed["difference"]

@@ -234,12 +234,11 @@ def compare_files(
             "a paired comparison needs predictions for the same items"
         )
     ours, theirs = (list(column) for column in zip(*pairs, strict=True))
-    asked, also = sheet.witness.questions()[ours], other.witness.questions()[theirs]
-    num_others = int((asked != also).sum())
-    if num_others * 2 > len(pairs):
+    num_others = sheet.witness.num_others(other.witness, ours, theirs)
+    if num_others * 10 > len(pairs):
         raise CloverError(
-            f"{num_others:,} of the {len(pairs):,} shared ids ask another question in the other "
-            "file; a paired comparison needs predictions for the same items"
+            f"{num_others:,} of the {len(pairs):,} shared ids have another question and another "
+            "truth in the other file; a paired comparison needs predictions for the same items"
         )
     names = sheet.cluster_names()
     clusters = [names[place] for place in ours]
