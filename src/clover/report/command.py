@@ -8,8 +8,8 @@ import click
 
 
 @click.command(
-    epilog="Example: clover report clover-demo --out report.html; clover report --table clover-demo; "
-    "clover report --compare ours.jsonl theirs.jsonl --images images/"
+    epilog="Example: clover report clover-demo --out report.html; "
+    "clover report --table clover-demo; clover report --compare ours.jsonl theirs.jsonl"
 )
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
