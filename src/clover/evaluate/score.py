@@ -31,6 +31,14 @@ __all__ = [
 ]
 
 
+_KNOWN_SETS = {
+    (3391, 3370): "PathVQA's test set as LLaVA-Med splits it (6,761)",
+    (3362, 3357): "PathVQA's test set without duplicates, as on the hub (6,719)",
+    (343, 940): "QUILT-VQA (1,283)",
+}
+"""Closed and open questions of test sets that published numbers are about (METRICS, section 3)."""
+
+
 def score(
     items: Iterable[Any],
     protocol: str | Sequence[str] = "strict",
@@ -158,6 +166,7 @@ def score_sheet(
             *reader.problems.lines(),
             *_gaps(details),
         ]
+        details["as_many_as"] = _KNOWN_SETS.get((details["num_closed"], details["num_open"]))
         if reader.header is not None:
             details["header"] = reader.header
         if trainable_parameters is not None:
@@ -210,7 +219,7 @@ def compare_files(
         and pairs: how many items both files hold.
 
     Raises:
-        CloverError: the files share no id.
+        CloverError: the files share no id, or ask other questions under the same ids.
     """
     sheet, other = first[0], second[0]
     places = {str(identity): place for place, identity in enumerate(other.ids)}
@@ -225,6 +234,12 @@ def compare_files(
             "a paired comparison needs predictions for the same items"
         )
     ours, theirs = (list(column) for column in zip(*pairs, strict=True))
+    num_others = sheet.witness.num_others(other.witness, ours, theirs)
+    if num_others * 10 > len(pairs):
+        raise CloverError(
+            f"{num_others:,} of the {len(pairs):,} shared ids have another question and another "
+            "truth in the other file; a paired comparison needs predictions for the same items"
+        )
     names = sheet.cluster_names()
     clusters = [names[place] for place in ours]
     result: dict[str, dict[str, Any]] = {}
