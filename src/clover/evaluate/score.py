@@ -15,7 +15,7 @@ from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
 from clover.evaluate.expose import TrainingAnswers
 from clover.evaluate.interval import mcnemar, paired_bootstrap
-from clover.evaluate.item import ItemReader, Problems, read_rows, read_truth
+from clover.evaluate.item import ItemReader, Problems, read_rows, read_truth, spoken
 from clover.evaluate.protocol import Item, find_protocols
 from clover.evaluate.sheet import SCORE_KEYS, Sheet, rated_rows
 
@@ -113,7 +113,9 @@ def read_sheet(
         CloverError: as `score_file`.
     """
     sheet = Sheet(find_protocols(protocol), None if train is None else read_training(train))
-    reader = ItemReader(read_truth(truth) if truth is not None else None)
+    problems = Problems()
+    reader = ItemReader(read_truth(truth, problems) if truth is not None else None)
+    reader.problems.merge(problems)
     items = reader.items(read_rows(path, reader.problems))
     if per_item is None:
         for item in items:
@@ -131,7 +133,7 @@ def read_training(path: str | Path) -> TrainingAnswers:
     Raises:
         CloverError: no such file, or no line with a question and an answer.
     """
-    training = TrainingAnswers(read_rows(path, Problems()))
+    training = TrainingAnswers(map(spoken, read_rows(path, Problems())))
     if not len(training):
         raise CloverError(f"{path} holds no line with a question and an answer to copy from")
     return training
