@@ -31,7 +31,12 @@ class Aligned:
     tokenizer: TextTokenizer
     max_text_tokens: int = 32
 
-    def _text(self, texts: Sequence[str]) -> Tokens:
+    def tokens(self, texts: Sequence[str]) -> Tokens:
+        """Return texts as the bridge reads them.
+
+        Raises:
+            CloverError: one is empty.
+        """
         if not texts or not all(text.strip() for text in texts):
             raise CloverError("a text is empty; give for instance 'colon adenocarcinoma'")
         found = self.tokenizer(list(texts), limit=self.max_text_tokens)
@@ -54,7 +59,7 @@ class Aligned:
     @torch.no_grad()
     def match(self, features: Tensor, texts: Sequence[str]) -> list[float]:
         """Return the probability that each text belongs to the image [1, P, E]."""
-        text = self._text(texts)
+        text = self.tokens(texts)
         image = self.bridge.read_image(features.to(text.ids.device))
         hidden = self.bridge.qformer.encode_pair(image, text.ids, text.mask, queries_only=True)
         scores: list[float] = self.bridge.alignment.match(hidden).softmax(dim=1)[:, 1].tolist()
@@ -68,9 +73,8 @@ class Aligned:
                 self.bridge.qformer.encode_queries(image).hidden
             )
 
-    def text_vectors(self, texts: Sequence[str]) -> Tensor:
-        """Return unit vectors [B, C] of texts."""
-        text = self._text(texts)
+    def text_vectors(self, text: Tokens) -> Tensor:
+        """Return unit vectors [B, C] of texts, from `tokens`."""
         with torch.no_grad():
             hidden = self.bridge.qformer.encode_text(text.ids, text.mask, first_row=True)
             return self.bridge.alignment.embed_text(hidden[:, 0])
@@ -78,6 +82,6 @@ class Aligned:
     def similarity(self, features: Tensor, texts: Sequence[str]) -> Tensor:
         """Return cosines [B, N] of images [B, P, E] and N texts; an image's best query counts."""
         cosines = torch.einsum(
-            "bqc,nc->bnq", self.image_vectors(features), self.text_vectors(texts)
+            "bqc,nc->bnq", self.image_vectors(features), self.text_vectors(self.tokens(texts))
         )
         return cosines.amax(dim=2)

@@ -31,8 +31,7 @@ from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
-from clover.language.frozen import FrozenLanguage
-from clover.language.load import load_language_model
+from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.qformer.bridge import Bridge
@@ -51,16 +50,19 @@ _FORMAT = 1
 def load_frozen_language(
     config: LanguageConfig, prompt: PromptConfig, device: Device
 ) -> LanguageModel:
-    """Load a frozen language model once a process: stages that follow each other share it."""
-    return _language_weights(config, prompt.answer_end, device).with_prompt(
-        Prompt.from_config(prompt)
-    )
+    """Load a frozen language model; its weights once a process.
+
+    Stages that follow each other share them, and so do models that are served beside each other.
+    """
+    parsed = Prompt.from_config(prompt)
+    weights = _language_weights(config.kind, config.weights, config.quantise, device)
+    return drive(weights, config, parsed)
 
 
 @lru_cache(maxsize=2)
-def _language_weights(config: LanguageConfig, answer_end: str, device: Device) -> LanguageModel:
-    prompt = PromptConfig(answer_end=answer_end)
-    return load_language_model(config, prompt, device=device.device, dtype=device.dtype)
+def _language_weights(kind: str, weights: str, quantise: str, device: Device) -> Weights:
+    config = LanguageConfig.model_validate({"kind": kind, "weights": weights, "quantise": quantise})
+    return load_weights(config, device=device.device, dtype=device.dtype)
 
 
 @dataclass(frozen=True)
@@ -481,8 +483,8 @@ def load(
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
-        beside: A loaded model; its frozen parts serve this one too where they are the same, so
-            that a further model costs its bridge alone.
+        beside: A loaded model; its image encoder serves this one too where it is the same, as
+            language models do in any case: a further model costs its bridge alone.
 
     Raises:
         CloverError: a file is missing, damaged, or does not belong to the named frozen parts.
@@ -504,9 +506,7 @@ def load(
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
-    language = _language_beside(beside, recipe, where) or load_frozen_language(
-        recipe.language, recipe.prompt, where
-    )
+    language = load_frozen_language(recipe.language, recipe.prompt, where)
     bridge = build_bridge(
         recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
         encoder,
@@ -524,18 +524,6 @@ def load(
     if (path / "align.safetensors").exists():
         model.attach_alignment(path / "align.safetensors")
     return model
-
-
-def _language_beside(beside: Clover | None, recipe: Recipe, where: Device) -> LanguageModel | None:
-    """Return a loaded model's language model under this recipe's prompt and limits."""
-    if beside is None or beside.device != where:
-        return None
-    language, config, theirs = beside.language, recipe.language, beside.recipe.language
-    if not isinstance(language, FrozenLanguage):
-        return None
-    if (config.kind, config.weights) != (theirs.kind, theirs.weights):
-        return None
-    return language.with_prompt(Prompt.from_config(recipe.prompt), config)
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:

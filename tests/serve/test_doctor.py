@@ -34,6 +34,7 @@ def test_with_the_network_allowed_absent_models_are_no_obstacle(
 ) -> None:
     monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
     monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(2**33, 0, 2**33))
     code, found, err = run(capsys)
     assert (code, err, found["missing"]) == (0, "", [])
     assert set(found["models"].values()) == {"will be fetched"}  # type: ignore[attr-defined]
@@ -72,7 +73,14 @@ def test_a_full_disk_and_a_missing_package_are_named(
         return "1.0"
 
     monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(10**10, 10**10, 10**6))
     missing = " ".join(doctor.examine()["missing"])
-    assert "timm is not installed" in missing and "0.0 GiB are free" in missing
+    assert "timm is not installed" in missing
+    assert f"0.0 GiB are free under {tmp_path}, the demo wants 1.0" in missing
+    assert f"0.0 GiB are free under {Path.cwd()}, the demo wants 1.5" in missing
+    # What is in the cache needs no room there, and 1.6 GiB are enough to run in.
+    monkeypatch.setattr(doctor, "_models", lambda missing: {"encoder.weights": "in the cache"})
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(2**33, 0, 1717986918))
+    assert "GiB" not in " ".join(doctor.examine()["missing"])

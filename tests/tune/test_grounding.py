@@ -144,7 +144,7 @@ def test_grounding_spells_the_tissue_before_the_language_model_is_asked(
         "grounding_batch_size": 8,
         "grounding_questions": 2,
         "grounding_learning_rate": 5e-3,
-        "steps": 1,
+        "steps": 2,
         "learning_rate": 1e-12,
     }
     recipe = tiny_recipe(tiny.folder, tune=settings, qformer={"dropout": 0.0, "calibrate": 8})
@@ -164,9 +164,10 @@ def test_grounding_spells_the_tissue_before_the_language_model_is_asked(
         assert nearest.tolist() == grounding.targets([tissue])[0].tolist()
 
     # A run that lost its later stages goes on from the first one's checkpoint to the same weights.
+    tune(recipe, out=tmp_path / "b", run=tmp_path / "other", max_steps=1, **paths)
     for stage in ("anchor", "tune"):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / stage)
-    second = tune(recipe, out=tmp_path / "b", run=tmp_path / "run", **paths)
+        shutil.rmtree(tmp_path / "other" / "checkpoints" / stage)
+    second = tune(recipe, out=tmp_path / "b", run=tmp_path / "other", **paths)
     assert (second.model / "bridge.safetensors").read_bytes() == (
         first.model / "bridge.safetensors"
     ).read_bytes()

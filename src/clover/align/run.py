@@ -14,6 +14,7 @@ from clover.core.record import write_rejected
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
+from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.vision.dataset import load_feature_set
@@ -89,6 +90,7 @@ def align(
             return AlignResult(weights, data.summary(), None, False)
         save_bridge(bridge, weights)
         write_json(done, {"key": key, "summary": data.summary()})
+    clear_checkpoints(run.checkpoints / "align")
     scores = None
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it

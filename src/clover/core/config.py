@@ -19,6 +19,8 @@ from clover.core.files import fingerprint
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
+    ("qformer", "train_word_embedding"),
+    *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
 )
 """(section, field) of the second release on."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

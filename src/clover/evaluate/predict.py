@@ -18,9 +18,10 @@ from clover.core.files import fingerprint, growing, write_jsonl
 from clover.core.record import Record
 from clover.core.terminal import progress
 from clover.evaluate.decoding import Decoding
-from clover.evaluate.view import Asked, FeatureViewer, View, Viewer
+from clover.evaluate.view import FeatureViewer, View, Viewer
 from clover.model import Clover
 from clover.vision.dataset import FeatureSet
+from clover.vision.leaks import Pictured
 
 Row = dict[str, Any]
 NOTICE = "research use only, not for diagnosis"
@@ -101,7 +102,7 @@ class PredictionJob:
     """What is asked, and whom."""
 
     respondent: Respondent
-    data: Asked
+    data: Pictured
     seed: int = 0
 
     def header(self, view: View) -> Row:

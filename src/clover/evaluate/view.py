@@ -7,8 +7,7 @@ changes it in a way that should change no answer, or puts the question in other 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from clover.core.errors import CloverError, nearest
-from clover.core.record import Record, image_path
+from clover.core.record import image_path
 from clover.evaluate.pixels import CHANGES
 from clover.evaluate.rewording import reworded
 from clover.vision.dataset import FeatureSet
 from clover.vision.encoder import ImageEncoder
+from clover.vision.leaks import Pictured
 
 View = Literal[
     "image",
@@ -63,25 +63,6 @@ def find_controls(names: str | None) -> tuple[View, ...]:
     return tuple(view for view in CONTROLS if view in wanted)
 
 
-class Asked(Protocol):
-    """Records and the hashes of their images: what a view is made of."""
-
-    @property
-    def records(self) -> list[Record]:
-        """What is asked."""
-        ...
-
-    @property
-    def digests(self) -> list[str]:
-        """SHA-256 of each record's image bytes."""
-        ...
-
-    @property
-    def images(self) -> Path:
-        """The folder that image paths start from."""
-        ...
-
-
 class Viewer:
     """Pictures and questions of records, as one view shows them.
 
@@ -94,7 +75,7 @@ class Viewer:
         seed: Of shuffling and noise.
     """
 
-    def __init__(self, data: Asked, *, view: View, seed: int = 0) -> None:
+    def __init__(self, data: Pictured, *, view: View, seed: int = 0) -> None:
         self.view = view
         self._data = data
         self._random = np.random.default_rng(seed)

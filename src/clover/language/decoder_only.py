@@ -126,8 +126,8 @@ class DecoderOnly(FrozenLanguage):
         """
         embeds = self._joined((), visual, text_ids)
         full = with_ones_before(mask, embeds.shape[1])
-        hidden = self._body(inputs_embeds=embeds, attention_mask=full, use_cache=False)
-        return self.logits(hidden.last_hidden_state)
+        hidden = self.hidden(inputs_embeds=embeds, attention_mask=full, use_cache=False)
+        return self.logits(hidden)
 
     def rank(
         self, visual: Tensor | None, instruction: str, candidates: Sequence[str]
@@ -195,7 +195,7 @@ class DecoderOnly(FrozenLanguage):
 
         For callers that keep a cache of their own (`clover.language.rows`).
         """
-        states: Tensor = self._body(use_cache=True, **inputs).last_hidden_state
+        states: Tensor = self._body(**{"use_cache": True, **inputs}).last_hidden_state
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -208,10 +208,9 @@ class DecoderOnly(FrozenLanguage):
     def _read(self, past: _Past, **inputs: Any) -> Tensor:
         """Run the model behind `past`, whose cache grows; return the last hidden states."""
         with behind(past.shared):
-            hidden: Tensor = self._body(
+            return self.hidden(
                 past_key_values=past.cache, use_cache=past.cache is not None, **inputs
-            ).last_hidden_state
-        return hidden
+            )
 
     def _past(self, prefix: Sequence[int], num_rows: int, *, is_kept: bool = True) -> _Past:
         """Return the constant prefix before each of `num_rows` rows, computed once.
@@ -233,7 +232,7 @@ class DecoderOnly(FrozenLanguage):
             # no_grad, not inference_mode: training joins these with tensors that learn.
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=self.device)
-                self._body(input_ids=ids, past_key_values=cache, use_cache=True)
+                self.hidden(input_ids=ids, past_key_values=cache)
             while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             self._prefixes[key] = SharedPrefix.from_cache(cache) if self._is_shared else cache

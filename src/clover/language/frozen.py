@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,17 +50,6 @@ class FrozenLanguage(ABC):
         self.prefix_ids = tuple(self.tokens.encode(prompt.before_image))
         """Ids of the constant text before the image."""
         self._start_text = self._start_ids(config.text_start)
-
-    def with_prompt(self, prompt: Prompt, config: LanguageConfig | None = None) -> Self:
-        """Return the same weights under another prompt; nothing is copied.
-
-        Args:
-            prompt: how image and question are put.
-            config: other token limits, if any; the weights stay those of this model.
-        """
-        own = config or self.config
-        own = own.model_copy(update={"weights": self.config.weights})
-        return type(self)(self.model, self.tokens.tokenizer, prompt=prompt, config=own)
 
     @property
     def device(self) -> torch.device:

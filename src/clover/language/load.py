@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -41,18 +41,40 @@ def load_language_model(
     Raises:
         CloverError: no weights are named, they are absent, or they are of another kind.
     """
+    parsed = Prompt.from_config(prompt)
+    return drive(load_weights(config, device=device, dtype=dtype), config, parsed)
+
+
+class Weights(NamedTuple):
+    """What is large, and the same under every prompt and every limit."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load_weights(
+    config: LanguageConfig, *, device: str | torch.device, dtype: torch.dtype
+) -> Weights:
+    """Load model and tokenizer; of `config` only kind, weights and quantise are read.
+
+    Raises:
+        CloverError: as `load_language_model`.
+    """
     if not config.weights:
         raise CloverError(
             "language.weights is empty; name a GGUF file or a folder in transformers' form"
         )
     folder = _folder(resolve(config.weights))
-    parsed = Prompt.from_config(prompt)
     with _quiet():
         tokenizer = _load_tokenizer(folder)
-        model = _load_model(folder, config, dtype, device)
+        return Weights(_load_model(folder, config, dtype, device), tokenizer)
+
+
+def drive(weights: Weights, config: LanguageConfig, prompt: Prompt) -> DecoderOnly | EncoderDecoder:
+    """Put loaded weights under a prompt and token limits; nothing is copied."""
     build = DecoderOnly if config.kind == "decoder_only" else EncoderDecoder
     named = config.model_copy(update={"weights": parse(config.weights).reference.split("?")[0]})
-    return build(model, tokenizer, prompt=parsed, config=named)
+    return build(weights.model, weights.tokenizer, prompt=prompt, config=named)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.language.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,6 @@ class LanguageModel(Protocol):
     @property
     def licence(self) -> str:
         """Licence of the weights."""
-        ...
-
-    def with_prompt(self, prompt: Prompt) -> LanguageModel:
-        """Return the same model, its weights shared, asked in another form."""
         ...
 
     def answer_ids(self, answer: str) -> list[int]:

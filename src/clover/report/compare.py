@@ -15,14 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from clover import __version__
 from clover.core.errors import CloverError
 from clover.core.files import write_text
 from clover.report.example import Judgement, embedded, judge, short
 from clover.report.figure import decimal
 from clover.report.reading import Row
+from clover.report.template import fill
 
 _NAMES = ("prediction", "pred", "predict_ans", "text")
 
@@ -96,14 +95,8 @@ def write_compared(
     cases = shared_cases(speakers)
     shown = choose(cases, limit)
     places = _image_places(speakers, images)
-    environment = Environment(
-        loader=PackageLoader("clover.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("compare.html.jinja").render(
+    page = fill(
+        "compare.html.jinja",
         names=[speaker.name for speaker in speakers],
         tally=_tally(speakers, cases),
         num_cases=len(cases),

@@ -8,13 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from clover import __version__
 from clover.core.errors import CloverError
 from clover.core.files import write_text
 from clover.report import course, example, instruction, outcome
 from clover.report.reading import Run, part, read_run, title
+from clover.report.template import fill
 
 _PACKAGES = ("torch", "transformers", "timm", "tokenizers", "numpy", "pillow")
 
@@ -46,14 +45,8 @@ def write_comparison(runs: Sequence[Path], out: Path) -> Path:
 
 def render(runs: Sequence[Run]) -> str:
     """Return the page's HTML."""
-    environment = Environment(
-        loader=PackageLoader("clover.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    return fill(
+        "page.html.jinja",
         heading="CLOVER: " + (title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs compared"),
         table=[outcome.table_row(run) for run in runs],
         runs=[_sections(run, index) for index, run in enumerate(runs, start=1)],

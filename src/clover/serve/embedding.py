@@ -9,39 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from pathlib import Path
 from typing import Any
 
-import torch
 from fastapi import Request
 from starlette.exceptions import HTTPException
 from torch import Tensor
 from torch.nn import functional as F
 
+from clover.aligned import Aligned
 from clover.core.errors import CloverError
-from clover.model import NOTICE, Clover, build_bridge, load_bridge
-from clover.qformer.bridge import Bridge
+from clover.model import NOTICE
 from clover.serve.completion import read_picture
 from clover.serve.engine import Engine
 from clover.serve.request import Picture, Served
 from clover.serve.wire import EmbeddingRequest
-
-
-def load_alignment(model: Clover, path: Path) -> Bridge:
-    """Load what `clover align` wrote, beside a model of the same recipe.
-
-    Raises:
-        CloverError: the file is absent, damaged, or of another recipe.
-    """
-    qformer = model.recipe.qformer.model_copy(update={"weights": None})
-    bridge = build_bridge(
-        model.recipe.model_copy(update={"qformer": qformer}),
-        model.encoder,
-        model.tokenizer,
-        has_alignment=True,
-    )
-    load_bridge(bridge, path)
-    return bridge.to(model.device.device).eval().requires_grad_(False)
 
 
 async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
@@ -55,12 +36,13 @@ async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     served = engine.models.get(body.model)
     if served is None:
         raise HTTPException(404, f"no model '{body.model[:80]}'")
-    if served.clover is None or served.alignment is None:
+    alignment = served.alignment
+    if alignment is None:
         raise CloverError(
             f"'{served.name}' has no embeddings: model folders hold stage 2 alone; start the "
             "server with --align RUN/align.safetensors"
         )
-    size = served.alignment.config.embedding_size
+    size = alignment.bridge.config.embedding_size
     if body.dimensions not in (None, size):
         raise CloverError(f"dimensions is {body.dimensions}, these embeddings have {size}")
     rows, tokens = [], 0
@@ -69,9 +51,9 @@ async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
             raise CloverError(f"input {index} is empty")
         if text[:5].lower() == "data:":
             picture = await read_picture(request, text, served)
-            work = engine.call(_embed_image, engine, served, picture)
+            work = engine.call(_embed_image, alignment, engine, served, picture)
         else:
-            work = engine.call(_embed_text, served, text)
+            work = engine.call(_embed_text, alignment, text)
         vector, count = await asyncio.wrap_future(work)
         rows.append({"object": "embedding", "index": index, "embedding": _wire(vector, body)})
         tokens += count
@@ -79,25 +61,17 @@ async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     return {"object": "list", "data": rows, "model": body.model, "usage": usage, "notice": NOTICE}
 
 
-@torch.no_grad()
-def _embed_text(served: Served, text: str) -> tuple[Tensor, int]:
+def _embed_text(alignment: Aligned, text: str) -> tuple[Tensor, int]:
     """Return a text's unit vector and how many word pieces it has."""
-    clover, bridge = served.clover, served.alignment
-    assert clover is not None and bridge is not None, "checked before"
-    tokens = clover.tokenizer([text], limit=clover.recipe.align.max_text_tokens)
-    ids, mask = tokens.ids.to(clover.device.device), tokens.mask.to(clover.device.device)
-    hidden = bridge.qformer.encode_text(ids, mask, first_row=True)[:, 0]
-    return bridge.alignment.embed_text(hidden)[0].float().cpu(), int(mask.sum())
+    tokens = alignment.tokens([text])
+    return alignment.text_vectors(tokens)[0].float().cpu(), int(tokens.mask.sum())
 
 
-@torch.no_grad()
-def _embed_image(engine: Engine, served: Served, picture: Picture) -> tuple[Tensor, int]:
+def _embed_image(
+    alignment: Aligned, engine: Engine, served: Served, picture: Picture
+) -> tuple[Tensor, int]:
     """Return an image's unit vector and how many queries it is the mean of."""
-    clover, bridge = served.clover, served.alignment
-    assert clover is not None and bridge is not None, "checked before"
-    features = engine.features_of(served, picture)
-    keys = bridge.read_image(features.to(clover.device.device))
-    vectors = bridge.alignment.embed_image(bridge.qformer.encode_queries(keys).hidden)[0]
+    vectors = alignment.image_vectors(engine.features_of(served, picture))[0]
     return F.normalize(vectors.float().mean(dim=0), dim=0).cpu(), len(vectors)
 
 

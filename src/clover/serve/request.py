@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from clover.aligned import Aligned
 from clover.core.errors import CloverError
 from clover.language.constraint import CompiledSchema
 from clover.language.frozen import FrozenLanguage
 from clover.language.protocol import GenerationSettings
 from clover.model import Clover
-from clover.qformer.bridge import Bridge
 from clover.serve.writing import Piece
 
 
@@ -33,8 +33,8 @@ class Served:
     name: str
     language: FrozenLanguage
     clover: Clover | None = None
-    alignment: Bridge | None = None
-    """Stage 1's bridge, for embeddings."""
+    alignment: Aligned | None = None
+    """Stage 1's abilities, for embeddings."""
 
     def encoder_key(self, sha256: str) -> tuple[str, str, str]:
         """Return what image features are kept under."""

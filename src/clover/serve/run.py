@@ -15,7 +15,6 @@ from clover.core.errors import CloverError
 from clover.language.frozen import FrozenLanguage
 from clover.model import NOTICE, Clover, load, read_config
 from clover.serve.app import create_app
-from clover.serve.embedding import load_alignment
 from clover.serve.engine import Engine
 from clover.serve.page.folder import SlideFolder
 from clover.serve.page.router import page_router
@@ -59,7 +58,7 @@ def run(
     if align is not None:
         first = served[0]
         assert first.clover is not None, "it was loaded from a model folder"
-        served[0] = replace(first, alignment=load_alignment(first.clover, align))
+        served[0] = replace(first, alignment=first.clover.attach_alignment(align))
     engine = Engine(served, settings)
     try:
         app = create_app(engine, settings, routers=[page_router(folder)])

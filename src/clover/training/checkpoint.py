@@ -6,6 +6,7 @@ code; the declared set of tensors must agree exactly, so a missing key is an err
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import re
@@ -50,6 +51,14 @@ def save_checkpoint(
     for old in _sorted(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove a finished stage's checkpoints: its product is written, and they weigh thrice it."""
+    for path in _sorted(folder):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # absent, or somebody keeps a file of his own there
+        folder.rmdir()
 
 
 def _sorted(folder: Path) -> list[Path]:

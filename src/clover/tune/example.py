@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from clover.core.config import PromptConfig
@@ -54,15 +54,16 @@ def choose_examples(
         used[chosen] += 1
         return chosen
 
-    def frequent(by_answer: dict[str, Counter[str]]) -> list[str]:
-        known = [answer for answer in by_answer if fits(answer)]
-        return sorted(known, key=lambda answer: (-by_answer[answer].total(), answer))
+    def frequent(by_answer: dict[str, Counter[str]], most: int) -> list[str]:
+        ordered = sorted(by_answer, key=lambda answer: (-by_answer[answer].total(), answer))
+        # Whether an answer fits costs many tokenisations: only as many are tried as are needed.
+        return list(islice(filter(fits, ordered), most))
 
-    closed_answers = frequent(asked[True])
+    closed_answers = frequent(asked[True], limit // _CLOSED_SHARE)
     num_closed = limit // _CLOSED_SHARE if closed_answers else 0
     opened = [
         Example(next_question(asked[False][answer]), answer)
-        for answer in frequent(asked[False])[: limit - num_closed]
+        for answer in frequent(asked[False], limit - num_closed)
     ]
     closed = []
     for place in range(num_closed):

@@ -13,7 +13,7 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import Record, write_rejected
 from clover.core.run import RunFolder
-from clover.language.prompt import EXAMPLES, Prompt
+from clover.language.prompt import EXAMPLES
 from clover.language.protocol import LanguageModel
 from clover.model import (
     Clover,
@@ -23,6 +23,7 @@ from clover.model import (
     load_tokenizer,
 )
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
+from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.tune.example import choose_examples, write_examples
@@ -83,10 +84,12 @@ def tune(
         ]
     )
     if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
+        _clear(folder)
         return TuneResult(out, data.summary(), True)
     language = load_frozen_language(recipe.language, recipe.prompt, device)
-    recipe = with_examples(recipe, data.records, language)
-    language = language.with_prompt(Prompt.from_config(recipe.prompt))
+    if recipe.tune.worked_examples:
+        recipe = with_examples(recipe, data.records, language)
+        language = load_frozen_language(recipe.language, recipe.prompt, device)
     bridge = build_bridge(recipe, encoder, tokenizer, language_width=language.hidden_size)
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
@@ -107,17 +110,21 @@ def tune(
             "stage_1": sha256_file(start) if start is not None else None,
         }
         model.save(out)
+        _clear(folder)
     return TuneResult(out, data.summary(), is_finished)
+
+
+def _clear(run: RunFolder) -> None:
+    for stage in ("ground", "anchor", "tune"):
+        clear_checkpoints(run.checkpoints / stage)
 
 
 def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageModel) -> Recipe:
     """Return the recipe with worked examples in its prompt; they come from the training data.
 
     Raises:
-        CloverError: examples are wanted, and the template has no place for them.
+        CloverError: the template has no place for them.
     """
-    if not recipe.tune.worked_examples:
-        return recipe
     if EXAMPLES not in recipe.prompt.template:
         raise CloverError(
             f"tune.worked_examples is {recipe.tune.worked_examples}, but prompt.template has no "

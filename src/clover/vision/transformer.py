@@ -5,6 +5,8 @@ Axes: B batch, P tokens (class token first), E width, H heads.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +91,32 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def own_name(
+    name: str,
+    *,
+    prefix: re.Pattern[str],
+    top: Mapping[str, str],
+    block: re.Pattern[str],
+    parts: Mapping[str, str],
+) -> str | None:
+    """Return this network's name of a checkpoint's tensor; None for what is not in it.
+
+    Args:
+        name: The checkpoint's.
+        prefix: What may stand before every name.
+        top: Names outside the blocks.
+        block: A name within one: its number, the part, weight or bias.
+        parts: The part's name there -> here.
+    """
+    name = prefix.sub("", name)
+    if name in top:
+        return top[name]
+    found = block.match(name)
+    if found is None or found[2] not in parts:
+        return None
+    return f"blocks.{found[1]}.{parts[found[2]]}.{found[3]}"
 
 
 def resize_positions(name: str, found: Tensor, wanted: Tensor) -> Tensor:

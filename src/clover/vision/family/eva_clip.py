@@ -18,7 +18,7 @@ from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.tensors import TensorSource
 from clover.vision.token_encoder import Family, Reads, renamed
-from clover.vision.transformer import Shape, VisionTransformer, resize_positions
+from clover.vision.transformer import Shape, VisionTransformer, own_name, resize_positions
 
 SHAPES = {
     "vit_g_14": Shape(width=1408, depth=39, num_heads=16, inner=6144),
@@ -54,13 +54,7 @@ _PREFIX = re.compile(r"^(module\.)?(visual_encoder\.|vision_model\.)?")
 
 def rename(name: str) -> str | None:
     """Return our name of a checkpoint's tensor; None for what is not in the network."""
-    name = _PREFIX.sub("", name)
-    if name in _TOP:
-        return _TOP[name]
-    block = _NAME.match(name)
-    if block is None or block[2] not in _BLOCK:
-        return None
-    return f"blocks.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
+    return own_name(name, prefix=_PREFIX, top=_TOP, block=_NAME, parts=_BLOCK)
 
 
 def collect(source: TensorSource) -> Reads:
