@@ -166,3 +166,44 @@ def test_what_holds_nothing_is_refused_in_one_line(
     path = tmp_path / name
     path.write_bytes(content)
     assert message in refused(path)
+
+
+def test_llava_med_s_truth_is_read_and_a_repeated_id_counts_once(tmp_path: Path) -> None:
+    truth = [
+        {
+            "id": number,
+            "image": f"{number}.jpg",
+            "answer_type": kind,
+            key: [
+                {"from": "human", "value": f"{question}\n<image>"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for number, (kind, key, question, answer) in enumerate(
+            [
+                ("CLOSED", "conversations", "Is it benign?", "yes"),
+                ("CLOSED", "conversatons", "Is it malignant?", "no"),
+                ("OPEN", "conversations", "What is seen?", "a nevus"),
+            ]
+        )
+    ]
+    truth.append({**truth[0], "conversations": [{"from": "gpt", "value": "no"}]})
+    answers = [
+        {"question_id": 0, "prompt": "Is it benign?", "text": "Yes, it is."},
+        {"question_id": 1, "prompt": "Is it malignant?", "text": "yes"},
+        {"question_id": 2, "prompt": "What is seen?", "text": "a nevus"},
+    ]
+    path = write(tmp_path / "answers.jsonl", answers)
+    (tmp_path / "test.json").write_text(json.dumps(truth))
+    found, said = scored(path, "--truth", tmp_path / "test.json")
+    assert found["closed"]["value"] == 50.0 and found["closed"]["n"] == 2
+    assert found["open_recall"]["value"] == 100.0
+    assert said == ["clover: 1 lines of the truth file repeat an id: the first counts (first: 0)"]
+
+
+def test_a_list_in_latin_1_is_read_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(json.dumps(rows(), ensure_ascii=False).encode("latin-1"))
+    found, said = scored(path)
+    assert found["open_exact"]["value"] == 100.0
+    assert said == ["clover: 1 files are not UTF-8 and were read as Windows-1252 (first: p.json)"]

@@ -66,8 +66,44 @@ def test_table_names_value_interval_n_and_baselines(predictions: Path) -> None:
     for words in ("closed accuracy", "33.33 [", "n=3", "unparsed", "truth is yes: 33.33%"):
         assert words in done.stdout
     assert "not for diagnosis" in done.stdout
-    assert "McNemar p = 1" in done.stdout
+    assert "McNemar p" in done.stdout
     assert "log10" in done.stdout
+
+
+def test_two_files_are_compared_in_pairs(tmp_path: Path) -> None:
+    # Closed: 8 right here alone, 1 there alone: p = 2 (1 + 9) / 2^9 = 0.0390625.
+    ours, theirs = [], []
+    for at in range(30):
+        line = {"id": at, "question": f"Q{at}?", "answer": "yes", "image": f"{at}.png"}
+        ours.append({**line, "prediction": "no" if at == 0 else "yes"})
+        theirs.append({**line, "prediction": "no" if 1 <= at <= 8 else "yes"})
+    theirs.append({**theirs[0], "id": "only here"})
+    paths = []
+    for name, lines in (("ours", ours), ("theirs", theirs)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+    done = clover("score", *paths, "--json")
+    assert done.returncode == 0, done.stderr
+    closed = json.loads(done.stdout)["strict"]["against"]["closed"]
+    assert closed["mcnemar"]["p_value"] == pytest.approx(0.0390625)
+    assert (closed["mcnemar"]["only_a"], closed["mcnemar"]["only_b"]) == (8, 1)
+    assert closed["difference"] == pytest.approx(100 * 7 / 30)
+    assert closed["low"] > 0
+    assert closed["p_value"] < 0.05
+    table = clover("score", *paths).stdout
+    (row,) = [line for line in table.splitlines() if line.split()[2:3] == ["strict"]][:1]
+    assert row.split()[-5:] == ["0.0391", "8", "/", "1", "30"]
+    assert "30 items are in both files" in table
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({**line, "question": "?", "answer": "no"}) + "\n" for line in ours)
+    )
+    refused = clover("score", paths[0], other)
+    assert refused.returncode == 2
+    assert "30 of the 30 shared ids have another question and another truth" in refused.stderr
+    # The same the other way round, and with --against.
+    back = json.loads(clover("score", paths[1], "--against", paths[0], "--json").stdout)
+    assert back["strict"]["against"]["closed"]["difference"] == -closed["difference"]
 
 
 @pytest.mark.parametrize(

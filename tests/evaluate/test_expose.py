@@ -101,6 +101,17 @@ def test_chance_and_its_spread_are_those_of_all_dealings() -> None:
     assert found["high"] - found["gain"] == pytest.approx(100 * half / 5)
 
 
+def test_where_nearly_all_images_have_one_answer_nobody_is_blind() -> None:
+    rows = [
+        {"id": at, "question": "Is it?", "answer": "no" if at % 40 else "yes", "prediction": "no"}
+        for at in range(400)
+    ]
+    found = score(rows, draws=0)["details"]["exposed"]
+    assert found["looks"]["gain"] == 0.0
+    assert found["looks"]["room"] == pytest.approx(100 * (1 - 0.025**2 - 0.975**2))
+    assert found["charges"] == []
+
+
 def test_questions_with_one_truth_alone_say_nothing_about_looking() -> None:
     found = chance_gain(np.array([1, 1, 2, 2]), np.array([5, 5, 6, 6]), np.array([5, 5, 6, 7]))
     assert found["n"] == 2

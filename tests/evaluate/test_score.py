@@ -138,6 +138,12 @@ def test_dropped_items_leave_the_denominator_with_a_warning() -> None:
     assert "inflates" in found["details"]["warnings"][0]
 
 
+def test_a_known_test_set_is_told_by_its_counts() -> None:
+    rows = [row(at, "yes" if at < 343 else "fat", "yes") for at in range(1283)]
+    assert score(rows, draws=0)["details"]["as_many_as"] == "QUILT-VQA (1,283)"
+    assert score(rows[1:], draws=0)["details"]["as_many_as"] is None
+
+
 def test_score_per_log_parameters_is_the_papers_figure() -> None:
     assert round(per_log_parameters(89.38, 187e6), 2) == 39.34
     with pytest.raises(CloverError, match="more than 1,000,000"):

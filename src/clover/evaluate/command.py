@@ -85,8 +85,8 @@ def score(
         click.echo(json.dumps(scores, indent=2, allow_nan=False, default=str))
         return
     click.echo("\n".join(score_lines(scores)))
-    if comparison is not None:
-        click.echo("\n" + "\n".join(comparison_lines(comparison, str(against))))
+    if comparison is not None and against is not None:
+        click.echo("\n" + "\n".join(comparison_lines(comparison, against.name)))
 
 
 @click.command(

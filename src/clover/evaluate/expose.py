@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ _ALWAYS = 0.95
 _COPIED = 0.8
 _NO_GAIN = 5.0
 """Points over chance below which a model is not told from a blind one (upper 95 % bound)."""
+_LEAST_ROOM = 20.0
+"""Points that seeing can gain; where nearly all images have one answer a blind one is right too."""
 _LONG = 4
 """Words of a training answer that nobody gives by chance."""
 _LONGEST_FORM = 200
@@ -91,20 +94,20 @@ class Witness:
         self._num_wrong_lookups: Counter[str] = Counter()
         self._long: Counter[str] = Counter()
 
-    def add(self, item: Item, gold: str | None) -> None:
+    def add(self, item: Item, question: str, gold: str | None) -> None:
         """Remember one item.
 
         Args:
             item: Prediction and truth.
+            question: The question's form.
             gold: The yes or no that is right, for a closed item.
         """
         label = first_yes_no(item.prediction) if item.is_closed else None
         said = label or answer_form(item.prediction)
         true = gold or answer_form(item.answer)
-        # Hashes of 64 bits: a million texts share one by a chance of 3e-8.
-        self._questions.append(hash(question_form(item.question)))
-        self._said.append(hash(said))
-        self._true.append(hash(true))
+        self._questions.append(_code(question))
+        self._said.append(_code(said))
+        self._true.append(_code(true))
         if gold is not None:
             self._saying[gold, label] += 1
         if self._training is not None:
@@ -136,6 +139,12 @@ class Witness:
         ]
         charges += self._copier()
         return {"charges": charges, "looks": looks, "not_tried": list(self._not_tried(looks))}
+
+    def num_others(self, other: Witness, ours: Sequence[int], theirs: Sequence[int]) -> int:
+        """Return how many paired items differ in question and truth; a prompt may differ alone."""
+        asked, _, true = (np.frombuffer(codes, dtype=np.int64)[ours] for codes in self._codes())
+        also, _, known = (np.frombuffer(codes, dtype=np.int64)[theirs] for codes in other._codes())
+        return int(((asked != also) & (true != known)).sum())
 
     def _codes(self) -> tuple[array[int], array[int], array[int]]:
         return self._questions, self._said, self._true
@@ -194,19 +203,32 @@ class Witness:
     def _not_tried(self, looks: Mapping[str, Any]) -> Iterable[str]:
         if min(self._of_truth("yes"), self._of_truth("no")) < FEWEST:
             yield f"yes-sayer (fewer than {FEWEST} closed questions of either truth)"
-        if looks["n"] < FEWEST:
-            yield "blind (no question is asked of several images with different answers)"
+        if not _can_tell(looks):
+            yield "blind (too few questions are asked of several images with different answers)"
         if self._training is None:
             yield "copier (no --train)"
-        elif max(self._num_wrong_lookups.values(), default=0) < FEWEST > self._long["wrong"]:
+        elif max([*self._num_wrong_lookups.values(), self._long["wrong"]], default=0) < FEWEST:
             yield f"copier (train answers fewer than {FEWEST} of these questions wrongly)"
 
     def _of_truth(self, word: str) -> int:
         return sum(count for (gold, _), count in self._saying.items() if gold == word)
 
 
+def _code(text: str) -> int:
+    """Return 64 bits of a text: a million texts share one by a chance of 3e-8.
+
+    Not Python's own hash, which is salted: sums over questions would change in their last digits.
+    """
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _can_tell(looks: Mapping[str, Any]) -> bool:
+    return bool(looks["n"] >= FEWEST and looks["room"] >= _LEAST_ROOM)
+
+
 def _blind(looks: Mapping[str, Any]) -> dict[str, Any] | None:
-    if looks["n"] < FEWEST or looks["low"] > 0 or looks["high"] >= _NO_GAIN:
+    if not _can_tell(looks) or looks["low"] > 0 or looks["high"] >= _NO_GAIN:
         return None
     return {
         "name": "blind",
@@ -229,11 +251,13 @@ def chance_gain(questions: Codes, said: Codes, true: Codes) -> dict[str, Any]:
 
     Returns:
         right, chance, gain, low, high (percent and points; 95 % by the permutations' exact
-        variance) over the n items whose question has different truths; None where n is 0.
+        variance), and room, the gain of perfect answers, over the n items whose question has
+        different truths; None where n is 0.
 
     Source: own; mean and variance of a random matching's hits from its row and column sums.
     """
-    nothing = {"n": 0, "right": None, "chance": None, "gain": None, "low": None, "high": None}
+    unknown = dict.fromkeys(("right", "chance", "gain", "low", "high", "room"))
+    nothing: dict[str, Any] = {"n": 0, **unknown}
     if not len(questions):
         return nothing
     _, question = np.unique(questions, return_inverse=True)
@@ -262,6 +286,8 @@ def chance_gain(questions: Codes, said: Codes, true: Codes) -> dict[str, Any]:
     found, chance = float(hits[varies].sum()), float((both / size)[varies].sum())
     half = 1.96 * float(np.sqrt(max(variance[varies].sum(), 0.0)))
     gain = found - chance
+    squares = np.bincount(gold_keys // width, gold_counts.astype(float) ** 2, num_questions)
+    room = n - float((squares / size)[varies].sum())
     return {
         "n": n,
         "right": 100 * found / n,
@@ -269,4 +295,5 @@ def chance_gain(questions: Codes, said: Codes, true: Codes) -> dict[str, Any]:
         "gain": 100 * gain / n,
         "low": 100 * (gain - half) / n,
         "high": 100 * (gain + half) / n,
+        "room": 100 * room / n,
     }

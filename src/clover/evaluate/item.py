@@ -43,6 +43,12 @@ class Problems:
         if where is not None:
             self._first.setdefault(kind, str(where)[:60])
 
+    def merge(self, other: Problems) -> None:
+        """Add what was counted elsewhere."""
+        self.counts.update(other.counts)
+        for kind, place in other._first.items():
+            self._first.setdefault(kind, place)
+
     def lines(self) -> list[str]:
         """Return one line a kind: ``3 duplicate ids: the first counts (first: 17)``."""
         return [
@@ -126,9 +132,19 @@ def _read_table(path: Path, encoding: str | None, problems: Problems) -> Iterato
             raise CloverError(f"{path} is not CSV: {error}") from error
 
 
+def _whole_text(path: Path, encoding: str | None, problems: Problems) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode(encoding or "utf-8-sig")
+    except UnicodeDecodeError:
+        if encoding is None:
+            problems.add("files are not UTF-8 and were read as Windows-1252", path.name)
+        return data.decode(encoding or "cp1252", errors="replace")
+
+
 def _read_list(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding=encoding or "utf-8-sig", errors="replace"))
+        rows = json.loads(_whole_text(path, encoding, problems))
     except RecursionError as error:
         raise CloverError(f"{path} is not JSON of rows: it is nested too deep") from error
     except ValueError as error:
@@ -326,18 +342,41 @@ class ItemReader:
             ] = missing
 
 
-def read_truth(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read a truth file: rows with an id and an answer, by id.
+def spoken(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of LLaVA's form (`conversations`) with its first question and answer.
+
+    Rows of other forms come back as they are.
+    """
+    turns = row.get("conversations") or row.get("conversatons")  # the published file's slip
+    if not isinstance(turns, list) or field(row, "answer") is not None:
+        return dict(row)
+    said: dict[str, str] = {}
+    for turn in turns:
+        if isinstance(turn, Mapping) and isinstance(turn.get("value"), str):
+            said.setdefault(str(turn.get("from")), turn["value"])
+    question = said.get("human", "").replace("<image>", " ").strip()
+    return {**row, "question": question, "answer": said.get("gpt")}
+
+
+def read_truth(path: str | Path, problems: Problems) -> dict[str, dict[str, Any]]:
+    """Read a truth file: rows with an id and an answer, or LLaVA's conversations, by id.
+
+    Args:
+        path: The file.
+        problems: Counts what is odd in it.
 
     Raises:
         CloverError: no such file, or no row with an id.
     """
-    problems = Problems()
-    truth = {
-        str(field(row, "id")): row
-        for row in read_rows(path, problems)
-        if field(row, "id") is not None
-    }
+    truth: dict[str, dict[str, Any]] = {}
+    for row in read_rows(path, problems):
+        identity = field(row, "id")
+        if identity is None:
+            problems.add("lines of the truth file have no id and were left out")
+        elif str(identity) in truth:
+            problems.add("lines of the truth file repeat an id: the first counts", identity)
+        else:
+            truth[str(identity)] = spoken(row)
     if not truth:
         raise CloverError(f"{path} holds no line with an id; a truth line is id, question, answer")
     return truth

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clover.evaluate.expose import TrainingAnswers, Witness
+from clover.evaluate.expose import TrainingAnswers, Witness, question_form
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
 from clover.evaluate.prior import majority, question_only
 from clover.evaluate.protocol import DROPPED, METRICS, Item, Protocol, Rating
@@ -56,11 +56,12 @@ class Sheet:
         self._is_closed.append(item.is_closed)
         gold = gold_label(item) if item.is_closed else None
         self._gold.append(_LABELS[gold])
-        form = item.form or " ".join(item.question.lower().split())
+        question = question_form(item.question)
+        form = item.form or question
         self._question_codes.append(self._questions.setdefault(form, len(self._questions)))
         answer = gold or strict_form(item.answer)
         self._answer_codes.append(self._answers.setdefault(answer, len(self._answers)))
-        self.witness.add(item, gold)
+        self.witness.add(item, question, gold)
         ratings = [protocol.rate(item) for protocol in self.protocols]
         for protocol, rating in zip(self.protocols, ratings, strict=True):
             self._ratings[protocol.name].extend(

@@ -15,6 +15,8 @@ _TITLES = {
 _MOST_COLUMNS = 3
 """Protocols side by side, so that a table fits a terminal of 120 columns."""
 
+_PAIRED = ("McNemar p", "right alone here / there")
+
 FOOTNOTE = "Research use, not for diagnosis."
 
 
@@ -49,6 +51,11 @@ def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
         shown = names[start : start + _MOST_COLUMNS]
         lines += [*align(_block({name: scores[name] for name in shown})), ""]
     lines += _per_log_lines(scores)
+    if details.get("as_many_as"):
+        lines.append(
+            f"as many closed and open questions as {details['as_many_as']}; "
+            "`clover data check` compares their words"
+        )
     base = _percent(details["base_rate"])
     lines += [
         f"closed questions whose truth is yes: {base}% of {details['num_closed']:,}",
@@ -118,21 +125,24 @@ def exposure_lines(found: Mapping[str, Any]) -> list[str]:
 
 def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) -> list[str]:
     """Return a paired comparison as an aligned table: ours minus theirs, in points."""
-    rows = [[f"minus {against}", "protocol", "points [95 %]", "p", "n"]]
-    notes: list[str] = []
+    rows = [[f"minus {against}", "protocol", "points [95 %]", "p", *_PAIRED, "n"]]
     for name, found in comparison.items():
         for key, title in _TITLES.items():
             figure = found[key]
-            if figure["n"]:
-                value = {**figure, "value": figure["difference"]}
-                p_value = "-" if figure["p_value"] is None else f"{figure['p_value']:.3f}"
-                rows.append([title, name, cell(value), p_value, f"{figure['n']:,}"])
-        if not notes:
-            notes.append(f"{found['pairs']:,} items are in both files")
-        test = found["closed"]["mcnemar"]
-        if test["n"]:
-            notes.append(
-                f"{name}: right alone {test['only_a']:,} here, {test['only_b']:,} there; "
-                f"McNemar p = {test['p_value']:.3g}"
+            if not figure["n"]:
+                continue
+            value = {**figure, "value": figure["difference"]}
+            p_value = "-" if figure["p_value"] is None else f"{figure['p_value']:.3f}"
+            test = figure.get("mcnemar")
+            exact = (
+                [f"{test['p_value']:.3g}", f"{test['only_a']:,} / {test['only_b']:,}"]
+                if test
+                else ["", ""]
             )
-    return [*align(rows), *notes]
+            rows.append([title, name, cell(value), p_value, *exact, f"{figure['n']:,}"])
+    pairs = next(iter(comparison.values()))["pairs"]
+    return [
+        *align(rows),
+        f"{pairs:,} items are in both files; points and p: paired bootstrap of whole images; "
+        "McNemar: exact, item by item",
+    ]

@@ -7,7 +7,10 @@ from pathlib import Path
 import click
 
 
-@click.command(epilog="Example: clover report clover-demo --out report.html")
+@click.command(
+    epilog="Example: clover report clover-demo --out report.html; "
+    "clover report --table clover-demo; clover report --compare ours.jsonl theirs.jsonl"
+)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @click.option(
     "--out",

@@ -162,7 +162,8 @@ def _take(speaker: Speaker, line: str) -> None:
         speaker.num_damaged += 1
         return
     said = next((row[name] for name in _NAMES if isinstance(row.get(name), str)), "")
-    speaker.rows[str(identity)] = {**row, "prediction": said}
+    asked = row.get("question") or row.get("prompt")
+    speaker.rows[str(identity)] = {**row, "question": asked, "prediction": said}
 
 
 def shared_cases(speakers: Sequence[Speaker]) -> list[Case]:

@@ -94,11 +94,12 @@ class _StrictWords(dict[str, str]):
 _STRICT_WORDS = _StrictWords()
 
 
+@lru_cache(maxsize=8)  # the same item is asked for several times, one after the other
 def strict_words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles, as SQuAD does.
 
     Where only articles are left they stay: "A" is an answer too. Unicode punctuation goes with
-    the rest, and accents are composed.
+    the rest, and accents are composed. The list is remembered: read it, do not change it.
     """
     words = [word for raw in text.split() if (word := _STRICT_WORDS[raw])]
     return [word for word in words if word not in _ARTICLES] or words
@@ -107,6 +108,7 @@ def strict_words(text: str) -> list[str]:
 _YES_NO = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_])")
 
 
+@lru_cache(maxsize=8)
 def first_yes_no(text: str) -> str | None:
     """Return the first whole word that is yes or no, else None."""
     text = text.lower()
