@@ -12,17 +12,13 @@ share stage 1. Finished runs in OUT are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.figure import print_figure
+from benchmarks.seeds import print_mean, print_run, read_ratings
 from clover.core.config import load_recipe
 from clover.core.record import read_records, write_records
-from clover.evaluate.control import ratings
-from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
+from clover.evaluate.control import Rated
 from clover.evaluate.run import evaluate_folder
 from clover.tune.run import tune
 
@@ -43,12 +39,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     given = parser.parse_args()
     asked = _sample(given.demo, given.out, given.questions)
-    found: dict[str, list[dict[str, tuple[bool, float, str]]]] = {name: [] for name in SETS}
+    found: dict[str, list[Rated]] = {name: [] for name in SETS}
     for seed in given.seeds:  # seeds outside: what is stopped early is still a fair comparison
         for name in SETS:
             found[name].append(_run(given, name, seed, asked))
     for name, runs in found.items():
-        _print_mean(name, runs)
+        print_mean(f"hybrid/{name}", runs)
 
 
 def _sample(demo: Path, out: Path, wanted: int) -> Path:
@@ -61,9 +57,7 @@ def _sample(demo: Path, out: Path, wanted: int) -> Path:
     return path
 
 
-def _run(
-    given: argparse.Namespace, name: str, seed: int, asked: Path
-) -> dict[str, tuple[bool, float, str]]:
+def _run(given: argparse.Namespace, name: str, seed: int, asked: Path) -> Rated:
     """Tune and evaluate one model; return its ratings by question."""
     demo, folder = given.demo, given.out / f"{name}-{seed}"
     predictions = folder / "evaluation" / "predictions.jsonl"
@@ -93,32 +87,9 @@ def _run(
             cache=demo / "features",
             images=demo / "phantom-validation",
         )
-    lines = predictions.read_text(encoding="utf-8").splitlines()[1:]
-    rated = ratings([json.loads(line) for line in lines])
-    for kind, is_closed in (("closed", True), ("open_recall", False)):
-        values = [value for closed, value, _ in rated.values() if closed == is_closed]
-        print_figure(
-            f"hybrid/{name}/seed {seed}/{kind}", 100 * float(np.mean(values)), "%", n=len(values)
-        )
+    rated = read_ratings(predictions)
+    print_run(f"hybrid/{name}/seed {seed}", rated)
     return rated
-
-
-def _print_mean(name: str, runs: list[dict[str, tuple[bool, float, str]]]) -> None:
-    for kind, is_closed in (("closed", True), ("open_recall", False)):
-        ids = [item for item, (closed, _, _) in runs[0].items() if closed == is_closed]
-        values = np.array([[np.mean([run[item][1] for run in runs])] for item in ids])
-        codes = cluster_codes([runs[0][item][2] for item in ids])
-        low, high = interval(bootstrap_means(values, codes, draws=1000)[:, 0])
-        seeds = [100 * float(np.mean([run[item][1] for item in ids])) for run in runs]
-        print_figure(
-            f"hybrid/{name}/{kind}",
-            100 * float(values.mean()),
-            "%",
-            low=None if low is None else round(100 * low, 1),
-            high=None if high is None else round(100 * high, 1),
-            seeds=[round(value, 1) for value in seeds],
-            n=len(ids),
-        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from clover.core.options import recipe_options, resolve_recipe, training_options
+from clover.core.options import (
+    held_out,
+    leak_option,
+    recipe_options,
+    resolve_recipe,
+    training_options,
+)
 
 
 @click.command(
@@ -16,8 +22,11 @@ from clover.core.options import recipe_options, resolve_recipe, training_options
 @recipe_options
 @click.option("--data", type=click.Path(path_type=Path), help="Records with captions.")
 @click.option(
-    "--validation", type=click.Path(path_type=Path), help="Held-out captions, for retrieval."
+    "--validation",
+    type=click.Path(path_type=Path),
+    help="Held-out captions, for retrieval; refused where training holds their images.",
 )
+@leak_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -51,6 +60,7 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
         out=out,
         cache=options["cache"],
         validation=options["validation"],
+        held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
     click.echo(result.summary)

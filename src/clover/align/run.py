@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from clover.qformer.calibrate import calibrate_alignment, calibrate_image
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
-from clover.vision.dataset import load_feature_set
+from clover.vision.dataset import load_feature_set, load_image_set
 from clover.vision.encoder import load_encoder
+from clover.vision.leaks import refuse_leaks
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def align(
     out: Path,
     cache: Path,
     validation: Path | None = None,
+    held_out: Sequence[Path] = (),
     max_steps: int | None = None,
 ) -> AlignResult:
     """Train stage 1, or what is left of it, and write `OUT/align.safetensors`.
@@ -48,6 +51,8 @@ def align(
         out: The run folder.
         cache: The feature cache's folder.
         validation: Held-out captions for image-text retrieval.
+        held_out: Record files that are only ever evaluated: refused where they share an image or
+            a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
 
     Raises:
@@ -63,6 +68,9 @@ def align(
             captions, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
         )
     write_rejected(out / "align.rejected.jsonl", data.rejected)
+    for path in held_out:
+        asked = load_image_set(path, recipe.data.images)
+        refuse_leaks(data, asked, cache=cache, what=f"{captions} and {path}")
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
             f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
@@ -94,11 +102,11 @@ def align(
     scores = None
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it
-        held_out = load_feature_set(
+        unseen = load_feature_set(
             validation, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
         )
         bridge.to(device.device).eval()
-        scores = evaluate_alignment(bridge, held_out, tokenizer, recipe.align, device)
+        scores = evaluate_alignment(bridge, unseen, tokenizer, recipe.align, device)
         write_json(out / "align.scores.json", scores.row())
     return AlignResult(weights, data.summary(), scores, True)
 

@@ -15,12 +15,21 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def recipe_options(command: Command) -> Command:
-    """Add --recipe, --set and --seed."""
+    """Add --recipe, which must be given, --set and --seed."""
+    return _recipe_options(command, is_required=True)
+
+
+def optional_recipe_options(command: Command) -> Command:
+    """The same for a verb that can do without a recipe."""
+    return _recipe_options(command, is_required=False)
+
+
+def _recipe_options(command: Command, *, is_required: bool) -> Command:
     decorators = (
         click.option(
             "--recipe",
             "recipe_name",
-            required=True,
+            required=is_required,
             help="A recipe file, or the name of one that comes with CLOVER (phantom, histology).",
         ),
         click.option(
@@ -65,6 +74,26 @@ def feature_option(command: Command) -> Command:
         default=lambda: home() / "features",
         help="The feature cache; by default under CLOVER_HOME.",
     )(command)
+
+
+def leak_option(command: Command) -> Command:
+    """Add --allow-leaks: go on where training and evaluation share images."""
+    return click.option(
+        "--allow-leaks",
+        is_flag=True,
+        help="Go on where training and evaluation data share images or groups.",
+    )(command)
+
+
+def held_out(recipe: Recipe, options: dict[str, Any]) -> tuple[Path, ...]:
+    """Return the files that training must share nothing with: --validation and the recipe's.
+
+    None with --allow-leaks.
+    """
+    if options["allow_leaks"]:
+        return ()
+    named = (options["validation"], recipe.data.validation)
+    return tuple(dict.fromkeys(path for path in named if path is not None))
 
 
 def resolve_recipe(

@@ -135,14 +135,17 @@ def colour_features(records: Sequence[Record], folder: Path) -> Floats:
 def _colours(path: Path) -> Floats:
     from PIL import Image
 
-    from clover.slides.picture import is_region, read_region
-
     try:
-        with read_region(path, None) if is_region(path) else Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3)
+        with Image.open(path) as image:
+            # Counts of each level say mean and deviation exactly, and cost a tenth of the pixels.
+            counts = np.array(image.convert("RGB").histogram(), dtype=np.float64).reshape(3, 256)
     except (OSError, ValueError) as error:
         raise CloverError(f"cannot read the image {path}: {error}") from error
-    return np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    levels = np.arange(256.0)
+    mean = shares @ levels  # [3]
+    spread = (shares * (levels - mean[:, None]) ** 2).sum(axis=1)
+    return np.concatenate([mean, np.sqrt(spread)])
 
 
 def _commonest(answers: Sequence[str]) -> str:

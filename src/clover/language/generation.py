@@ -16,6 +16,9 @@ from clover.core.errors import CloverError
 from clover.language.protocol import GenerationSettings
 from clover.language.tokens import Tokens
 
+_WORTH_DROPPING = 8
+"""One row of so many that has ended is worth copying the cache of the others."""
+
 
 class Stepper(Protocol):
     """A model with its cache in the middle of a generation."""
@@ -86,8 +89,8 @@ def iterate_tokens(
         alive = [index for index, row in enumerate(rows) if row not in ended]
         if not alive or position + 1 == settings.max_tokens:
             return
-        # Copying the cache costs about a step, so shrink only when half the rows are done.
-        if len(alive) <= len(rows) // 2:
+        # Copying the cache costs a little of a step: not for one row of many.
+        if len(rows) - len(alive) >= max(1, len(rows) // _WORTH_DROPPING):
             kept = torch.tensor(alive, device=logits.device)
             stepper.keep(kept)
             ids = ids[kept]

@@ -30,8 +30,9 @@ from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.tune.spelling import Spelling
-from clover.vision.dataset import load_feature_set
+from clover.vision.dataset import load_feature_set, load_image_set
 from clover.vision.encoder import load_encoder
+from clover.vision.leaks import refuse_leaks
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def tune(
     run: Path,
     cache: Path,
     start: Path | None = None,
+    held_out: Sequence[Path] = (),
     max_steps: int | None = None,
 ) -> TuneResult:
     """Train stage 2, or what is left of it, and write the model folder `OUT`.
@@ -62,6 +64,8 @@ def tune(
         run: The run folder, for metrics and checkpoints.
         cache: The feature cache's folder.
         start: Stage 1's `align.safetensors`; without it the Q-Former starts from BERT.
+        held_out: Record files that are only ever evaluated: refused where they share an image or
+            a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
     """
     folder = RunFolder(run)
@@ -74,6 +78,9 @@ def tune(
             instructions, needs="question", encoder=encoder, cache=cache, images=recipe.data.images
         )
     write_rejected(run / "tune.rejected.jsonl", data.rejected)
+    for path in held_out:
+        asked = load_image_set(path, recipe.data.images)
+        refuse_leaks(data, asked, cache=cache, what=f"{instructions} and {path}")
     key = fingerprint(
         [
             recipe.fingerprint(

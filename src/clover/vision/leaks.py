@@ -141,18 +141,17 @@ def find_overlap(train: Pictured, test: Pictured, *, cache: Path) -> Overlap:
     """
     shared = sorted(_groups(train) & _groups(test))
     ours, theirs = _named(train), _named(test)
-    pairs = [
-        (ours[digest].name, theirs[digest].name, "same bytes")
-        for digest in theirs
-        if digest in ours
-    ]
+    pairs = [(ours[digest], theirs[digest], "same bytes") for digest in theirs if digest in ours]
     key = fingerprint([sorted(ours), sorted(theirs), REFUSED])
     kept = Path(cache) / "portraits" / f"alike-{key}.json"
     if not kept.exists():
-        write_json(kept, _alike(ours, theirs, Path(cache)))
+        paths = [
+            {digest: data.images / name for digest, name in names.items()}
+            for data, names in ((train, ours), (test, theirs))
+        ]
+        write_json(kept, _alike(paths[0], paths[1], Path(cache)))
     pairs += [
-        (ours[mine].name, theirs[other].name, f"alike {value:.2f}")
-        for mine, other, value in read_json(kept)
+        (ours[mine], theirs[other], f"alike {value:.2f}") for mine, other, value in read_json(kept)
     ]
     return Overlap(pairs, shared)
 
@@ -183,10 +182,10 @@ def _groups(data: Pictured) -> set[str]:
     }
 
 
-def _named(data: Pictured) -> dict[str, Path]:
-    """Return hash -> path of each image."""
+def _named(data: Pictured) -> dict[str, str]:
+    """Return hash -> name of each image, as the records have it."""
     return {
-        digest: data.images / str(record.image)
+        digest: str(record.image)
         for digest, record in reversed(list(zip(data.digests, data.records, strict=True)))
     }
 

@@ -29,7 +29,7 @@ SURELY_ALIKE = 0.72
 _ABOVE_OTHERS = 0.3
 # A smooth picture is a little like everything: between the two limits a pair counts only if it
 # stands out so far from the picture's other candidates. Measured on LC25000's copies, which are
-# turned by up to 25 degrees and cropped: docs in README.md, test in tests/data/test_leaks.py.
+# turned by up to 25 degrees and cropped: test in tests/vision/test_likeness.py.
 _OTHERS = 16
 _USUAL_OTHER = 0.26
 """Median likeness of unrelated tissue: stands in where fewer than 16 others can be compared."""
