@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clover.core.errors import CloverError
+from clover.core.known import KnownSet
 from clover.evaluate.score import per_log_parameters, score, score_file
 
 Row = dict[str, Any]
@@ -140,8 +142,27 @@ def test_dropped_items_leave_the_denominator_with_a_warning() -> None:
 
 def test_a_known_test_set_is_told_by_its_counts() -> None:
     rows = [row(at, "yes" if at < 343 else "fat", "yes") for at in range(1283)]
-    assert score(rows, draws=0)["details"]["as_many_as"] == "QUILT-VQA (1,283)"
-    assert score(rows[1:], draws=0)["details"]["as_many_as"] is None
+    assert score(rows, draws=0)["details"]["known_set"] == (
+        "QUILT-VQA (940 open and 343 closed questions) by its counts "
+        "(its words were not at hand to compare)"
+    )
+    assert score(rows[1:], draws=0)["details"]["known_set"] is None
+
+
+def test_a_known_test_set_is_told_by_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = KnownSet(name="three", open=2, closed=1, words=f"{_sum_of_hashes():032x}")
+    monkeypatch.setattr("clover.core.known.known_sets", lambda: (known,))
+    rows = [row(0, "yes", "no"), row(1, "fat", "x"), row(2, "Liver ", "x")]
+    told = [score(found, draws=0)["details"]["known_set"] for found in (rows, rows[::-1])]
+    assert told == ["three, by its counts and its words"] * 2
+    rows[1]["question"] += " Really?"
+    assert score(rows, draws=0)["details"]["known_set"] == "as many as three, but other words"
+
+
+def _sum_of_hashes() -> int:
+    texts = [f"what is thing {at}?\n{word}" for at, word in enumerate(("yes", "fat", "liver"))]
+    halves = (sha256(text.encode()).digest()[:16] for text in texts)
+    return sum(int.from_bytes(half) for half in halves) % 2**128
 
 
 def test_score_per_log_parameters_is_the_papers_figure() -> None:

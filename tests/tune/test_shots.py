@@ -181,7 +181,13 @@ def test_a_curve_is_made_in_one_call_and_continued_by_the_same(
     code, out, err = run(*command)
     assert code == 0, err
     found = json.loads((tmp_path / "few" / "shots.json").read_text())
-    assert list(found["curve"]) == ["CLOVER", "the same", "linear probe", "nearest class mean"]
+    assert list(found["curve"]) == [
+        "CLOVER",
+        "CLOVER and probe",
+        "the same",
+        "linear probe",
+        "nearest class mean",
+    ]
     assert [point["shots"] for point in found["curve"]["CLOVER"]] == [1, 2, 4]
     # Colour decides, and every method sees it.
     assert found["curve"]["linear probe"][-1]["value"] > 90

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
+from clover.core.known import Census
 from clover.core.record import Record, Rejection, numbered_records
 from clover.core.terminal import progress
 from clover.data.images import Tally
-from clover.data.known import Census
 from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look
 

@@ -17,10 +17,10 @@ from typing import IO, Any
 
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, write_jsonl
+from clover.core.known import Census
 from clover.core.record import Needs, Record, Rejection, read_row
 from clover.core.terminal import progress
 from clover.data.images import ImageFinder, Tally
-from clover.data.known import Census
 from clover.data.lines import Line, read_lines
 from clover.data.source import AUTO, READERS, check_name, recognise
 from clover.data.source.base import Options, Subset

@@ -11,9 +11,9 @@ random among the images of the same question.
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -85,9 +85,9 @@ class Witness:
 
     def __init__(self, training: TrainingAnswers | None = None) -> None:
         self._training = training
-        self._questions = array("q")
-        self._said = array("q")
-        self._true = array("q")
+        self._questions = bytearray()
+        self._said = bytearray()
+        self._true = bytearray()
         self._saying: Counter[tuple[str, str | None]] = Counter()
         self._copied: Counter[str] = Counter()
         self._num_known = 0
@@ -105,9 +105,9 @@ class Witness:
         label = first_yes_no(item.prediction) if item.is_closed else None
         said = label or answer_form(item.prediction)
         true = gold or answer_form(item.answer)
-        self._questions.append(_code(question))
-        self._said.append(_code(said))
-        self._true.append(_code(true))
+        self._questions += _code(question)
+        self._said += _code(said)
+        self._true += _code(true)
         if gold is not None:
             self._saying[gold, label] += 1
         if self._training is not None:
@@ -131,7 +131,7 @@ class Witness:
 
     def findings(self) -> dict[str, Any]:
         """Return `charges` (name, sentence, figures), `looks`, and `not_tried`."""
-        looks = chance_gain(*(np.frombuffer(codes, dtype=np.int64) for codes in self._codes()))
+        looks = chance_gain(*(np.frombuffer(codes, dtype="<i8") for codes in self._codes()))
         charges = [
             charge
             for charge in (self._yes_sayer("yes"), self._yes_sayer("no"), _blind(looks))
@@ -142,11 +142,11 @@ class Witness:
 
     def num_others(self, other: Witness, ours: Sequence[int], theirs: Sequence[int]) -> int:
         """Return how many paired items differ in question and truth; a prompt may differ alone."""
-        asked, _, true = (np.frombuffer(codes, dtype=np.int64)[ours] for codes in self._codes())
-        also, _, known = (np.frombuffer(codes, dtype=np.int64)[theirs] for codes in other._codes())
+        asked, _, true = (np.frombuffer(codes, dtype="<i8")[ours] for codes in self._codes())
+        also, _, known = (np.frombuffer(codes, dtype="<i8")[theirs] for codes in other._codes())
         return int(((asked != also) & (true != known)).sum())
 
-    def _codes(self) -> tuple[array[int], array[int], array[int]]:
+    def _codes(self) -> tuple[bytearray, bytearray, bytearray]:
         return self._questions, self._said, self._true
 
     def _yes_sayer(self, word: str) -> dict[str, Any] | None:
@@ -214,13 +214,13 @@ class Witness:
         return sum(count for (gold, _), count in self._saying.items() if gold == word)
 
 
-def _code(text: str) -> int:
+@lru_cache(maxsize=1 << 12)
+def _code(text: str) -> bytes:
     """Return 64 bits of a text: a million texts share one by a chance of 3e-8.
 
     Not Python's own hash, which is salted: sums over questions would change in their last digits.
     """
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _can_tell(looks: Mapping[str, Any]) -> bool:

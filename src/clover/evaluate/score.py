@@ -31,14 +31,6 @@ __all__ = [
 ]
 
 
-_KNOWN_SETS = {
-    (3391, 3370): "PathVQA's test set as LLaVA-Med splits it (6,761)",
-    (3362, 3357): "PathVQA's test set without duplicates, as on the hub (6,719)",
-    (343, 940): "QUILT-VQA (1,283)",
-}
-"""Closed and open questions of test sets that published numbers are about (METRICS, section 3)."""
-
-
 def score(
     items: Iterable[Any],
     protocol: str | Sequence[str] = "strict",
@@ -168,7 +160,7 @@ def score_sheet(
             *reader.problems.lines(),
             *_gaps(details),
         ]
-        details["as_many_as"] = _KNOWN_SETS.get((details["num_closed"], details["num_open"]))
+        details["known_set"] = sheet.count.known_as()
         if reader.header is not None:
             details["header"] = reader.header
         if trainable_parameters is not None:

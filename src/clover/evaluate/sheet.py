@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clover.core.known import Count, largest
 from clover.evaluate.expose import TrainingAnswers, Witness, question_form
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
 from clover.evaluate.prior import majority, question_only
@@ -33,6 +34,8 @@ class Sheet:
     ) -> None:
         self.protocols = list(protocols)
         self.witness = Witness(training)
+        self.count = Count()
+        self._most_counted = largest() + 1  # one more is none of them, however many follow
         self.ids: list[Any] = []
         self.images: list[str | None] = []
         self._same: dict[str, str] = {}
@@ -51,6 +54,8 @@ class Sheet:
     def add(self, item: Item) -> list[Rating]:
         """Rate one item under every protocol; return the ratings in their order."""
         self.ids.append(item.id)
+        if len(self.ids) <= self._most_counted:
+            self.count.add(item.question, item.answer, is_closed=item.is_closed)
         image = item.image
         self.images.append(None if image is None else self._same.setdefault(image, image))
         self._is_closed.append(item.is_closed)

@@ -51,11 +51,8 @@ def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
         shown = names[start : start + _MOST_COLUMNS]
         lines += [*align(_block({name: scores[name] for name in shown})), ""]
     lines += _per_log_lines(scores)
-    if details.get("as_many_as"):
-        lines.append(
-            f"as many closed and open questions as {details['as_many_as']}; "
-            "`clover data check` compares their words"
-        )
+    if details.get("known_set"):
+        lines.append(f"the questions: {details['known_set']}")
     base = _percent(details["base_rate"])
     lines += [
         f"closed questions whose truth is yes: {base}% of {details['num_closed']:,}",

@@ -32,6 +32,7 @@ from clover.vision.leaks import refuse_leaks
 from clover.vision.probe import fit_softmax, nearest_class_mean, pooled
 
 OURS = "CLOVER"
+JOINT = "CLOVER and probe"
 PROBE = "linear probe"
 MEAN = "nearest class mean"
 _BATCH = 32
@@ -189,7 +190,7 @@ class _Trial:
             for count in job.shots
             for seed in range(job.seeds)
         }
-        self.methods = (OURS, *job.beside, PROBE, MEAN)
+        self.methods = (OURS, JOINT, *job.beside, PROBE, MEAN)
         self.labels = self._codes(pool)
         self._truth = self._codes(test)
         self._readers: dict[str, _Reader] = {}
@@ -214,9 +215,16 @@ class _Trial:
     def right(self, method: str, count: int, seed: int) -> list[int]:
         """Fit one method to one draw; return 1 or 0 for each test image."""
         chosen = self.draws[count, seed]
+        labels = self.labels[chosen]
+        shots, asked = self._flat
         if method in (PROBE, MEAN):
-            shots, asked = self._flat
-            said = _simple(method, shots[chosen], self.labels[chosen], asked)
+            said = _simple(method, *_levelled(shots[chosen], asked), labels)
+        elif method == JOINT:
+            reader = self._reader(OURS)
+            rows = (part.reshape(len(part), -1) for part in (reader.pool[chosen], reader.test))
+            both = zip(_levelled(*rows), _levelled(shots[chosen], asked), strict=True)
+            fitted, read = (np.concatenate(part, axis=1) * np.sqrt(0.5) for part in both)
+            said = _simple(PROBE, fitted, read, labels)
         else:
             said = self.taught(method, count, seed).scores.argmax(axis=1)
         return [int(hit) for hit in said == self._truth]
@@ -252,15 +260,19 @@ class _Trial:
         return self._readers[method]
 
 
-def _simple(method: str, shots: Floats, labels: NDArray[np.int64], asked: Floats) -> Any:
-    """Answer by a classifier of the frozen features alone, centred and scaled by the shots."""
+def _levelled(shots: Floats, asked: Floats) -> tuple[Floats, Floats]:
+    """Return rows centred by the shots, and scaled so that these have a mean length of one."""
     center = shots.mean(axis=0)
     scale = float(np.sqrt(((shots - center) ** 2).sum(axis=1).mean())) or 1.0
-    fitted, rows, words = (shots - center) / scale, (asked - center) / scale, labels.astype(str)
+    return (shots - center) / scale, (asked - center) / scale
+
+
+def _simple(method: str, shots: Floats, asked: Floats, labels: NDArray[np.int64]) -> Any:
+    """Answer by a simple classifier of levelled rows."""
     if method == MEAN:
-        return np.array(nearest_class_mean(fitted, list(words), rows)).astype(int)
-    probe = fit_softmax(fitted, list(words), penalty=_PROBE_PENALTY)
-    return np.array(probe.predict(rows)).astype(int)
+        return np.array(nearest_class_mean(shots, list(labels.astype(str)), asked)).astype(int)
+    probe = fit_softmax(shots, list(labels.astype(str)), penalty=_PROBE_PENALTY)
+    return np.array(probe.predict(asked)).astype(int)
 
 
 def _beside(path: Path, model: Clover) -> Clover:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from clover.evaluate.protocol.base import DROPPED, Item, Protocol, Rating
 from clover.evaluate.protocol.bleu import sentence_bleu
-from clover.evaluate.protocol.normalise import first_yes_no, remember, vqa_normalise
+from clover.evaluate.protocol.normalise import first_yes_no, vqa_normalise
 
 
 class Words(NamedTuple):
@@ -28,7 +28,7 @@ def listed(words: list[str]) -> Words:
     return Words(words, set(words))
 
 
-@remember
+@lru_cache(maxsize=64)  # several rules read the same item, and many items say yes or no
 def normal(text: str) -> str:
     """Return the lower-cased, normalised text that the closed rules read."""
     return vqa_normalise(text.lower())

@@ -9,28 +9,15 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
-Result = TypeVar("Result")
-
 _LONGEST_CACHED = 64
 _MOST_CACHED = 1 << 16
-"""Short answers and words repeat, so their normal forms are kept; essays would fill the memory."""
-
-
-def remember(function: Callable[[str], Result]) -> Callable[[str], Result]:
-    """Keep the results of a function of one text, for short texts alone."""
-    cached = lru_cache(maxsize=1 << 12)(function)
-
-    def remembered(text: str) -> Result:
-        return cached(text) if len(text) <= _LONGEST_CACHED else function(text)
-
-    return remembered
+"""Words repeat, so their normal forms are kept; essays without a space would fill the memory."""
 
 
 def _vqa_words() -> tuple[dict[str, str], frozenset[str]]:
@@ -69,7 +56,8 @@ def vqa_normalise(text: str) -> str:
     if "." in spaced:
         spaced = _PERIOD.sub("", spaced, count=_MOST_PERIODS)
     become = _SPECIAL.get
-    return " ".join([kept for word in spaced.split() if (kept := become(word, word))])
+    words = spaced.split()
+    return " ".join(filter(None, map(become, words, words)))
 
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -78,12 +66,17 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class _StrictWords(dict[str, str]):
     """Raw word -> lower-case word without punctuation, filled as words come."""
 
+    def __init__(self, left_out: frozenset[str]) -> None:
+        super().__init__()
+        self._left_out = left_out
+
     def __missing__(self, raw: str) -> str:
         word = raw.lower()
         if not word.isascii():
             composed = unicodedata.normalize("NFC", word)
             word = "".join(mark for mark in composed if unicodedata.category(mark)[0] != "P")
         word = word.translate(_ASCII_PUNCTUATION)
+        word = "" if word in self._left_out else word
         if len(raw) <= _LONGEST_CACHED:
             if len(self) >= _MOST_CACHED:
                 self.clear()
@@ -91,7 +84,8 @@ class _StrictWords(dict[str, str]):
         return word
 
 
-_STRICT_WORDS = _StrictWords()
+_WORDS = _StrictWords(_ARTICLES)
+_WORDS_WITH_ARTICLES = _StrictWords(frozenset())
 
 
 @lru_cache(maxsize=8)  # the same item is asked for several times, one after the other
@@ -101,8 +95,10 @@ def strict_words(text: str) -> list[str]:
     Where only articles are left they stay: "A" is an answer too. Unicode punctuation goes with
     the rest, and accents are composed. The list is remembered: read it, do not change it.
     """
-    words = [word for raw in text.split() if (word := _STRICT_WORDS[raw])]
-    return [word for word in words if word not in _ARTICLES] or words
+    raw = text.split()
+    return list(filter(None, map(_WORDS.__getitem__, raw))) or list(
+        filter(None, map(_WORDS_WITH_ARTICLES.__getitem__, raw))
+    )
 
 
 _YES_NO = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_])")

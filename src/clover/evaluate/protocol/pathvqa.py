@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partial
+from functools import lru_cache, partial
 
 from clover.evaluate.protocol.base import Item, Protocol, Rating
 from clover.evaluate.protocol.bleu import matches
 from clover.evaluate.protocol.llava_med import exact_score, listed, token_scores
-from clover.evaluate.protocol.normalise import first_yes_no, remember
+from clover.evaluate.protocol.normalise import first_yes_no
 
 _NOT_LETTERS = re.compile("[^a-zA-Z ]")
 
 
-@remember
+@lru_cache(maxsize=64)
 def _letters(text: str) -> list[str]:
     return _NOT_LETTERS.sub("", text).lower().split()
 

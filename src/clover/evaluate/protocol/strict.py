@@ -30,11 +30,11 @@ def word_scores(prediction: str, answer: str) -> tuple[float, float, float, floa
     answer, matches nothing.
     """
     said, gold = strict_words(prediction), strict_words(answer)
-    shared = set(said).intersection(gold)
-    if not shared:
+    distinct, sought = set(said), set(gold)
+    common = len(distinct & sought)
+    if not common:
         return 0.0, 0.0, 0.0, 0.0
-    common = len(shared)
-    if common < len(said) and common < len(gold):  # else no shared word can stand twice in both
+    if len(distinct) < len(said) and len(sought) < len(gold):  # else none stands twice in both
         common = (Counter(said) & Counter(gold)).total()
     precision = common / len(said)
     recall = common / len(gold)

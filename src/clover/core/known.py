@@ -1,7 +1,7 @@
 """Which published test set a file is, told by its counts and by its words.
 
-In: records, one at a time. Out: one line a split that is recognised. The words are hashed without
-regard to order, so that the same questions in another order are the same set.
+In: questions with answers, one at a time. Out: one line a split that is recognised. The words are
+hashed without regard to order, so that the same questions in another order are the same set.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ def known_sets() -> tuple[KnownSet, ...]:
     return tuple(KnownSet.model_validate(row) for row in rows)
 
 
+@cache
+def largest() -> int:
+    """Return how many questions the largest known set holds."""
+    return max(known.questions for known in known_sets())
+
+
 @dataclass
 class Count:
     """What one split holds so far."""
@@ -51,6 +57,32 @@ class Count:
     closed: int = 0
     total: int = 0
     """Sum of the questions' hashes: the same in any order."""
+
+    def add(self, question: str, answer: str, *, is_closed: bool) -> None:
+        """Count a question."""
+        if is_closed:
+            self.closed += 1
+        else:
+            self.open += 1
+        text = f"{question.strip().lower()}\n{answer.strip().lower()}"
+        digest = hashlib.sha256(text.encode(errors="replace")).digest()
+        self.total = (self.total + int.from_bytes(digest[: _BITS // 8])) % (1 << _BITS)
+
+    def known_as(self) -> str | None:
+        """Say which known set this is, and by what; None where the counts are no known set's."""
+        alike = [
+            known
+            for known in known_sets()
+            if (known.open, known.closed) == (self.open, self.closed)
+        ]
+        if not alike:
+            return None
+        known = next((known for known in alike if known.words == self.words), alike[0])
+        if known.words is None:
+            return f"{known.name} by its counts (its words were not at hand to compare)"
+        if known.words == self.words:
+            return f"{known.name}, by its counts and its words"
+        return f"as many as {known.name}, but other words"
 
     @property
     def words(self) -> str:
@@ -68,33 +100,14 @@ class Census:
         """Count a record; a caption alone is none."""
         if record.question is None:
             return
-        count = self.splits[record.split]
-        if record.answer_type == "closed":
-            count.closed += 1
-        else:
-            count.open += 1
-        text = f"{record.question.strip().lower()}\n{(record.answer or '').strip().lower()}"
-        digest = hashlib.sha256(text.encode(errors="replace")).digest()
-        count.total = (count.total + int.from_bytes(digest[: _BITS // 8])) % (1 << _BITS)
+        is_closed = record.answer_type == "closed"
+        self.splits[record.split].add(record.question, record.answer or "", is_closed=is_closed)
 
     def lines(self) -> list[str]:
         """Return one line a split with questions: its counts, and the known set it is."""
         return [
             f"{split or 'no split'}: {count.open + count.closed:,} questions "
-            f"({count.open:,} open, {count.closed:,} closed){_recognised(count)}"
+            f"({count.open:,} open, {count.closed:,} closed)"
+            + ("" if (name := count.known_as()) is None else f": {name}")
             for split, count in sorted(self.splits.items(), key=lambda item: item[0] or "")
         ]
-
-
-def _recognised(count: Count) -> str:
-    alike = [
-        known for known in known_sets() if (known.open, known.closed) == (count.open, count.closed)
-    ]
-    if not alike:
-        return ""
-    known = next((known for known in alike if known.words == count.words), alike[0])
-    if known.words is None:
-        return f": {known.name} by its counts (its words were not at hand to compare)"
-    if known.words == count.words:
-        return f": {known.name}, by its counts and its words"
-    return f": as many as {known.name}, but other words"
