@@ -195,7 +195,7 @@ def test_a_curve_is_made_in_one_call_and_continued_by_the_same(
     assert found["curve"]["CLOVER"] == found["curve"]["the same"]
     assert "research use only" in out
     lines = (tmp_path / "few" / "shots.jsonl").read_text().splitlines()
-    assert len(lines) == 4 * 3 * 3
+    assert len(lines) == 5 * 3 * 3
     # Half of it lost, and a torn line: the same call ends with the same curve.
     torn = "\n".join(lines[:10]) + "\n" + lines[10][:20]
     (tmp_path / "few" / "shots.jsonl").write_text(torn)
