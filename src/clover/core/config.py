@@ -18,6 +18,7 @@ from clover.core.files import fingerprint
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
+    *(("encoder", name) for name in ("storage", "views")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
@@ -101,6 +102,10 @@ class EncoderConfig(Section):
     """Licence of the weights; it travels into the model card."""
     batch_size: int = Field(32, ge=1)
     """Images a forward pass."""
+    storage: Literal["float16", "bfloat16", "int8"] = "float16"
+    """Number format that training images' tokens are kept in; int8 has one scale a token."""
+    views: int = Field(1, ge=1)
+    """Views an image that training draws from: the image as it is, and random crops of it."""
 
     @field_validator("kind")
     @classmethod
