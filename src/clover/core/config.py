@@ -84,8 +84,8 @@ class EncoderConfig(Section):
     """Subtracted from each channel; what the library says when absent."""
     std: tuple[float, float, float] | None = None
     """Each channel is divided by it; what the library says when absent."""
-    numbers: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of a token encoder's weights."""
+    numbers: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Number format of a token encoder's weights; `int8` (CPU) rounds what it multiplies, too."""
     licence_note: str = ""
     """What the licence says of models trained on the encoder's outputs; goes into the card."""
     weights: str | None = None
