@@ -65,7 +65,13 @@ def align(
     tokenizer = load_tokenizer(recipe)
     with run.timed("features"):
         data = load_feature_set(
-            captions, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
+            captions,
+            needs="caption",
+            encoder=encoder,
+            cache=cache,
+            images=recipe.data.images,
+            storage=recipe.encoder.storage,
+            views=recipe.encoder.views,
         )
     write_rejected(out / "align.rejected.jsonl", data.rejected)
     for path in held_out:

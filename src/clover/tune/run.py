@@ -75,7 +75,13 @@ def tune(
     tokenizer = load_tokenizer(recipe)
     with folder.timed("features"):
         data = load_feature_set(
-            instructions, needs="question", encoder=encoder, cache=cache, images=recipe.data.images
+            instructions,
+            needs="question",
+            encoder=encoder,
+            cache=cache,
+            images=recipe.data.images,
+            storage=recipe.encoder.storage,
+            views=recipe.encoder.views,
         )
     write_rejected(run / "tune.rejected.jsonl", data.rejected)
     for path in held_out:
