@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clover.align.contrast import contrastive_loss, similarity
-from clover.align.match import Negatives, sample_negatives
+from clover.align.contrast import contrastive_loss, same_caption, similarity
+from clover.align.match import Negatives, negative_weights, sample_negatives
 from clover.align.run import align
 from clover.core.errors import CloverError
 from clover.core.files import read_json
@@ -104,3 +104,38 @@ def test_of_two_pairs_the_negative_is_the_other() -> None:
         found = sample_negatives(two)
         assert isinstance(found, Negatives)
         assert found.image_for_text.tolist() == found.text_for_image.tolist() == [1, 0]
+
+
+def test_a_caption_that_says_the_same_is_as_if_it_were_not_there() -> None:
+    torch.manual_seed(0)
+    images, texts = torch.randn(4, 2, 3), torch.randn(4, 3)
+    ids = torch.tensor([[5, 6, 0], [5, 7, 8], [5, 6, 9], [5, 8, 8]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1]])  # 0 and 2 say the same
+    same = same_caption(ids, mask)
+    assert same.nonzero().tolist() == [[0, 2], [2, 0]]
+    temperature = torch.tensor(0.5)
+    similar = similarity(images, texts, temperature)
+    # By hand: each row's cross-entropy over its own columns alone.
+    expected = []
+    for matrix in (similar.image_to_text, similar.text_to_image):
+        for row in range(4):
+            left = [column for column in range(4) if not same[row, column]]
+            logits, target = matrix[row, left][None], torch.tensor([left.index(row)])
+            expected.append(torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1))
+    found = contrastive_loss(similar, label_smoothing=0.1, ignored=same)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    none = torch.zeros_like(same)
+    torch.testing.assert_close(
+        contrastive_loss(similar, label_smoothing=0.1, ignored=none),
+        contrastive_loss(similar, label_smoothing=0.1),
+    )
+    for weights in negative_weights(similar, ignored=same):
+        assert weights[0, 2] == weights[2, 0] == 0 and (weights > 0).sum() == 10
+
+
+def test_where_all_captions_say_the_same_a_negative_is_still_another_pair() -> None:
+    similar = similarity(torch.randn(3, 2, 4), torch.randn(3, 4), torch.tensor(0.07))
+    alone = ~torch.eye(3, dtype=torch.bool)
+    found = sample_negatives(similar, ignored=alone)
+    own = torch.arange(3)
+    assert (found.image_for_text != own).all() and (found.text_for_image != own).all()

@@ -45,17 +45,48 @@ def similarity(
     return Similarity(image_to_text / temperature, text_to_image / temperature)
 
 
-def contrastive_loss(similar: Similarity, *, label_smoothing: float, offset: int = 0) -> Tensor:
+def same_caption(ids: Tensor, mask: Tensor) -> Tensor:
+    """Return which other texts [B, B] say the same as a row's own: no negatives of its image.
+
+    Args:
+        ids: Word pieces [B, T].
+        mask: [B, T], 1 = a token.
+    """
+    words = ids.masked_fill(mask == 0, -1)
+    same = (words[:, None] == words[None]).all(dim=2)
+    return same.fill_diagonal_(False)
+
+
+def contrastive_loss(
+    similar: Similarity,
+    *,
+    label_smoothing: float,
+    offset: int = 0,
+    ignored: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy both ways, averaged; the own pair is the target.
 
     Args:
         similar: From `similarity`.
         label_smoothing: 0.1 as published.
         offset: This rank's first row among all (rank * B).
+        ignored: Pairs [B, N] that are no negatives (`same_caption`): as if they were not there.
     """
+    if ignored is not None:
+        both = (similar.image_to_text, similar.text_to_image)
+        losses = [_masked_loss(item.float(), ignored, offset, label_smoothing) for item in both]
+        return (losses[0] + losses[1]) / 2
     batch = similar.image_to_text.shape[0]
     target = torch.arange(offset, offset + batch, device=similar.image_to_text.device)
     loss = F.cross_entropy(
         similar.image_to_text.float(), target, label_smoothing=label_smoothing
     ) + F.cross_entropy(similar.text_to_image.float(), target, label_smoothing=label_smoothing)
     return loss / 2
+
+
+def _masked_loss(logits: Tensor, ignored: Tensor, offset: int, smoothing: float) -> Tensor:
+    """Cross-entropy over the columns that are left, smoothed over these alone."""
+    rows = torch.arange(len(logits), device=logits.device)
+    scores = logits.masked_fill(ignored, -torch.inf).log_softmax(dim=1)
+    spread = scores.masked_fill(ignored, 0).sum(dim=1) / (~ignored).sum(dim=1)
+    return -((1 - smoothing) * scores[rows, rows + offset] + smoothing * spread).mean()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clover.align.caption import caption_inputs, caption_loss
-from clover.align.contrast import Similarity, contrastive_loss, similarity
+from clover.align.contrast import Similarity, contrastive_loss, same_caption, similarity
 from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys
@@ -45,6 +45,7 @@ def alignment_losses(
     label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
     detach_gathered: bool = False,
+    ignore_duplicates: bool = False,
 ) -> AlignmentLosses:
     """Compute the losses of one batch of B images and their texts.
 
@@ -58,6 +59,7 @@ def alignment_losses(
         negatives: Given ones, for tests; drawn by similarity otherwise.
         detach_gathered: As the reference does once a process group exists: the other side's
             vectors carry no gradient (SPEC, section 2.1).
+        ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
     """
     heads = bridge.alignment
     image_pass = bridge.qformer.encode_queries(image)
@@ -72,11 +74,14 @@ def alignment_losses(
         all_text=text_vectors.detach() if detach_gathered else None,
     )
     parts: dict[str, Tensor] = {}
+    ignored = same_caption(text.ids, text.mask) if ignore_duplicates else None
     if "contrast" in which:
-        parts["contrast"] = contrastive_loss(similar, label_smoothing=label_smoothing)
+        parts["contrast"] = contrastive_loss(
+            similar, label_smoothing=label_smoothing, ignored=ignored
+        )
     if "match" in which:
         if negatives is None:
-            negatives = sample_negatives(similar)
+            negatives = sample_negatives(similar, ignored=ignored)
         parts["match"] = matching_loss(match_logits(bridge, image, text, negatives))
     if "caption" in which:
         inputs = caption_inputs(text.ids, decode_start=decode_start)

@@ -22,19 +22,29 @@ class Negatives:
     text_for_image: Tensor
 
 
-def negative_weights(similar: Similarity, *, offset: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the sampling weights (text to image, image to text), each [B, N], own pair zero."""
+def negative_weights(
+    similar: Similarity, *, offset: int = 0, ignored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the sampling weights (text to image, image to text), each [B, N], own pair zero.
+
+    Pairs of `ignored` [B, N] have zero weight too, save where a row would have no negative left.
+    """
     batch = similar.image_to_text.shape[0]
     rows = torch.arange(batch, device=similar.image_to_text.device)
     weights = []
     for matrix in (similar.text_to_image, similar.image_to_text):
         masked = matrix.detach().float().clone()
+        if ignored is not None:
+            is_alone = ignored.sum(dim=1, keepdim=True) == ignored.shape[1] - 1
+            masked.masked_fill_(ignored & ~is_alone, _OWN)
         masked[rows, rows + offset] = _OWN
         weights.append(masked.softmax(dim=1))
     return weights[0], weights[1]
 
 
-def sample_negatives(similar: Similarity, *, offset: int = 0) -> Negatives:
+def sample_negatives(
+    similar: Similarity, *, offset: int = 0, ignored: Tensor | None = None
+) -> Negatives:
     """Draw one negative image a text, then one negative text an image, by similarity.
 
     Raises:
@@ -44,7 +54,7 @@ def sample_negatives(similar: Similarity, *, offset: int = 0) -> Negatives:
         raise CloverError(
             "the matching loss needs a negative: align.batch_size is 1, the least is 2"
         )
-    text_to_image, image_to_text = negative_weights(similar, offset=offset)
+    text_to_image, image_to_text = negative_weights(similar, offset=offset, ignored=ignored)
     return Negatives(
         torch.multinomial(text_to_image, 1).squeeze(1),
         torch.multinomial(image_to_text, 1).squeeze(1),

@@ -56,6 +56,7 @@ class AlignObjective:
             decode_start=self.tokenizer.decode_start,
             which=self.config.losses,
             label_smoothing=self.config.label_smoothing,
+            ignore_duplicates=self.config.ignore_duplicates,
         )
         count = torch.tensor(float(len(features)), device=features.device)
         return Losses(found.total * count, count, found.parts)

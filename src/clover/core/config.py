@@ -21,6 +21,7 @@ _LATER = (
     *(("encoder", name) for name in ("storage", "views")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
+    ("align", "ignore_duplicates"),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
 )
 """(section, field) of the second release on."""
@@ -236,6 +237,9 @@ class AlignConfig(OptimizerConfig):
     """Start of the learned contrastive temperature."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Of the contrastive and the caption loss."""
+    ignore_duplicates: bool = False
+    """Whether a caption that says the same as an image's own is no negative of it; the published
+    system takes it for one."""
 
 
 class TuneConfig(OptimizerConfig):
