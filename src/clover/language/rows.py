@@ -65,17 +65,10 @@ class RowBatch:
         assert self.can_share, "this model's rows each hold their own beginning"
         self._constants.append(constant)
         # One behind the other: a row sees its own alone. The positions are in the keys.
+        layers = list(zip(*self._constants, strict=True))
         self._joined = SharedPrefix(
-            *(
-                tuple(torch.cat(parts, dim=1) for parts in zip(*layers, strict=True))
-                for layers in zip(
-                    *(
-                        (tuple(keys for keys, _ in part), tuple(values for _, values in part))
-                        for part in self._constants
-                    ),
-                    strict=True,
-                )
-            )
+            tuple(torch.cat([keys for keys, _ in layer], dim=1) for layer in layers),
+            tuple(torch.cat([values for _, values in layer], dim=1) for layer in layers),
         )
         return len(self._constants) - 1
 
