@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
+from clover.cli import cli
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.vision.cache import FeatureCache, hash_images
-from clover.vision.dataset import load_feature_set
+from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder, TinyEncoder
+from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
 
 CONFIG = EncoderConfig(kind="tiny", image_size=32, grid=4)
@@ -163,3 +177,290 @@ def test_no_usable_image_at_all_is_one_line(tmp_path: Path) -> None:
     path.write_text(json.dumps({"id": "a", "image": "absent.png", "caption": "c"}))
     with pytest.raises(CloverError, match=r"no record with a readable image .*missing image"):
         load_feature_set(path, needs="caption", encoder=Counting(), cache=tmp_path / "c")
+
+
+def flip(shard: Path, *, places_from_end: int = 10) -> None:
+    data = bytearray(shard.read_bytes())
+    data[-places_from_end] ^= 0x40
+    shard.write_bytes(data)
+
+
+def test_flipped_bits_are_found_named_set_aside_and_made_again(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red", "b.png": "teal"})
+    cache = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
+    digests = list(hash_images(records, tmp_path / "i")[1])
+    before = cache.get(digests)
+    shard = next(cache.path.glob("*.safetensors"))
+    flip(shard)  # in the last row
+    fresh = FeatureCache(tmp_path / "c", Counting())
+    assert torch.equal(fresh.get(digests[:1]), before[:1]), "a whole row of it is still read"
+    with pytest.raises(CloverError, match=f"{shard.name} has flipped bits and is set aside as"):
+        fresh.get(digests)
+    assert not shard.exists() and (shard.parent / "broken" / shard.name).exists()
+    encoder = Counting()
+    again = fill(tmp_path / "c", encoder, records, tmp_path / "i")
+    assert encoder.seen == 2 and torch.equal(again.get(digests), before)
+
+
+def test_verify_finds_a_flipped_bit_anywhere_in_the_file(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red"})
+    cache = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
+    shard = next(cache.path.glob("*.safetensors"))
+    assert FeatureCache(tmp_path / "c", Counting()).verify() == []
+    flip(shard, places_from_end=shard.stat().st_size - 9)  # in the header
+    fresh = FeatureCache(tmp_path / "c", Counting())
+    assert fresh.verify() == [shard] and len(fresh) == 0
+
+
+def test_a_torn_index_is_set_aside_and_its_images_are_made_again(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red"})
+    cache = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
+    index = next(cache.path.glob("shard-*.json"))
+    index.write_text(index.read_text()[:20])
+    encoder = Counting()
+    again = fill(tmp_path / "c", encoder, records, tmp_path / "i")
+    assert encoder.seen == 1 and len(again) == 1 and len(again.set_aside) == 1
+
+
+def test_a_cache_of_the_first_release_is_read(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red", "b.png": "teal"})
+    digests = list(hash_images(records, tmp_path / "i")[1])
+    empty = FeatureCache(tmp_path / "c", Counting())
+    tokens = torch.randn(2, 16, 24).half()
+    save_file({"tokens": tokens}, str(empty.path / "shard-00000.safetensors"))
+    index = {"images": digests, "encoder": "tiny/patches"}
+    (empty.path / "shard-00000.json").write_text(json.dumps(index, indent=2))
+    encoder = Counting()
+    cache = fill(tmp_path / "c", encoder, records, tmp_path / "i")
+    assert encoder.seen == 0 and torch.equal(cache.get(digests), tokens.float())
+    assert cache.verify() == []
+
+
+def test_int8_keeps_each_token_within_half_a_step_of_its_own_scale() -> None:
+    tokens = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+    tokens[0, 0] *= 1000  # one loud token costs the others nothing
+    tokens[1, 1] = 0
+    kept = pack(tokens, "int8")
+    assert kept["tokens"].dtype == torch.int8 and kept["scale"].shape == (3, 5)
+    step = tokens.abs().amax(dim=-1, keepdim=True) / 127
+    assert bool(((unpack(kept) - tokens).abs() <= step / 2 + 1e-6 * step).all())
+    assert torch.equal(unpack(kept)[1, 1], torch.zeros(32))
+
+
+@pytest.mark.parametrize(("storage", "error"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_another_storage_is_another_cache_and_close_to_the_encoder(
+    tmp_path: Path, storage: Storage, error: float
+) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "#a03060", "b.png": "teal"})
+    paths = hash_images(records, tmp_path / "i")[1]
+    half = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
+    encoder = Counting()
+    other = FeatureCache(tmp_path / "c", encoder, storage=storage)
+    other.fill(paths)
+    assert encoder.seen == 2 and other.path != half.path
+    exact, kept = half.get(list(paths)), other.get(list(paths))
+    largest = exact.abs().amax(dim=-1, keepdim=True)
+    assert bool(((kept - exact).abs() <= error * largest + 1e-3).all())
+    assert not torch.equal(kept, exact)
+
+
+def write_noise(folder: Path, count: int) -> list[Record]:
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    names = [f"{index}.png" for index in range(count)]
+    for name in names:
+        pixels = random.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return [Record(id=name, image=name) for name in names]
+
+
+def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 3)
+    paths = hash_images(records, tmp_path / "i")[1]
+    digests = list(paths)
+    encoder = Counting()
+    cache = FeatureCache(tmp_path / "c", encoder, views=3)
+    assert cache.fill(paths) == [] and encoder.seen == 9 and len(cache) == 3
+    plain = cache.get(digests)
+    first, second = cache.get(digests, [1, 1, 1]), cache.get(digests, [2, 2, 2])
+    assert not torch.equal(plain, first) and not torch.equal(first, second)
+    elsewhere = FeatureCache(tmp_path / "d", Counting(), views=3)
+    elsewhere.fill(dict(reversed(paths.items())))
+    assert torch.equal(elsewhere.get(digests, [2, 2, 2]), second)
+    fewer = Counting()
+    FeatureCache(tmp_path / "c", fewer).fill(paths)
+    assert fewer.seen == 0, "a reader of one view makes none"
+
+
+def test_training_draws_views_by_its_seed_and_evaluation_sees_the_image_as_it_is(
+    tmp_path: Path,
+) -> None:
+    records = write_noise(tmp_path, 4)
+    path = tmp_path / "captions.jsonl"
+    path.write_text("\n".join(json.dumps({**r.row(), "caption": "c"}) for r in records))
+
+    def load(views: int) -> FeatureSet:
+        return load_feature_set(
+            path, needs="caption", encoder=Counting(), cache=tmp_path / "c", views=views
+        )
+
+    several, one, every = load(4), load(1), [0, 1, 2, 3] * 5
+    torch.manual_seed(5)
+    first = several.features(every)
+    state = torch.get_rng_state()
+    second = several.features(every)
+    torch.set_rng_state(state)
+    assert torch.equal(several.features(every), second) and not torch.equal(first, second)
+    assert torch.equal(one.features(every), one.features(every))
+    assert torch.equal(one.features(every), several.cache.get([one.digests[i] for i in every]))
+
+
+def test_a_full_disk_keeps_the_shards_before_and_the_same_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clover.vision.cache._SHARD", 2)
+    records = write_noise(tmp_path / "i", 6)
+    real, written = Path.write_bytes, []
+
+    def full(path: Path, data: bytes) -> int:
+        written.append(path)
+        if len(written) == 3:
+            real(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CloverError, match=r"cannot write .*shard-.*No space left.*free some space"):
+        fill(tmp_path / "c", Counting(), records, tmp_path / "i")
+    assert not list((tmp_path / "c").rglob("*.part"))
+    encoder = Counting()
+    assert len(fill(tmp_path / "c", encoder, records, tmp_path / "i")) == 6
+    assert encoder.seen == 2
+
+
+def test_processes_that_share_a_folder_encode_every_image_once(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 40)
+    paths = hash_images(records, tmp_path / "i")[1]
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import json, sys, time, torch\n"
+        "from pathlib import Path\n"
+        "import clover.vision.cache as cache\n"
+        "from clover.core.config import EncoderConfig\n"
+        "from clover.vision.encoder import TinyEncoder\n"
+        "class Slow(TinyEncoder):\n"
+        "    def encode(self, pixels):\n"
+        "        time.sleep(0.02)\n"
+        "        return super().encode(pixels)\n"
+        "cache._SHARD = 4\n"
+        "torch.set_num_threads(1)\n"
+        "encoder = Slow(EncoderConfig(kind='tiny', image_size=32, grid=4))\n"
+        "images = {key: Path(p) for key, p in json.loads(Path(sys.argv[1]).read_text()).items()}\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "found = cache.FeatureCache(sys.argv[2], encoder)\n"
+        "assert found.fill(images) == []\n"
+        "print(found.num_encoded, len(found))\n"
+    )
+    listed = tmp_path / "images.json"
+    listed.write_text(json.dumps({key: str(path) for key, path in paths.items()}))
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(listed), str(tmp_path / "c")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for worker in workers:  # both are up before either starts
+        assert worker.stdout is not None and worker.stdout.readline() == "ready\n"
+    results = []
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        results.append([int(number) for number in worker.communicate()[0].split()])
+        assert worker.returncode == 0
+    assert [whole for _, whole in results] == [40, 40]
+    assert sum(encoded for encoded, _ in results) == 40
+    assert all(encoded for encoded, _ in results), "one of them did everything"
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"one")
+    monkeypatch.setattr("clover.vision.digests._SETTLED_NS", -1)
+    memory = DigestMemory(tmp_path / "m.sqlite")
+    first = memory.digest(path)
+    memory.save()
+    assert first == hashlib.sha256(b"one").hexdigest()
+
+    def refuse(self: Path) -> bytes:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert DigestMemory(tmp_path / "m.sqlite").digest(path) == first
+    path.write_bytes(b"two")
+    assert DigestMemory(tmp_path / "m.sqlite").digest(path) == hashlib.sha256(b"two").hexdigest()
+    (tmp_path / "m.sqlite").write_bytes(b"torn")
+    torn = DigestMemory(tmp_path / "m.sqlite")
+    assert torn.digest(path) == hashlib.sha256(b"two").hexdigest()
+    torn.save()
+
+
+def test_the_command_fills_with_workers_verifies_and_mends(tmp_path: Path) -> None:
+    records = write_noise(tmp_path, 5)
+    path = tmp_path / "captions.jsonl"
+    path.write_text("\n".join(json.dumps({**r.row(), "caption": "c"}) for r in records))
+    tiny = ("kind=tiny", "image_size=32", "grid=4", "weights=null", "levels=[]")
+    command = ["features", str(path), "--out", str(tmp_path / "c"), "--storage", "int8"]
+    command += ["--views", "2"]
+    command += [word for item in tiny for word in ("--set", f"encoder.{item}")]
+    first = CliRunner().invoke(cli, [*command, "--workers", "2"])
+    assert first.exit_code == 0, first.output
+    assert "5 records on 5 images; tiny/patches, 16 tokens of 24" in first.output
+    assert "-int8 (5 images, 2 views each)" in first.output
+    shard = next((tmp_path / "c").rglob("shard-*.safetensors"))
+    flip(shard)
+    second = CliRunner().invoke(cli, [*command, "--verify"])
+    assert second.exit_code == 0 and f"{shard} was damaged" in second.output
+    assert "(5 images, 2 views each)" in second.output and shard.exists()
+
+
+def test_killed_at_any_moment_the_same_call_ends_with_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clover.vision.cache._SHARD", 3)
+    records = write_noise(tmp_path / "i", 24)
+    paths = hash_images(records, tmp_path / "i")[1]
+    digests = list(paths)
+    whole = fill(tmp_path / "whole", Counting(), records, tmp_path / "i").get(digests)
+
+    class Slow(Counting):
+        def __init__(self) -> None:
+            super().__init__(CONFIG.model_copy(update={"batch_size": 1}))
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.004)
+            return super().encode(pixels)
+
+    random = np.random.default_rng(3)
+    killed = 0
+    for _ in range(6):
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                torch.set_num_threads(1)
+                FeatureCache(tmp_path / "c", Slow()).fill(paths)
+            os._exit(0)
+        time.sleep(random.uniform(0.02, 0.1))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert killed > 0
+    encoder = Counting()
+    cache = fill(tmp_path / "c", encoder, records, tmp_path / "i")
+    assert torch.equal(cache.get(digests), whole) and cache.verify() == []

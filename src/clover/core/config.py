@@ -18,6 +18,7 @@ from clover.core.files import fingerprint
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
+    *(("encoder", name) for name in ("storage", "views")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
@@ -83,8 +84,8 @@ class EncoderConfig(Section):
     """Subtracted from each channel; what the library says when absent."""
     std: tuple[float, float, float] | None = None
     """Each channel is divided by it; what the library says when absent."""
-    numbers: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of a token encoder's weights."""
+    numbers: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Number format of a token encoder's weights; `int8` (CPU) rounds what it multiplies, too."""
     licence_note: str = ""
     """What the licence says of models trained on the encoder's outputs; goes into the card."""
     weights: str | None = None
@@ -101,6 +102,10 @@ class EncoderConfig(Section):
     """Licence of the weights; it travels into the model card."""
     batch_size: int = Field(32, ge=1)
     """Images a forward pass."""
+    storage: Literal["float16", "bfloat16", "int8"] = "float16"
+    """Number format that training images' tokens are kept in; int8 has one scale a token."""
+    views: int = Field(1, ge=1)
+    """Views an image that training draws from: the image as it is, and random crops of it."""
 
     @field_validator("kind")
     @classmethod
@@ -338,6 +343,19 @@ class Recipe(Section):
 
         What changes no number (how often a checkpoint is written) is left out.
         """
+        return fingerprint(self._that_matter(sections))
+
+    def settings(self, *sections: str) -> dict[str, str]:
+        """Return what `fingerprint` is made of, one `section.key` and its value each."""
+        found = {}
+        for name, value in self._that_matter(sections).items():
+            if isinstance(value, dict):
+                found.update({f"{name}.{key}": str(item) for key, item in value.items()})
+            else:
+                found[name] = str(value)
+        return found
+
+    def _that_matter(self, sections: tuple[str, ...]) -> dict[str, Any]:
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
@@ -347,7 +365,7 @@ class Recipe(Section):
             default = type(getattr(self, name)).model_fields[field].default
             if name in tree and getattr(getattr(self, name), field) == default:
                 tree[name].pop(field)
-        return fingerprint(tree)
+        return tree
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

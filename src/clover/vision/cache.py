@@ -1,33 +1,56 @@
 """What the frozen encoder saw, computed once (DESIGN, section 3: feature shard).
 
-A folder holds one subfolder an encoder; in it safetensors shards of float16 tokens and, beside each
-shard, a JSON index of the SHA-256 of the image bytes in it. The index is written last: a shard
-without one is unfinished and is made again. Another encoder, other weights, another token map or
-other image bytes are a miss, never a wrong hit.
+A folder holds one subfolder an encoder and number format; in it lie shards (`shard`). The key of a
+row is the SHA-256 of the image's bytes, and behind it the view, where it is not the image as it is.
+Another encoder, other weights, another token map, another view or other image bytes are a miss,
+never a wrong hit. Several processes may fill one folder: each claims a shard's worth of images at a
+time.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, fingerprint, read_json, write_json
+from clover.core.files import fingerprint, sha256_file
 from clover.core.record import Record, Rejection
 from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region, region_digest
+from clover.vision.claim import Claims
+from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
+from clover.vision.image_processor import draw_view
+from clover.vision.shard import Shard, open_shard, write_shard
+from clover.vision.storage import Storage
 
 _SHARD = 128  # images a shard: what a crash can cost
+_VIEW = "crop1"
+"""How views are made: crop and flip (SPEC, section 3.3: `blip2_image_train`); a part of the key."""
+
+
+@dataclass
+class _Job:
+    """A shard in the making."""
+
+    number: int
+    """Its claim."""
+    left: int
+    """Images that are not decoded yet."""
+    keys: list[str] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
 
 
 class FeatureCache:
@@ -36,109 +59,126 @@ class FeatureCache:
     Args:
         folder: Where caches lie; made when absent.
         encoder: Names the subfolder.
+        storage: Number format of what is written; another one is another subfolder.
+        views: Views an image: the image as it is, and random crops of it.
+
+    Attributes:
+        path: The subfolder.
+        views: Views an image.
+        set_aside: Torn shards that were found on opening, where they lie now.
+        num_encoded: Images encoded by this object.
+        waited_s: Seconds in which the encoder waited for images or for the disk.
+        worked_s: Seconds in which it encoded.
     """
 
-    def __init__(self, folder: str | Path, encoder: ImageEncoder) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder: ImageEncoder,
+        *,
+        storage: Storage = "float16",
+        views: int = 1,
+    ) -> None:
         key = fingerprint([encoder.id, encoder.revision])
         stem = re.sub(r"[^\w.]+", "-", encoder.id)
-        self.path = Path(folder) / f"{stem}-{key}"
+        # float16 has no suffix: caches of the first release are of it.
+        suffix = "" if storage == "float16" else f"-{storage}"
+        self.path = Path(folder) / f"{stem}-{key}{suffix}"
         self.path.mkdir(parents=True, exist_ok=True)
+        self.views = views
+        self.set_aside: list[Path] = []
+        self.num_encoded, self.waited_s, self.worked_s = 0, 0.0, 0.0
         self._encoder = encoder
-        self._where: dict[str, tuple[Path, int]] = {}
-        self._open: dict[Path, Tensor] = {}
-        for index in sorted(self.path.glob("shard-*.json")):
-            self._register(index)
+        self._storage: Storage = storage
+        self._where: dict[str, tuple[Shard, int]] = {}
+        self._known: set[str] = set()
+        self._side = 0
+        self.refresh()
 
     def __len__(self) -> int:
         """Number of images in the cache."""
-        return len(self._where)
+        return sum("@" not in key for key in self._where)
 
     def __contains__(self, digest: object) -> bool:
         """Return whether the image with this hash is in the cache."""
         return digest in self._where
 
-    def _register(self, index: Path) -> None:
-        shard = index.with_suffix(".safetensors")
-        if shard.exists():
-            for row, digest in enumerate(read_json(index)["images"]):
-                self._where[digest] = (shard, row)
+    def refresh(self) -> None:
+        """Take up what other processes have written; set torn shards aside."""
+        for index in sorted(self.path.glob("shard-*.json")):
+            if index.name in self._known:
+                continue
+            shard = open_shard(index)
+            if shard.is_torn():
+                self.set_aside.append(shard.set_aside())
+            else:
+                self._register(shard)
 
-    def get(self, digests: Sequence[str]) -> Tensor:
-        """Return tokens [B, P, E], float32, of images by hash; all must be in the cache."""
-        rows = []
-        for digest in digests:
-            shard, row = self._where[digest]
-            if shard not in self._open:
-                with safe_open(str(shard), "pt") as handle:
-                    # safetensors maps the file: only the rows that are read cost memory.
-                    self._open[shard] = handle.get_tensor("tokens")
-            rows.append(self._open[shard][row])
-        return torch.stack(rows).float()
+    def _register(self, shard: Shard) -> None:
+        self._known.add(shard.index.name)
+        for row, key in enumerate(shard.keys):
+            self._where[key] = (shard, row)
+
+    def _forget(self, shard: Shard) -> None:
+        self._known.discard(shard.index.name)
+        self._where = {key: place for key, place in self._where.items() if place[0] is not shard}
+
+    def get(self, digests: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
+        """Return tokens [B, P, E], float32, of images by hash; all must be in the cache.
+
+        Args:
+            digests: Of the images' bytes.
+            views: Which view of each; the images as they are by default.
+
+        Raises:
+            CloverError: a shard has flipped bits; it is set aside and named.
+        """
+        chosen = views if views is not None else [0] * len(digests)
+        places = [self._where[_key(*pair)] for pair in zip(digests, chosen, strict=True)]
+        return torch.stack([shard.read(row) for shard, row in places])
 
     def fill(self, images: dict[str, Path]) -> list[Rejection]:
-        """Encode the images that are missing.
+        """Encode the images that are missing; images that others encode are waited for.
 
         Args:
             images: SHA-256 -> path.
 
         Returns:
             Images that could not be decoded, with the reason.
+
+        Raises:
+            CloverError: the disk is full; the shards before are kept.
         """
-        missing = [digest for digest in images if digest not in self]
-        rejected: list[Rejection] = []
-        number = 1 + max(
-            # By the indices: a shard without one is unfinished, and its place is taken.
-            (int(path.stem.split("-")[1]) for path in self.path.glob("shard-*.json")),
-            default=-1,
-        )
+        keys = [_key(digest, view) for view in range(self.views) for digest in images]
+        missing = sum(key not in self._where for key in keys)
+        if not missing:
+            return []
+        # Cut by what is asked for, not by what is missing: every process cuts alike.
+        chunks = [keys[start : start + _SHARD] for start in range(0, len(keys), _SHARD)]
         with (
-            progress("features", len(missing)) as advance,
-            ThreadPoolExecutor(max_workers=2) as pool,
+            progress("features", missing) as advance,
+            Claims(self.path / "claims.lock") as claims,
+            ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(max_workers=1) as writer,
         ):
-            for start in range(0, len(missing), _SHARD):
-                digests: list[str] = []
-                parts: list[Tensor] = []
-                for found, pixels in self._batches(
-                    missing[start : start + _SHARD], images, pool, rejected
-                ):
-                    parts.append(self._encoder.encode(pixels).half())
-                    digests += found
-                    advance(len(found))
-                if digests:
-                    self._write(number, digests, torch.cat(parts))
-                    number += 1
-        return rejected
+            run = _Fill(self, images, claims, pool, writer, advance)
+            try:
+                run.encode(run.claimed(chunks))
+                for chunk in list(run.busy):  # one at a time: nothing is held while waiting
+                    run.encode(run.claimed([chunk], wait=True))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return list(run.rejected.values())
 
-    def _batches(
-        self,
-        digests: Sequence[str],
-        images: dict[str, Path],
-        pool: ThreadPoolExecutor,
-        rejected: list[Rejection],
-    ) -> Iterator[tuple[list[str], Tensor]]:
-        """Yield decoded batches; what cannot be decoded goes to `rejected`."""
-        size = self._encoder.batch_size
-        decoded = pool.map(lambda digest: self._decode(images[digest]), digests)
-        names: list[str] = []
-        pixels: list[Tensor] = []
-        for digest, found in zip(digests, decoded, strict=True):
-            if isinstance(found, Rejection):
-                rejected.append(found)
-                continue
-            names.append(digest)
-            pixels.append(found)
-            if len(names) == size:
-                yield names, torch.stack(pixels)
-                names, pixels = [], []
-        if names:
-            yield names, torch.stack(pixels)
-
-    def _decode(self, path: Path) -> Tensor | Rejection:
+    def decode(self, path: Path, key: str) -> Tensor | Rejection:
+        """Return one view of an image as the encoder wants it [3, S, S], or why not."""
+        digest, _, view = key.partition("@")
         try:
             if is_region(path):
-                return self._encoder.prepare(read_region(path, self._encoder.microns_per_pixel))
+                image = read_region(path, self._encoder.microns_per_pixel)
+                return self._prepare(image, digest, view)
             with Image.open(path) as image:
-                return self._encoder.prepare(image)
+                return self._prepare(image, digest, view)
         except CloverError as error:
             return Rejection(str(path), 0, "unreadable region of a slide", str(error))
         except UnidentifiedImageError:
@@ -149,35 +189,158 @@ class FeatureCache:
             reason = "cut off or damaged"
         return Rejection(str(path), 0, f"broken image ({reason})")
 
-    def _write(self, number: int, digests: list[str], tokens: Tensor) -> None:
-        shard = self.path / f"shard-{number:05d}.safetensors"
-        with atomic_path(shard) as partial:
-            save_file({"tokens": tokens.contiguous()}, str(partial))
-        index = shard.with_suffix(".json")
-        write_json(index, {"images": digests, "encoder": self._encoder.id})
-        self._register(index)
+    def _prepare(self, image: Image.Image, digest: str, view: str) -> Tensor:
+        if not view:
+            return self._encoder.prepare(image)
+        if not self._side:
+            self._side = self._encoder.prepare(Image.new("RGB", (64, 64))).shape[-1]
+        number = int(view.rpartition(".")[2])
+        random = np.random.default_rng([int(digest[:16], 16), number])
+        return self._encoder.prepare(draw_view(image, self._side, random))
+
+    def encode(self, pixels: Sequence[Tensor]) -> Tensor:
+        """[3, S, S] of B images -> [B, P, E], timed."""
+        start = time.perf_counter()
+        tokens = self._encoder.encode(torch.stack(list(pixels)))
+        self.worked_s += time.perf_counter() - start
+        self.num_encoded += len(pixels)
+        return tokens
+
+    def write(self, keys: list[str], tokens: Tensor) -> Shard:
+        """Write a shard; it is registered by the caller."""
+        path = self.path / f"shard-{fingerprint(keys)}.safetensors"
+        return write_shard(path, keys, tokens, storage=self._storage, encoder=self._encoder.id)
+
+    @property
+    def encoder_id(self) -> str:
+        """The encoder's name."""
+        return self._encoder.id
+
+    @property
+    def batch_size(self) -> int:
+        """Images a pass of the encoder."""
+        return self._encoder.batch_size
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Return those that are not in the cache."""
+        return [key for key in keys if key not in self._where]
 
     def verify(self) -> list[Path]:
-        """Return the shards that cannot be read whole, after forgetting them."""
+        """Read every shard through; return those that are damaged, after setting them aside."""
+        shards = {shard.path: shard for shard, _ in self._where.values()}
         broken = []
-        for index in sorted(self.path.glob("shard-*.json")):
-            shard = index.with_suffix(".safetensors")
-            try:
-                with safe_open(str(shard), "pt") as handle:
-                    size = handle.get_slice("tokens").get_shape()[0]
-                is_whole = size == len(read_json(index)["images"])
-            except (OSError, SafetensorError):
-                is_whole = False
-            if not is_whole:
-                broken.append(shard)
-                index.unlink(missing_ok=True)
-                shard.unlink(missing_ok=True)
-                self._where = {k: v for k, v in self._where.items() if v[0] != shard}
-        return broken
+        for path, shard in sorted(shards.items()):
+            if shard.damage() is not None:
+                shard.set_aside()
+                self._forget(shard)
+                broken.append(path)
+        torn = [path.parents[1] / path.name for path in self.set_aside]
+        self.set_aside = []
+        return torn + broken
+
+
+class _Fill:
+    """One call of `FeatureCache.fill`."""
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        images: dict[str, Path],
+        claims: Claims,
+        pool: ThreadPoolExecutor,
+        writer: ThreadPoolExecutor,
+        advance: Callable[..., None],
+    ) -> None:
+        self.busy: list[list[str]] = []
+        """Chunks that another process had claimed."""
+        self.rejected: dict[Path, Rejection] = {}
+        self._cache, self._images, self._claims = cache, images, claims
+        self._pool, self._writer, self._advance = pool, writer, advance
+        self._written: Future[tuple[Shard, int]] | None = None
+
+    def claimed(
+        self, chunks: Sequence[list[str]], *, wait: bool = False
+    ) -> Iterator[tuple[_Job, str]]:
+        """Yield what is missing of each chunk that nobody else works on."""
+        for chunk in chunks:
+            if not self._cache.missing(chunk):
+                continue
+            number = int(fingerprint(chunk), 16) % (1 << 31)
+            if not self._claims.take(number, wait=wait):
+                self.busy.append(chunk)
+                continue
+            self._cache.refresh()  # who had it before may have finished it
+            missing = self._cache.missing(chunk)
+            if not missing:
+                self._claims.give_back(number)
+            job = _Job(number, len(missing))
+            for key in missing:
+                yield job, key
+
+    def encode(self, work: Iterator[tuple[_Job, str]]) -> None:
+        """Encode and write; images are decoded ahead, also those of the next shard."""
+        cache = self._cache
+        ahead: deque[tuple[_Job, str, Future[Tensor | Rejection]]] = deque()
+        while True:
+            while len(ahead) < max(2 * cache.batch_size, 64):
+                item = next(work, None)
+                if item is None:
+                    break
+                job, key = item
+                path = self._images[key.partition("@")[0]]
+                ahead.append((job, key, self._pool.submit(cache.decode, path, key)))
+            if not ahead:
+                break
+            job, key, future = ahead.popleft()
+            start = time.perf_counter()
+            found = future.result()
+            cache.waited_s += time.perf_counter() - start
+            job.left -= 1
+            if isinstance(found, Rejection):
+                self.rejected[self._images[key.partition("@")[0]]] = found
+            else:
+                job.keys.append(key)
+                job.pixels.append(found)
+            if job.pixels and (len(job.pixels) == cache.batch_size or not job.left):
+                job.parts.append(cache.encode(job.pixels))
+                self._advance(len(job.pixels))
+                job.pixels = []
+            if not job.left:
+                self._write(job)
+        self._finish_writing()
+
+    def _write(self, job: _Job) -> None:
+        """Write a finished shard beside the encoder's work, one at a time."""
+        self._finish_writing()
+        if not job.keys:
+            self._claims.give_back(job.number)
+            return
+        self._written = self._writer.submit(
+            lambda: (self._cache.write(job.keys, torch.cat(job.parts)), job.number)
+        )
+
+    def _finish_writing(self) -> None:
+        if self._written is None:
+            return
+        start = time.perf_counter()
+        shard, number = self._written.result()
+        self._cache.waited_s += time.perf_counter() - start
+        self._written = None
+        self._cache._register(shard)
+        self._claims.give_back(number)
+
+
+def _key(digest: str, view: int) -> str:
+    """Return a row's key; the image as it is has its digest alone."""
+    return f"{digest}@{_VIEW}.{view}" if view else digest
 
 
 def hash_images(
-    records: Sequence[Record], folder: Path, *, microns_per_pixel: float | None = None
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    microns_per_pixel: float | None = None,
+    memory: DigestMemory | None = None,
 ) -> tuple[dict[str, str], dict[str, Path], list[Rejection]]:
     """Hash the images of records.
 
@@ -185,6 +348,7 @@ def hash_images(
         records: Their images are paths, or regions of slides.
         folder: Where relative paths start.
         microns_per_pixel: At which the encoder reads regions; a part of their hash.
+        memory: Hashes of files that have not changed since; without it every file is read.
 
     Returns:
         image name -> SHA-256; SHA-256 -> one path with these bytes; missing images, and regions
@@ -201,7 +365,7 @@ def hash_images(
         path = folder / name
         try:
             if not is_region(path):
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest = memory.digest(path) if memory is not None else sha256_file(path)
             elif microns_per_pixel is None:
                 raise CloverError("region of a slide, but encoder.microns_per_pixel is not set")
             else:
@@ -213,4 +377,6 @@ def hash_images(
             continue
         digests[name] = digest
         paths.setdefault(digest, path)
+    if memory is not None:
+        memory.save()
     return digests, paths, rejected

@@ -21,27 +21,51 @@ from clover.core.options import feature_option
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--out", "out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--images", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--verify", is_flag=True, help="First drop shards that cannot be read whole.")
+@click.option("--verify", is_flag=True, help="First read every shard through; redo damaged ones.")
+@click.option(
+    "--storage",
+    type=click.Choice(["float16", "bfloat16", "int8"]),
+    help="Number format; the same as --set encoder.storage=FORMAT.",
+)
+@click.option(
+    "--views", type=click.IntRange(1), help="Views an image; the same as --set encoder.views=N."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that share the work; the same command on other machines shares it too.",
+)
 @feature_option
 def features(data: Path, encoder: str, settings: tuple[str, ...], **options: Any) -> None:
     """Fill the feature cache with the images of DATA; what is there already is not computed again.
 
-    Broken and missing images are counted and listed in OUT/rejected.jsonl.
+    Broken and missing images are counted and listed in OUT/rejected.jsonl. Damaged shards are moved
+    to a folder named broken and made again.
     """
     from clover.core.config import load_recipe
     from clover.core.record import write_rejected
     from clover.vision.cache import FeatureCache
-    from clover.vision.dataset import load_feature_set
     from clover.vision.encoder import load_encoder
+    from clover.vision.workers import FillJob, fill
 
-    folder = options["out"] or options["cache"]
-    loaded = load_encoder(load_recipe(encoder, settings).encoder)
-    if options["verify"]:
-        for shard in FeatureCache(folder, loaded).verify():
-            click.echo(f"{shard} was broken and will be made again", err=True)
-    found = load_feature_set(
-        data, needs="any", encoder=loaded, cache=folder, images=options["images"]
+    settings += tuple(
+        f"encoder.{name}={options[name]}" for name in ("storage", "views") if options[name]
     )
+    config = load_recipe(encoder, settings).encoder
+    folder = options["out"] or options["cache"]
+    if options["verify"]:
+        cache = FeatureCache(folder, load_encoder(config), storage=config.storage)
+        for shard in cache.verify():
+            click.echo(f"{shard} was damaged; it lies in {shard.parent}/broken now", err=True)
+    found = fill(FillJob(data, config, folder, options["images"]), workers=options["workers"])
     write_rejected(folder / "rejected.jsonl", found.rejected)
-    click.echo(f"{found.summary()}; {loaded.id}, {loaded.num_tokens} tokens of {loaded.width}")
-    click.echo(f"cache: {found.cache.path} ({len(found.cache):,} images)")
+    tokens = found.cache.get(found.digests[:1])[0]
+    click.echo(
+        f"{found.summary()}; {found.cache.encoder_id}, {len(tokens)} tokens of {tokens.shape[1]}"
+    )
+    views = f", {config.views} views each" if config.views > 1 else ""
+    click.echo(f"cache: {found.cache.path} ({len(found.cache):,} images{views})")
+    for shard in found.cache.set_aside:
+        click.echo(f"a torn shard was set aside and made again: {shard}", err=True)

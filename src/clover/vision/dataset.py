@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
 from clover.vision.cache import FeatureCache, hash_images
+from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
+from clover.vision.storage import Storage
 
 
 @dataclass
@@ -33,8 +36,15 @@ class FeatureSet:
     images: Path
 
     def features(self, indices: Sequence[int]) -> Tensor:
-        """Return tokens [B, P, E] of the records with these indices."""
-        return self.cache.get([self.digests[index] for index in indices])
+        """Return tokens [B, P, E] of the records with these indices.
+
+        Where the cache holds several views, one is drawn for each record from torch's generator,
+        which training seeds and a checkpoint keeps.
+        """
+        views = None
+        if self.cache.views > 1:
+            views = torch.randint(self.cache.views, (len(indices),)).tolist()
+        return self.cache.get([self.digests[index] for index in indices], views)
 
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
@@ -49,17 +59,31 @@ def load_feature_set(
     encoder: ImageEncoder,
     cache: str | Path,
     images: Path | None = None,
+    storage: Storage = "float16",
+    views: int = 1,
 ) -> FeatureSet:
     """Read records, encode the images that are not cached yet, and join the two.
+
+    Args:
+        path: The records.
+        needs: Which columns each must fill.
+        encoder: Of the images.
+        cache: The folder of caches.
+        images: Where image paths start; the records' own folder by default.
+        storage: Number format of the cache.
+        views: Views an image that `features` draws from.
 
     Raises:
         CloverError: nothing usable is left.
     """
     found = read_records(path, needs=needs)
     folder = images if images is not None else found.folder
-    features = FeatureCache(cache, encoder)
+    features = FeatureCache(cache, encoder, storage=storage, views=views)
     digests, paths, missing = hash_images(
-        found.records, folder, microns_per_pixel=encoder.microns_per_pixel
+        found.records,
+        folder,
+        microns_per_pixel=encoder.microns_per_pixel,
+        memory=DigestMemory(Path(cache) / "digests.sqlite"),
     )
     broken = features.fill(paths)
     rejected = [*found.rejected, *missing, *broken]

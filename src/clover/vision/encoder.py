@@ -18,6 +18,11 @@ from clover.core.assets import parse, resolve
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
+from clover.vision.fold import drop_unread_stages, fold_batch_norms
+
+_PIXELS_A_PASS = 4 * 224 * 224
+"""What a convolutional network reads at once on a CPU: with more, its maps leave the cache, and
+the system clears fresh pages for each of them (Lite0: 27 ms an image in fours, 43 in dozens)."""
 
 
 class ImageEncoder(Protocol):
@@ -82,8 +87,14 @@ class FeatureMapEncoder:
         if config.weights is not None:
             _load_in_order(network, config)
         network = network.eval().requires_grad_(False)
+        drop_unread_stages(network)
+        example = torch.rand(
+            1, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0)
+        )
         # Depthwise convolutions run twice as fast on a CPU with channels last.
-        self.network: nn.Module = network.to(memory_format=torch.channels_last)
+        self.network: nn.Module = fold_batch_norms(network, example).to(
+            memory_format=torch.channels_last
+        )
         self.id = f"timm/{config.model}"
         self.licence, self.licence_note = config.licence, config.licence_note
         self.batch_size = config.batch_size
@@ -93,7 +104,7 @@ class FeatureMapEncoder:
         self._mean = torch.tensor(data["mean"]).view(3, 1, 1)
         self._std = torch.tensor(data["std"]).view(3, 1, 1)
         with torch.no_grad():
-            maps = self.network(torch.zeros(1, 3, self._size, self._size))
+            maps = self.network(example)
         for level, found in enumerate(maps):
             side = found.shape[-1]
             if side % self._grid and self._grid % side:
@@ -125,6 +136,10 @@ class FeatureMapEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, E], without gradient."""
+        images = max(1, _PIXELS_A_PASS // self._size**2)
+        return torch.cat([self._encode(part) for part in torch.split(pixels, images)])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
         maps = self.network(pixels.contiguous(memory_format=torch.channels_last))
         return torch.cat([self._fold(found) for found in maps], dim=-1)  # [B, P, E]
 

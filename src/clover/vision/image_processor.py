@@ -74,15 +74,24 @@ class TrainProcessor:
             image: Any image.
             random: Decides the view; the same state gives the same view.
         """
-        image = image.convert("RGB")
-        box = crop_box(image.size, random, scale=self.scale)
-        size = self.processor.size
-        view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        if random.random() < 0.5:
-            view = ImageOps.mirror(view)
+        view = draw_view(image, self.processor.size, random, scale=self.scale)
         if self.has_rand_augment:
             view = rand_augment(view, random)
         return self.processor.normalise(view)
+
+
+def draw_view(
+    image: Image.Image,
+    size: int,
+    random: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.5, 1.0),
+) -> Image.Image:
+    """Return a random crop of `scale` of the image's area, `size` pixels a side, half mirrored."""
+    image = image.convert("RGB")
+    box = crop_box(image.size, random, scale=scale)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return ImageOps.mirror(view) if random.random() < 0.5 else view
 
 
 def crop_box(

@@ -1,0 +1,46 @@
+"""Which process works on what, where several fill one folder."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from types import TracebackType
+
+
+class Claims:
+    """Locks on numbers, one file for all of them; a process that dies gives its own back.
+
+    Args:
+        path: The lock file; empty, and made when absent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = path.open("ab")
+
+    def __enter__(self) -> Claims:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give everything back."""
+        self._handle.close()
+
+    def take(self, number: int, *, wait: bool = False) -> bool:
+        """Return whether the number is now ours; with `wait`, only once it is."""
+        how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+        try:
+            fcntl.lockf(self._handle, how, 1, number)
+        except OSError:
+            if wait:
+                raise
+            return False
+        return True
+
+    def give_back(self, number: int) -> None:
+        """Let others have the number."""
+        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)

@@ -1,0 +1,156 @@
+"""One file of tokens and the index beside it, which says what is in it and how to tell damage.
+
+The index is written last: a shard without one is unfinished. It holds the file's size (a torn shard
+is seen when the cache is opened), its SHA-256 (`--verify`), and a CRC-32 of each image's bytes
+(checked when an image is first read, so that flipped bits never reach training). Shards of the
+first release have none of the three, and are read all the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from clover.core.errors import CloverError
+from clover.core.files import atomic_path, read_json, sha256_file, write_text
+from clover.vision.storage import Storage, pack, unpack
+
+BROKEN = "broken"
+"""The folder that damaged shards are moved to."""
+
+
+@dataclass
+class Shard:
+    """A file of tokens.
+
+    Attributes:
+        path: The safetensors file.
+        keys: What its rows are, in order.
+        size: Of the file in bytes; None in shards of the first release, as are the sums.
+        sha256: Of the file.
+        sums: CRC-32 of each row.
+    """
+
+    path: Path
+    keys: list[str]
+    size: int | None = None
+    sha256: str | None = None
+    sums: list[int] | None = None
+    _tensors: dict[str, Tensor] | None = None
+    _checked: bytearray = field(default_factory=bytearray)
+
+    @property
+    def index(self) -> Path:
+        """The index's file."""
+        return self.path.with_suffix(".json")
+
+    def is_torn(self) -> bool:
+        """Return whether the file is not there, or not of its size."""
+        try:
+            size = self.path.stat().st_size
+        except OSError:
+            return True
+        return self.size is not None and size != self.size
+
+    def damage(self) -> str | None:
+        """Read the file through; return what is wrong with it."""
+        if self.is_torn():
+            return "torn"
+        try:
+            if self.sha256 is not None:
+                return None if sha256_file(self.path) == self.sha256 else "flipped bits"
+            with safe_open(str(self.path), "pt") as handle:
+                rows = handle.get_slice("tokens").get_shape()[0]
+        except (OSError, SafetensorError):
+            return "torn"
+        return None if rows == len(self.keys) else "another number of images than its index"
+
+    def read(self, row: int) -> Tensor:
+        """Return one image's tokens [P, E], float32.
+
+        Raises:
+            CloverError: its bytes are not those that were written.
+        """
+        if self._tensors is None:
+            try:
+                with safe_open(str(self.path), "pt") as handle:
+                    # safetensors maps the file: only the rows that are read cost memory.
+                    self._tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise self._refused("cannot be read") from error
+            self._checked = bytearray(len(self.keys))
+        kept = {name: tensor[row] for name, tensor in self._tensors.items()}
+        if self.sums is not None and not self._checked[row]:
+            if _sum(kept) != self.sums[row]:
+                raise self._refused("has flipped bits")
+            self._checked[row] = 1
+        return unpack(kept)
+
+    def set_aside(self) -> Path:
+        """Move the file and its index into `broken/`; return where the file is now."""
+        self._tensors = None
+        folder = self.path.parent / BROKEN
+        folder.mkdir(exist_ok=True)
+        for path in (self.index, self.path):
+            if path.exists():
+                path.replace(folder / path.name)
+        return folder / self.path.name
+
+    def _refused(self, problem: str) -> CloverError:
+        aside = self.set_aside()
+        return CloverError(
+            f"{self.path.name} {problem} and is set aside as {aside}; run the same command again: "
+            f"its {len(self.keys)} images are encoded anew"
+        )
+
+
+def _sum(kept: dict[str, Tensor]) -> int:
+    """Return the CRC-32 of one row."""
+    total = 0
+    for name in sorted(kept):
+        total = zlib.crc32(kept[name].reshape(-1).view(torch.uint8).numpy().tobytes(), total)
+    return total
+
+
+def write_shard(
+    path: Path, keys: list[str], tokens: Tensor, *, storage: Storage, encoder: str
+) -> Shard:
+    """Write tokens [N, P, E] and then their index.
+
+    Raises:
+        CloverError: the disk is full; nothing of this shard is left.
+    """
+    packed = pack(tokens, storage)
+    sums = [_sum({name: item[row] for name, item in packed.items()}) for row in range(len(keys))]
+    data = save(packed)
+    shard = Shard(path, keys, len(data), hashlib.sha256(data).hexdigest(), sums)
+    with atomic_path(path) as partial:
+        partial.write_bytes(data)
+    row = {
+        "images": keys,
+        "encoder": encoder,
+        "storage": storage,
+        "size": shard.size,
+        "sha256": shard.sha256,
+        "sums": sums,
+    }
+    write_text(shard.index, json.dumps(row) + "\n")
+    return shard
+
+
+def open_shard(index: Path) -> Shard:
+    """Return the shard that an index describes; an index that cannot be read has no images."""
+    path = index.with_suffix(".safetensors")
+    try:
+        row = read_json(index)
+        return Shard(path, row["images"], row.get("size"), row.get("sha256"), row.get("sums"))
+    except (CloverError, KeyError, TypeError, AttributeError):
+        return Shard(path, [], size=-1)  # a size that no file has: torn

@@ -1,0 +1,28 @@
+"""How tokens are kept: half precision, or a byte a number with one scale a token."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Storage = Literal["float16", "bfloat16", "int8"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+_LARGEST = 127
+
+
+def pack(tokens: Tensor, storage: Storage) -> dict[str, Tensor]:
+    """Return tokens [N, P, E] as they are written: `tokens`, and of int8 `scale` [N, P]."""
+    if storage != "int8":
+        return {"tokens": tokens.to(getattr(torch, storage)).contiguous()}
+    tokens = tokens.float()
+    scale = (tokens.abs().amax(dim=-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (tokens / scale[..., None]).round().clamp(-_LARGEST, _LARGEST)
+    return {"tokens": rounded.to(torch.int8).contiguous(), "scale": scale.contiguous()}
+
+
+def unpack(kept: dict[str, Tensor]) -> Tensor:
+    """Return what `pack` made as float32."""
+    tokens = kept["tokens"].float()
+    return tokens * kept["scale"][..., None] if "scale" in kept else tokens
