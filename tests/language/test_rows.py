@@ -99,3 +99,39 @@ def test_only_models_that_see_the_whole_row_share_a_batch(llama: DecoderOnly) ->
     windowed = tiny_llama()
     windowed.model.config.sliding_window = 16
     assert not can_share_a_batch(windowed)
+
+
+def test_rows_behind_beginnings_that_are_held_once_read_as_behind_their_own(
+    llama: DecoderOnly,
+) -> None:
+    """Two beginnings and a row without any, in one batch, through admission, steps and leaving."""
+    ids = prompts(llama)
+    wholes = [ids[0], ids[1], ids[2], ids[1]]
+    shares: list[int | None] = [0, 1, None, 1]
+    apart = RowBatch(llama, 4)
+    starts = {}
+    for number, row in ((0, ids[0][:3]), (1, ids[1][:2])):
+        apart.admit([[]], [embeds(llama, row)])
+        starts[number] = apart.copy_out(0, 0, len(row))
+        apart.remove(0)
+    batch = RowBatch(llama, 4)
+    assert batch.can_share
+    assert [batch.hold(starts[number]) for number in (0, 1)] == [0, 1]
+    rest = [
+        row if share is None else row[starts[share][0][0].shape[1] :]
+        for row, share in zip(wholes, shares, strict=True)
+    ]
+    expected = apart.admit([[]] * 4, [embeds(llama, row) for row in wholes])
+    found = batch.admit([[]] * 4, [embeds(llama, row) for row in rest], shares)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert batch.lengths == apart.lengths == [len(row) for row in wholes]
+    for token in (5, 6, 7):
+        torch.testing.assert_close(
+            batch.step([token] * 4), apart.step([token] * 4), atol=1e-5, rtol=1e-5
+        )
+    # The last row, behind the second beginning, moves into the first one's place.
+    assert batch.remove(0) == apart.remove(0) == 3
+    torch.testing.assert_close(batch.step([5, 6, 7]), apart.step([5, 6, 7]), atol=1e-5, rtol=1e-5)
+    own = batch.copy_out(0, 2, 6)
+    for mine, theirs in zip(own, apart.copy_out(0, 2, 6), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)

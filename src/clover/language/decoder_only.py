@@ -72,6 +72,11 @@ class DecoderOnly(FrozenLanguage):
                 )
 
     @property
+    def can_share_prefix(self) -> bool:
+        """Whether rows can read one copy of a beginning (`shared_prefix`)."""
+        return self._is_shared
+
+    @property
     def max_positions(self) -> int:
         """Longest sequence the model was made for."""
         return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))

@@ -29,6 +29,8 @@ class SharedPrefix:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    hidden: Tensor | None = None
+    """`[B, P]`, True where a row may not look; none where every row sees all of it."""
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +119,8 @@ def attend(
     own_query = query.reshape(batch, groups, rows, width).transpose(0, 1) * scale  # [K, B, R, d]
     all_queries = own_query.reshape(groups, batch * rows, width)
     shared = (all_queries @ before_keys.transpose(1, 2)).view(groups, batch, rows, -1)
+    if prefix.hidden is not None:
+        shared = shared.masked_fill(prefix.hidden[None, :, None], -torch.inf)
     own = own_query @ key.permute(1, 0, 3, 2)  # [K, B, R, S]
     hidden = _hidden(attention_mask, length, key.shape[2], query.device)
     if hidden is not None:

@@ -124,6 +124,8 @@ class Engine:
         if can_share_a_batch(self._language):
             assert isinstance(self._language, DecoderOnly)
             self._batch = RowBatch(self._language, settings.max_batch)
+        self._held: dict[tuple[Symbol, ...], int] = {}
+        """Constant beginnings by the number under which the batch holds them."""
         self._rows: list[_Row] = []
         self._waiting: list[_Row] = []
         self._compiler: SchemaCompiler | None = None
@@ -384,9 +386,15 @@ class Engine:
             self._embeds(row, shared, seen)
             for row, (_, shared), seen in zip(group, plans, visual, strict=True)
         ]
-        begun = [[] if kept is None else kept.beginning(shared) for kept, shared in plans]
+        begun, bases = [], []
+        for kept, shared in plans:
+            parts = [] if kept is None else kept.beginning(shared)
+            base = None if kept is None else self._held.get(kept.constant(shared))
+            # What the batch holds once for all rows is not copied into this one's slot.
+            begun.append(parts if base is None else parts[1:])
+            bases.append(base)
         first = len(self._rows)
-        logits = self._batch.admit(begun, rest)
+        logits = self._batch.admit(begun, rest, bases)
         self._rows += group
         for place, (row, (_, shared)) in enumerate(zip(group, plans, strict=True), start=first):
             self.counts.prompt_tokens += len(row.symbols)
@@ -474,6 +482,7 @@ class Engine:
             self._rows = []
             assert isinstance(self._language, DecoderOnly), "it has a batch"
             self._batch = RowBatch(self._language, self.settings.max_batch)
+            self._held = {key: self._batch.hold(self.prompts.constant(key)) for key in self._held}
             return
         self._write(logits, range(len(self._rows)))
 
@@ -611,8 +620,11 @@ class Engine:
                     torch.tensor(list(ids), device=self._language.device)
                 )
                 self._batch.admit([[]], [words])
-                self.prompts.pin(ids, self._batch.copy_out(0, 0, len(ids)))
+                read = self._batch.copy_out(0, 0, len(ids))
+                self.prompts.pin(ids, read)
                 self._batch.remove(0)
+                if self._batch.can_share:
+                    self._held[tuple(ids)] = self._batch.hold(read)
 
 
 def visual_symbols(served: Served, question: Question) -> list[Symbol]:

@@ -62,11 +62,18 @@ class KeptPrompt:
     symbols: tuple[Symbol, ...]
     base: KeyValues | None
     own: KeyValues
+    is_constant: bool = False
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the own part."""
         return sum(_size(keys) + _size(values) for keys, values in self.own)
+
+    def constant(self, length: int) -> tuple[Symbol, ...]:
+        """Return the constant text that the first `length` places begin with, whole, or nothing."""
+        size = (self.own if self.base is None else self.base)[0][0].shape[1]
+        has_all = length >= size and (self.is_constant or self.base is not None)
+        return self.symbols[:size] if has_all else ()
 
     def beginning(self, length: int) -> list[KeyValues]:
         """Return stretches that together are the first `length` places."""
@@ -96,14 +103,16 @@ class PromptStore:
     def pin(self, symbols: Sequence[Symbol], read: KeyValues) -> None:
         """Keep a constant beginning for good."""
         key = tuple(symbols)
-        self._constant[key] = KeptPrompt(key, None, read)
+        self._constant[key] = KeptPrompt(key, None, read, is_constant=True)
+
+    def constant(self, symbols: Sequence[Symbol]) -> KeyValues:
+        """Return the keys and values of a constant beginning."""
+        return self._constant[tuple(symbols)].own
 
     def base(self, symbols: Sequence[Symbol]) -> KeptPrompt | None:
-        """Return the constant beginning of a prompt."""
-        for key, kept in self._constant.items():
-            if tuple(symbols[: len(key)]) == key:
-                return kept
-        return None
+        """Return the longest constant beginning of a prompt."""
+        found = [kept for key, kept in self._constant.items() if tuple(symbols[: len(key)]) == key]
+        return max(found, key=lambda kept: len(kept.symbols), default=None)
 
     def find(self, symbols: Sequence[Symbol]) -> tuple[KeptPrompt | None, int]:
         """Return the prompt that shares the longest beginning, and how long that is."""
