@@ -28,7 +28,14 @@ CAPTION = (
 )
 
 
-def separate_passes(bridge: Bridge, features: torch.Tensor, text: Tokens, start: int) -> None:
+def separate_passes(
+    bridge: Bridge,
+    features: torch.Tensor,
+    text: Tokens,
+    start: int,
+    *,
+    keep_gradients: bool = False,
+) -> None:
     """Run one stage-1 step the published way, and its backward."""
     qformer, heads = bridge.qformer, bridge.alignment
     image_pass = qformer.encode_queries(bridge.read_image(features))
@@ -51,7 +58,8 @@ def separate_passes(bridge: Bridge, features: torch.Tensor, text: Tokens, start:
     queries = pair[:, : bridge.config.num_queries]
     loss = contrastive_loss(similar, label_smoothing=0.1) + matching_loss(heads.match(queries))
     (loss + caption).backward()
-    bridge.zero_grad(set_to_none=True)
+    if not keep_gradients:
+        bridge.zero_grad(set_to_none=True)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from clover.core.errors import CloverError
 from clover.core.run import RunFolder
 from clover.training.checkpoint import load_latest, save_checkpoint
 from clover.training.device import choose_device
-from clover.training.loop import TrainingJob, parameter_groups, train
+from clover.training.loop import TrainingJob, apply_gradients, parameter_groups, train
 from clover.training.objective import Losses
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
@@ -41,6 +41,9 @@ class Line:
     def sizes(self) -> None:
         return None
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [f"record-{index}" for index in indices]
+
     def collate(self, indices: Sequence[int]) -> Tensor:
         return self.values[list(indices)]
 
@@ -59,8 +62,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_samples(tmp_path: Path) -
     before = objective.module.weight.detach().clone()
     with pytest.raises(CloverError, match=r"the loss of step 0 is nan.*learning_rate") as error:
         train(objective, job_of(tmp_path, batch_size=4))
-    named = str(error.value).split("samples are ")[1].split("…")[0]
-    assert sorted(named.split(", ")) == ["0", "1", "2", "3"]
+    named = str(error.value).split("samples are ")[1].split(";")[0]
+    assert sorted(named.split(", ")) == [f"record-{index}" for index in range(4)]
     assert torch.equal(objective.module.weight, before)
 
 
@@ -116,6 +119,26 @@ def test_accumulating_two_halves_is_the_large_batch_token_by_token(
         weights.append(model.bridge.state_dict())
     for name, large in weights[0].items():
         torch.testing.assert_close(weights[1][name], large, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3, 0.5, 1e6])
+def test_one_pass_over_gradients_is_division_then_torchs_clipping(clip_norm: float | None) -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    total = torch.tensor(7.0)
+    for module in (ours, theirs):
+        (module(torch.arange(10.0).view(2, 5)).square().sum()).backward()
+    for item in theirs.parameters():
+        assert item.grad is not None
+        item.grad.div_(total)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
+    torch.optim.SGD(theirs.parameters(), lr=1.0).step()
+    apply_gradients(torch.optim.SGD(ours.parameters(), lr=1.0), total, clip_norm=clip_norm)
+    for found, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert found.grad is None
 
 
 def test_a_batch_that_accumulation_does_not_divide_is_refused() -> None:

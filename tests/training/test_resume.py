@@ -103,9 +103,20 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
 def test_other_settings_are_refused_in_one_line(stage: Stage, tiny: Tiny, tmp_path: Path) -> None:
     run_stage(stage, tiny, tmp_path, max_steps=5)
     changed = tiny_recipe(tiny.folder, **{stage: {"learning_rate": 0.01}})
-    with pytest.raises(CloverError, match="made with other settings") as error:
+    before = getattr(tiny.recipe, stage).learning_rate
+    said = rf"made with other settings \({stage}.learning_rate was {before}, is 0.01\)"
+    with pytest.raises(CloverError, match=said) as error:
         run_stage(stage, tiny, tmp_path, recipe=changed)
     assert "\n" not in str(error.value)
+
+
+def test_other_data_are_named_as_what_differs(tiny: Tiny, tmp_path: Path) -> None:
+    run_stage("align", tiny, tmp_path / "run", max_steps=5)
+    data = tmp_path / "captions.jsonl"
+    data.write_text("\n".join(tiny.captions.read_text().splitlines()[:-1]))
+    recipe = tiny_recipe(tiny.folder, data={"images": str(tiny.folder / "data")})
+    with pytest.raises(CloverError, match=r"\(the captions' sha256 was \w+…, is \w+…\)"):
+        align(recipe, captions=data, out=tmp_path / "run", cache=tiny.folder / "cache")
 
 
 def test_a_finished_stage_is_not_run_again(tiny: Tiny, tmp_path: Path) -> None:
@@ -141,3 +152,35 @@ def test_ctrl_c_saves_and_the_same_command_ends_at_the_same_weights(
     assert len(saved) == 1 and 0 < int(saved[0].stem[5:]) < 150
     again = run_stage("align", tiny, out, recipe=recipe)
     assert again.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_any_moment_it_ends_at_the_same_weights(
+    stage: Stage, tiny: Tiny, tmp_path: Path
+) -> None:
+    """SIGKILL after some saves: inside a step, or inside a save, wherever it falls."""
+    recipe = tiny_recipe(tiny.folder, **{stage: {"steps": 60, "checkpoint_every": 2}})
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
+    whole = run_stage(stage, tiny, tmp_path / "whole", recipe=recipe).read_bytes()
+    out = tmp_path / "killed"
+    saves = out / "checkpoints" / stage
+    # What an earlier kill left half written, and nobody would ever remove.
+    saves.mkdir(parents=True)
+    (saves / ".step-00000002.pt.abc.part").write_bytes(b"half")
+    data = tiny.captions if stage == "align" else tiny.instructions
+    command = [sys.executable, "-m", "clover.cli", stage, "--recipe", str(tmp_path / "tiny.yaml")]
+    command += ["--data", str(data), "--features", str(tiny.folder / "cache")]
+    command += ["--out", str(out)] if stage == "align" else []
+    command += ["--out", str(out / "model"), "--run", str(out)] if stage == "tune" else []
+    for least in (4, 30):
+        running = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and running.poll() is None:
+            steps = [int(path.stem[5:]) for path in saves.glob("step-*.pt")]
+            if max(steps, default=0) >= least:
+                break
+            time.sleep(0.005)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert run_stage(stage, tiny, out, recipe=recipe).read_bytes() == whole
+    assert not list(out.glob("checkpoints/*/.*.part"))

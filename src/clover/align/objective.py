@@ -34,6 +34,10 @@ class AlignObjective:
     def sizes(self) -> None:
         """Batches are not sorted by length: negatives should be like any other pair."""
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Return the records' ids."""
+        return [self.data.records[index].id for index in indices]
+
     def collate(self, indices: Sequence[int]) -> tuple[Tensor, Tokens]:
         """Return image tokens [B, P, E] and captions."""
         captions = [self.data.records[index].caption or "" for index in indices]

@@ -83,18 +83,16 @@ def align(
             f"align.batch_size {recipe.align.batch_size}"
         )
     bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
-    key = fingerprint(
-        [
-            recipe.fingerprint("seed", "precision", "encoder", "qformer", "align"),
-            sha256_file(captions),
-        ]
-    )
+    sections = ("seed", "precision", "encoder", "qformer", "align")
+    captions_hash = sha256_file(captions)
+    key = fingerprint([recipe.fingerprint(*sections), captions_hash])
     weights = out / "align.safetensors"
     done = out / "align.json"
     is_finished = done.exists() and weights.exists() and read_json(done).get("key") == key
     if not is_finished:
         seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
-        job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps)
+        settings = {**recipe.settings(*sections), "the captions' sha256": captions_hash}
+        job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps, settings)
         with run.timed("align") as details:
             objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
             calibrate(objective, num_samples=recipe.qformer.calibrate)

@@ -84,8 +84,8 @@ class EncoderConfig(Section):
     """Subtracted from each channel; what the library says when absent."""
     std: tuple[float, float, float] | None = None
     """Each channel is divided by it; what the library says when absent."""
-    numbers: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of a token encoder's weights."""
+    numbers: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Number format of a token encoder's weights; `int8` (CPU) rounds what it multiplies, too."""
     licence_note: str = ""
     """What the licence says of models trained on the encoder's outputs; goes into the card."""
     weights: str | None = None
@@ -343,6 +343,19 @@ class Recipe(Section):
 
         What changes no number (how often a checkpoint is written) is left out.
         """
+        return fingerprint(self._that_matter(sections))
+
+    def settings(self, *sections: str) -> dict[str, str]:
+        """Return what `fingerprint` is made of, one `section.key` and its value each."""
+        found = {}
+        for name, value in self._that_matter(sections).items():
+            if isinstance(value, dict):
+                found.update({f"{name}.{key}": str(item) for key, item in value.items()})
+            else:
+                found[name] = str(value)
+        return found
+
+    def _that_matter(self, sections: tuple[str, ...]) -> dict[str, Any]:
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
@@ -352,7 +365,7 @@ class Recipe(Section):
             default = type(getattr(self, name)).model_fields[field].default
             if name in tree and getattr(getattr(self, name), field) == default:
                 tree[name].pop(field)
-        return fingerprint(tree)
+        return tree
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

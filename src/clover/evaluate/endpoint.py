@@ -6,24 +6,33 @@ URI; nothing is sent anywhere but to the endpoint that the user named.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from PIL import Image
 
+from clover.core.endpoint import (
+    Client,
+    Declined,
+    Lost,
+    Refused,
+    check_endpoint,
+    find_key,
+    pause_s,
+)
 from clover.core.errors import CloverError
 from clover.evaluate.view import View, Viewer
 from clover.vision.dataset import ImageSet
 
-_RETRIES = 4
+_ATTEMPTS = 5
 _TIMEOUT_S = 300.0
+_LONGEST_PAUSE_S = 60.0
+_FAILURES = (Declined, Refused, Lost)
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,7 @@ class EndpointModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise CloverError(
-                f"--endpoint '{self.url}' is not a URL such as http://127.0.0.1:8000/v1"
-            )
+        check_endpoint(self.url)
 
     def identity(self) -> dict[str, Any]:
         """Return what the header says of it; a password in the URL is left out."""
@@ -81,42 +86,64 @@ class EndpointModel:
         """Yield (index, answer) as they come.
 
         Raises:
-            CloverError: requests that failed for good, after all others were answered.
+            CloverError: no key for an endpoint elsewhere; one that cannot be worked with; requests
+                that failed for good, after all others were answered.
         """
+        key = find_key(self.url, self.key_variable)
         failed: list[str] = []
-        waiting: dict[Future[str], int] = {}
+        waiting: dict[asyncio.Task[str], int] = {}
         left = iter(indices)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            while True:
-                while len(waiting) < self.concurrency and not _is_hopeless(failed):
-                    index = next(left, None)
-                    if index is None:
+        # The loop runs while there is something to wait for; the caller works in between.
+        with asyncio.Runner() as runner:
+            client = runner.run(self._client(key))
+            try:
+                while True:
+                    while len(waiting) < self.concurrency and not _is_hopeless(failed):
+                        index = next(left, None)
+                        if index is None:
+                            break
+                        asking = self._ask(client, viewer, index)
+                        waiting[runner.get_loop().create_task(asking)] = index
+                    if not waiting:
                         break
-                    waiting[pool.submit(self._ask, viewer, index)] = index
-                if not waiting:
-                    break
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    index = waiting.pop(future)
-                    try:
-                        yield index, future.result()
-                    except CloverError as error:
-                        failed.append(str(error))
+                    for task in runner.run(_first_done(waiting)):
+                        index = waiting.pop(task)
+                        try:
+                            yield index, task.result()
+                        except _FAILURES as error:
+                            failed.append(str(error))
+            finally:
+                runner.run(client.__aexit__())
         if failed:
             raise CloverError(
                 f"{len(failed):,} of {len(indices):,} questions got no answer from {self.model} "
                 f"(first: {failed[0]}); the same command asks only these again"
             )
 
-    @cached_property
-    def _client(self) -> Any:
-        from openai import OpenAI
+    async def _client(self, key: str) -> Client:
+        return Client(
+            check_endpoint(self.url), key=key, timeout_s=_TIMEOUT_S, concurrency=self.concurrency
+        )
 
-        key = os.environ.get(self.key_variable) or "none"
-        return OpenAI(base_url=self.url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT_S)
+    async def _ask(self, client: Client, viewer: Viewer, index: int) -> str:
+        """Ask one question, again where that may help.
 
-    def _ask(self, viewer: Viewer, index: int) -> str:
-        import openai
+        Raises:
+            CloverError: the endpoint cannot be worked with.
+            Declined: it finds fault with this question.
+            Refused: it was busy or broken every time.
+            Lost: no whole reply came, however often it was asked.
+        """
+        body = await asyncio.to_thread(self._body, viewer, index)
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return (await client.send(body)).text
+            except (Refused, Lost) as error:
+                await asyncio.sleep(pause_s(error, attempt, _LONGEST_PAUSE_S))
+        return (await client.send(body)).text
 
+    def _body(self, viewer: Viewer, index: int) -> dict[str, Any]:
+        """Return the request about one record."""
         picture = viewer.picture(index)
         record = self.data.records[index]
         question = viewer.question(index) or ""
@@ -126,19 +153,17 @@ class EndpointModel:
         if picture is not None:
             content.append({"type": "image_url", "image_url": {"url": data_uri(picture)}})
         content.append({"type": "text", "text": question})
-        try:
-            reply = self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=self.max_tokens,
-                temperature=0.0,
-            )
-        except openai.OpenAIError as error:
-            raise CloverError(" ".join(str(error).split())[:200]) from error
-        # Some servers send an error as a reply without choices.
-        if not reply.choices:
-            raise CloverError("a reply without choices")
-        return str(reply.choices[0].message.content or "")
+        return {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_tokens,
+            "temperature": 0.0,
+        }
+
+
+async def _first_done(waiting: Iterable[asyncio.Task[str]]) -> set[asyncio.Task[str]]:
+    """Return those that have ended, at least one."""
+    return (await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))[0]
 
 
 def _is_hopeless(failed: Sequence[str]) -> bool:

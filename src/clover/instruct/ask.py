@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from typing import TYPE_CHECKING
 
+from clover.core.endpoint import Client, Declined, Lost, Refused, Reply, Unusable, pause_s
 from clover.core.errors import CloverError
-from clover.instruct.client import Client, Declined, Lost, Refused, Reply, Unusable
 from clover.instruct.ledger import Ledger, Worst
 from clover.instruct.parse import parse_pairs
 from clover.instruct.prices import Price, estimate_message_tokens, estimate_tokens
@@ -206,15 +205,11 @@ class Asker:
         return None
 
     def _pause(self, state: RetryCallState) -> float:
-        """Return the seconds until the next attempt: what the endpoint asks for, or a guess."""
+        """Return the seconds until the next attempt."""
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, Refused) and error.retry_after is not None:
-            # A little apart, or all would come back in the same instant.
-            return error.retry_after + random.uniform(0, 0.25)
         if isinstance(error, Unusable):
             return 0.0
-        longest = min(self._settings.longest_wait_s, 0.5 * 2**state.attempt_number)
-        return random.uniform(longest / 2, longest)
+        return pause_s(error, state.attempt_number, self._settings.longest_wait_s)
 
 
 def worst_case(request: Request) -> Worst:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clover.core.endpoint import Client, Lost, Unusable, read_reply
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.core.terminal import Advance
 from clover.instruct.ask import Asker, worst_case
-from clover.instruct.client import Client, Lost, Unusable, read_reply
 from clover.instruct.prompt import Request, build_request
 
 if TYPE_CHECKING:

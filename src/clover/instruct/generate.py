@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clover.core.endpoint import Client, check_endpoint, find_key, is_loopback
 from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
 from clover.core.record import Record
@@ -25,7 +26,6 @@ from clover.core.terminal import Advance, progress
 from clover.instruct.ask import Asker, BudgetReached, Stop
 from clover.instruct.batch import BatchSettings, ask_in_batches
 from clover.instruct.caption import Captions
-from clover.instruct.client import Client, check_endpoint, find_key, is_loopback
 from clover.instruct.ledger import Ledger, ledger_path, writing
 from clover.instruct.merge import remove_shards
 from clover.instruct.parse import parse_pairs

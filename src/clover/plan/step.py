@@ -22,7 +22,7 @@ from clover.language.quantise import quantise_int8
 from clover.plan.count import Count, count, num_bytes
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
-from clover.vision.token_encoder import build_family, token_shape
+from clover.vision.token_encoder import build_family, number_format, token_shape
 
 _LANGUAGES = Path(__file__).with_name("languages.yaml")
 META = torch.device("meta")
@@ -74,7 +74,8 @@ def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
         return _small_encoder(config, batch=batch)
     with META:
         config, family = build_family(config.model_copy(update={"weights": _shape_only(config)}))
-    network = family.network.to(dtype=getattr(torch, config.numbers)).requires_grad_(False)
+    dtype = number_format(config)
+    network = family.network.to(dtype=dtype).requires_grad_(False)
     tokens, width = token_shape(network, config.image_size)
     pixels = torch.empty(
         batch,
@@ -82,7 +83,7 @@ def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
         config.image_size,
         config.image_size,
         device=META,
-        dtype=getattr(torch, config.numbers),
+        dtype=dtype,
     )
     with torch.no_grad():
         found = count(lambda: network(pixels), before=[*network.parameters(), pixels])
@@ -90,11 +91,17 @@ def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
     return EncoderSize(
         family.id,
         parameters,
-        num_bytes(network),
+        num_bytes(network) - (_saved(network) if config.numbers == "int8" else 0),
         tokens,
         width,
         Count(found.peak, found.operations // batch),
     )
+
+
+def _saved(network: nn.Module) -> int:
+    """Return the bytes that one byte a weight saves in a network's linear layers."""
+    layers = (item for item in network.modules() if type(item) is nn.Linear)
+    return sum(3 * item.weight.numel() for item in layers)
 
 
 def _shape_only(config: EncoderConfig) -> str | None:

@@ -21,6 +21,7 @@ import torch
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
+from clover.core.endpoint import http_client
 from clover.core.errors import CloverError
 from clover.serve.engine import Engine
 from clover.serve.request import Begun, BusyError, Question
@@ -44,7 +45,9 @@ class FarLanguage:
         from openai import AsyncOpenAI
 
         self.url = url
-        self.client = AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0)
+        self.client = AsyncOpenAI(
+            base_url=url, api_key=key or "none", max_retries=0, http_client=http_client(url)
+        )
         self.num_requests, self.max_requests = 0, max_requests
         self._model: str | None = None
 

@@ -11,6 +11,7 @@ import logging
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from clover.core.files import atomic_path
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt$")
+_NAMED, _SHOWN = 4, 40
+"""Settings that a refusal names, and characters of each."""
 _TORN = (
     RuntimeError,
     EOFError,
@@ -34,13 +37,31 @@ _TORN = (
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, module: nn.Module, optimizer: Optimizer, key: str, keep: int = 2
+    folder: Path,
+    *,
+    step: int,
+    module: nn.Module,
+    optimizer: Optimizer,
+    key: str,
+    settings: Mapping[str, str] | None = None,
+    keep: int = 2,
 ) -> Path:
-    """Write the state after `step` optimiser steps; keep the last `keep` checkpoints."""
+    """Write the state after `step` optimiser steps; keep the last `keep` checkpoints.
+
+    Args:
+        folder: Of the stage.
+        step: How many optimiser steps are done.
+        module: What learns.
+        optimizer: Of the module.
+        key: Fingerprint of all that changes the mathematics.
+        settings: What went into the key, by name, so that a refusal can say what differs.
+        keep: How many checkpoints stay.
+    """
     path = folder / f"step-{step:08d}.pt"
     state = {
         "step": step,
         "key": key,
+        "settings": dict(settings or {}),
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
@@ -61,15 +82,28 @@ def clear_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing: nobody reads it, and each is a whole checkpoint."""
+    for path in folder.glob(".step-*.part"):
+        path.unlink(missing_ok=True)
+
+
 def _sorted(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if _NAME.search(path.name))
 
 
-def load_latest(folder: Path, *, module: nn.Module, optimizer: Optimizer, key: str) -> int:
+def load_latest(
+    folder: Path,
+    *,
+    module: nn.Module,
+    optimizer: Optimizer,
+    key: str,
+    settings: Mapping[str, str] | None = None,
+) -> int:
     """Load the newest readable checkpoint; return its step, 0 when there is none.
 
     Raises:
-        CloverError: the checkpoint was made by another recipe.
+        CloverError: the checkpoint was made by another recipe; what differs is named.
     """
     for path in reversed(_sorted(folder)):
         try:
@@ -79,8 +113,9 @@ def load_latest(folder: Path, *, module: nn.Module, optimizer: Optimizer, key: s
             _LOG.warning("%s cannot be read; continuing from the checkpoint before it", path)
             continue
         if state["key"] != key:
+            differing = _differing(state.get("settings", {}), settings or {})
             raise CloverError(
-                f"{path} was made with other settings; "
+                f"{path} was made with other settings{differing}; "
                 "give the settings it was started with, or another --out"
             )
         module.load_state_dict(state["module"])
@@ -90,3 +125,22 @@ def load_latest(folder: Path, *, module: nn.Module, optimizer: Optimizer, key: s
             torch.cuda.set_rng_state_all(state["random_cuda"])
         return int(state["step"])
     return 0
+
+
+def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return which settings differ, ` (align.seed was 1, is 2)`, or nothing where none is known."""
+    if not before or not now:
+        return ""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    said = [
+        f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
+        for name in names[:_NAMED]
+    ]
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" ({', '.join(said)}{more})" if said else ""
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "not set"
+    return value if len(value) <= _SHOWN else f"{value[: _SHOWN - 1]}…"

@@ -9,8 +9,8 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
@@ -20,12 +20,14 @@ from clover.core.config import OptimizerConfig
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder, seed_everything
 from clover.core.terminal import progress
-from clover.training.checkpoint import load_latest, save_checkpoint
-from clover.training.device import Device
+from clover.training.checkpoint import clear_unfinished, load_latest, save_checkpoint
+from clover.training.device import Device, keep_freed_memory
 from clover.training.objective import Losses, Objective
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
 
+_NAMED = 8
+"""Samples of a bad batch that its error names."""
 _LOG_EVERY = 10  # steps; reading a loss waits for the device, so not every step
 
 
@@ -42,6 +44,8 @@ class TrainingJob:
     """Fingerprint of all that changes the mathematics; a checkpoint of another key is refused."""
     max_steps: int | None = None
     """Stop (and save) after so many steps, without changing the schedule."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What went into the key, by name: a refusal says which of them differ."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,6 +70,49 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
+def make_optimizer(
+    module: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """Return AdamW over what learns; `apply_gradients` steps it."""
+    return torch.optim.AdamW(
+        parameter_groups(module, weight_decay), lr=learning_rate, betas=betas, fused=True
+    )
+
+
+@torch.no_grad()
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, total: Tensor, *, clip_norm: float | None
+) -> None:
+    """Divide the summed gradients by `total`, clip them, step, and let them go.
+
+    Division and clipping are one number, and one pass over the gradients: AdamW's bytes are most
+    of a small step.
+
+    Args:
+        optimizer: AdamW.
+        total: Count that the summed losses are a mean over (scalar).
+        clip_norm: Largest norm of the mean's gradient; None for any.
+    """
+    gradients = [
+        item.grad
+        for group in optimizer.param_groups
+        for item in group["params"]
+        if item.grad is not None
+    ]
+    scale = 1 / total
+    if clip_norm is not None:
+        norm = torch.nn.utils.get_total_norm(gradients) / total
+        # As torch's own clipping has it: 1e-6 keeps a gradient of zero from dividing by it.
+        scale = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, scale)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def train(objective: Objective, job: TrainingJob) -> bool:
     """Train `objective.module` for `job.config.steps` steps, or what is left of them.
 
@@ -78,11 +125,11 @@ def train(objective: Objective, job: TrainingJob) -> bool:
     """
     config, module = job.config, objective.module.to(job.device.device)
     seed_everything(job.seed)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay),
-        lr=config.learning_rate,
+    optimizer = make_optimizer(
+        module,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
         betas=config.betas,
-        fused=True,
     )
     sampler = Sampler(
         objective.num_samples(),
@@ -90,8 +137,13 @@ def train(objective: Objective, job: TrainingJob) -> bool:
         seed=job.seed,
         sizes=objective.sizes(),
     )
+    if job.device.device.type == "cpu":
+        keep_freed_memory()
     folder = job.run.checkpoints / job.stage
-    start = load_latest(folder, module=module, optimizer=optimizer, key=job.key)
+    clear_unfinished(folder)
+    start = load_latest(
+        folder, module=module, optimizer=optimizer, key=job.key, settings=job.settings
+    )
     module.train()
     with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
         log = _Log(job)
@@ -104,7 +156,14 @@ def train(objective: Objective, job: TrainingJob) -> bool:
             advance(1, note)
             done = step + 1
             if done % config.checkpoint_every == 0 or done == stop or stopped.is_set():
-                save_checkpoint(folder, step=done, module=module, optimizer=optimizer, key=job.key)
+                save_checkpoint(
+                    folder,
+                    step=done,
+                    module=module,
+                    optimizer=optimizer,
+                    key=job.key,
+                    settings=job.settings,
+                )
             if stopped.is_set():  # also after the last step: another stage may come next
                 raise Interrupted(f"{job.stage} stopped after step {done}")
     module.eval()
@@ -129,7 +188,7 @@ def _step(
         if not torch.isfinite(losses.sum):
             raise CloverError(
                 f"{job.stage}: the loss of step {step} is {losses.sum.item()}; its samples are "
-                f"{', '.join(map(str, indices[:8]))}…; lower {job.stage}.learning_rate?"
+                f"{_named(objective, indices)}; lower {job.stage}.learning_rate?"
             )
         losses.sum.backward()  # type: ignore[no-untyped-call]
         total = total + losses.count
@@ -140,15 +199,14 @@ def _step(
                 {name: value.detach() for name, value in losses.parts.items()},
             )
         )
-    trained = [item for group in optimizer.param_groups for item in group["params"]]
-    for item in trained:
-        if item.grad is not None:
-            item.grad.div_(total)
-    if config.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    apply_gradients(optimizer, total, clip_norm=config.clip_norm)
     return all_losses
+
+
+def _named(objective: Objective, indices: Sequence[int]) -> str:
+    """Return the first samples of a batch by the names of their records."""
+    names = ", ".join(objective.names(indices[:_NAMED]))
+    return f"{names}…" if len(indices) > _NAMED else names
 
 
 class _Log:

@@ -37,6 +37,10 @@ class Objective(Protocol):
         """Return a length for each sample, to batch like with like; None for no bucketing."""
         ...
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Return what a user knows these samples by, for messages about them."""
+        ...
+
     def collate(self, indices: Sequence[int]) -> Any:
         """Load the samples with these indices as a batch."""
         ...

@@ -119,6 +119,10 @@ class GroundingObjective:
     def sizes(self) -> None:
         """Rows have one width whatever the answer's length: nothing to bucket."""
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Return the ids of the first record of each group."""
+        return [self.data.records[self._groups[index][0]].id for index in indices]
+
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load these groups: features [G, P, E], questions and answers of G * together rows."""
         rows = [row for index in indices for row in self._groups[index]]

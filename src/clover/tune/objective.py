@@ -58,6 +58,10 @@ class TuneObjective:
             for record in self.data.records
         ]
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """Return the records' ids."""
+        return [self.data.records[index].id for index in indices]
+
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load the instructions with these indices."""
         return load_instructions(self.model, self.data, indices)

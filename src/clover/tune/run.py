@@ -87,15 +87,13 @@ def tune(
     for path in held_out:
         asked = load_image_set(path, recipe.data.images)
         refuse_leaks(data, asked, cache=cache, what=f"{instructions} and {path}")
-    key = fingerprint(
-        [
-            recipe.fingerprint(
-                "seed", "precision", "encoder", "qformer", "language", "prompt", "tune"
-            ),
-            sha256_file(instructions),
-            sha256_file(start) if start is not None else None,
-        ]
-    )
+    sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
+    files = {
+        "the instructions' sha256": sha256_file(instructions),
+        "stage 1's sha256": None if start is None else sha256_file(start),
+    }
+    key = fingerprint([recipe.fingerprint(*sections), *files.values()])
+    settings = recipe.settings(*sections) | {name: str(value) for name, value in files.items()}
     if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
         _clear(folder)
         return TuneResult(out, data.summary(), True)
@@ -108,7 +106,7 @@ def tune(
         load_bridge(bridge, start, without=("heads.", "projection."))
     model = Clover(recipe, encoder, bridge, language, tokenizer, device, name=recipe.name)
     seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
-    job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps)
+    job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps, settings)
     with folder.timed("tune") as details:
         objective = TuneObjective(model, data)
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)

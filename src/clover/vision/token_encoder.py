@@ -23,6 +23,7 @@ from clover.core.files import fingerprint
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
 from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
+from clover.vision.quantise import quantise
 
 Triple = tuple[float, float, float]
 Reads = dict[str, Callable[[], Tensor]]
@@ -92,7 +93,7 @@ class TokenEncoder:
         if config.weights is not None and built.collect is not None:
             load(built, built.collect(open_tensors(resolve(config.weights))), config.weights)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._dtype: torch.dtype = getattr(torch, config.numbers)
+        self._dtype = number_format(config)
         network = built.network.eval().requires_grad_(False)
         self.network = network.to(device=device, dtype=self._dtype)
         self.id = built.id
@@ -105,6 +106,8 @@ class TokenEncoder:
             config.image_size, config.mean or built.mean, config.std or built.std
         )
         self.num_tokens, self.width = token_shape(self.network, config.image_size)
+        if config.numbers == "int8":
+            quantise(self.network, device)
         asset = parse(config.weights) if config.weights else None
         self.revision = fingerprint(
             {
@@ -125,6 +128,12 @@ class TokenEncoder:
         """[B, 3, S, S] -> [B, P, E], float32 on the CPU, without gradient."""
         tokens: Tensor = self.network(pixels.to(self._device, self._dtype))
         return tokens.float().cpu()
+
+
+def number_format(config: EncoderConfig) -> torch.dtype:
+    """Return the format of what is no product of integers."""
+    dtype: torch.dtype = getattr(torch, "float32" if config.numbers == "int8" else config.numbers)
+    return dtype
 
 
 def token_shape(network: nn.Module, size: int) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """The way to an OpenAI-compatible endpoint: one request out, one reply or one named error back.
 
-Retries and bookkeeping are the caller's; this file knows HTTP's ways of going wrong.
+Whoever speaks to an endpoint goes this way, so that its rules hold everywhere: what is addressed
+to this machine meets no proxy, nothing follows a redirect to an address that the user did not
+name, and a key is needed elsewhere only. Retries and bookkeeping are the caller's; this file knows
+HTTP's ways of going wrong.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import os
+import random
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,17 +94,27 @@ def find_key(endpoint: str, variable: str) -> str:
     )
 
 
-def _http_client(endpoint: str, *, is_plain_local: bool) -> Any:
+def http_client(endpoint: str, *, is_plain_local: bool = False) -> Any:
+    """Return the HTTP client that the official client is to use for an endpoint.
+
+    Args:
+        endpoint: Its URL.
+        is_plain_local: Whether to take the quicker way to this machine, which does not stream.
+    """
     from openai import DefaultAsyncHttpxClient
 
     if is_plain_local:
-        from clover.instruct.transport import LocalTransport
+        from clover.core.transport import LocalTransport
 
-        return DefaultAsyncHttpxClient(transport=LocalTransport(), trust_env=False)
+        return DefaultAsyncHttpxClient(
+            transport=LocalTransport(), trust_env=False, follow_redirects=False
+        )
     # A proxy from the environment must not carry what was addressed to this machine; and plain
     # http needs no certificates, which take longer to load than to be used.
     is_https = endpoint.startswith("https")
-    return DefaultAsyncHttpxClient(trust_env=not is_loopback(endpoint), verify=is_https)
+    return DefaultAsyncHttpxClient(
+        trust_env=not is_loopback(endpoint), verify=is_https, follow_redirects=False
+    )
 
 
 class Client:
@@ -119,7 +133,7 @@ class Client:
                 base_url=endpoint,
                 timeout=timeout_s,
                 max_retries=0,
-                http_client=_http_client(endpoint, is_plain_local=is_plain_local),
+                http_client=http_client(endpoint, is_plain_local=is_plain_local),
             )
             for _ in range(pools)
         ]
@@ -201,6 +215,21 @@ class Client:
 
 def _message(error: Any) -> str:
     return " ".join(str(error.message).split())[:160]
+
+
+def pause_s(error: BaseException | None, attempt: int, longest: float) -> float:
+    """Return the seconds until the next attempt: what the endpoint asks for, or a guess.
+
+    Args:
+        error: Why the last one failed.
+        attempt: Its number, from 1.
+        longest: Of a guess.
+    """
+    if isinstance(error, Refused) and error.retry_after is not None:
+        # A little apart, or all would come back in the same instant.
+        return error.retry_after + random.uniform(0, 0.25)
+    most = min(longest, 0.5 * 2.0**attempt)
+    return random.uniform(most / 2, most)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -1,0 +1,252 @@
+"""Both training steps at the published size, beside the naive ways of the same mathematics.
+
+Stage 1: 12 layers of 768, 32 queries, 257 x 1408 features, 8 pairs, text at 32 tokens; the peer
+runs four separate passes (`benchmarks.step.separate_passes`: image keys projected for each, every
+row and every logit computed).
+Stage 2: a language model of SmolLM2-135M's shape, 8 instructions of 24 tokens, answers of natural
+length about 48; the peer pads to the longest row and scores the vocabulary at every place.
+A step is forward, backward, clipping and AdamW, with the published dropout of 0.1.
+
+Time is processor time (both sides in turn in one process, medians): the core may be shared. Peak
+memory is of a process of its own. The floor replays every matrix product of our step alone.
+
+    python -m benchmarks.train_step [--steps 3] [--small]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.figure import print_figure
+from benchmarks.step import separate_passes
+from clover.align.losses import alignment_losses
+from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
+from clover.core.run import peak_memory_gib
+from clover.language.decoder_only import DecoderOnly
+from clover.language.prompt import Prompt
+from clover.plan.step import NoText
+from clover.qformer.bridge import Bridge
+from clover.qformer.tokenizer import Tokens
+from clover.training.loop import apply_gradients, make_optimizer
+
+Step = Callable[[], object]
+BATCH, PLACES, TEXT, DECODE_START = 8, 257, 32, 30522
+INSTRUCTION = 24
+ANSWERS = (12, 20, 31, 40, 48, 60, 75, 98)  # mean 48: as long and as uneven as generated answers
+SIZES = {
+    "published": {},
+    "small": {"hidden_size": 96, "num_layers": 2, "intermediate_size": 192, "encoder_width": 64},
+}
+
+
+def _finish(bridge: Bridge, optimizer: torch.optim.Optimizer, *, is_ours: bool) -> None:
+    if is_ours:
+        apply_gradients(optimizer, torch.tensor(1.0), clip_norm=1.0)
+    else:
+        torch.nn.utils.clip_grad_norm_(bridge.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def stage_1(size: str) -> tuple[Step, Step]:
+    """Return our step and the peer's."""
+    torch.manual_seed(0)
+    bridge = Bridge(QFormerConfig(**SIZES[size]), has_alignment=True)  # type: ignore[arg-type]
+    features = torch.randn(BATCH, PLACES, bridge.config.encoder_width)
+    # Captions are longer than the limit: all 32 places are tokens, and padding saves us nothing.
+    ids = torch.randint(1000, 30000, (BATCH, TEXT))
+    text = Tokens(ids, torch.ones_like(ids))
+    optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
+
+    def ours() -> None:
+        losses = alignment_losses(
+            bridge, bridge.read_image(features), text, decode_start=DECODE_START
+        )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        del losses
+        _finish(bridge, optimizer, is_ours=True)
+
+    def peer() -> None:
+        separate_passes(bridge, features, text, DECODE_START, keep_gradients=True)
+        _finish(bridge, optimizer, is_ours=False)
+
+    return ours, peer
+
+
+def stage_2(size: str) -> tuple[Step, Step]:
+    """Return our step and the peer's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    published = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    config = LlamaConfig(
+        **(published if size == "published" else shape),
+        num_attention_heads=9 if size == "published" else 4,
+        num_key_value_heads=3 if size == "published" else 2,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    bridge = Bridge(
+        QFormerConfig(**SIZES[size]),  # type: ignore[arg-type]
+        language_width=config.hidden_size,
+    )
+    features = torch.randn(BATCH, PLACES, bridge.config.encoder_width)
+    question = torch.randint(1000, 30000, (BATCH, INSTRUCTION))
+    instructions = torch.randint(0, 49152, (BATCH, INSTRUCTION)).tolist()
+    answers = [torch.randint(0, 49152, (length,)).tolist() for length in ANSWERS]
+    optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
+    language: DecoderOnly | None = None
+
+    def prefix() -> Tensor:
+        image = bridge.read_image(features)
+        return bridge.visual_prefix(image, question, torch.ones_like(question))
+
+    def ours() -> None:
+        nonlocal language
+        if language is None:
+            # Our attention registers itself with the model: only after the peer's first step.
+            language = DecoderOnly(
+                model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=LanguageConfig()
+            )
+        total, count = language.loss_from_ids(prefix(), instructions, answers)
+        (total / count).backward()  # type: ignore[no-untyped-call]
+        _finish(bridge, optimizer, is_ours=True)
+
+    def peer() -> None:
+        visual = prefix()
+        width = INSTRUCTION + max(ANSWERS)
+        ids = torch.zeros(BATCH, width, dtype=torch.long)
+        labels = torch.full((BATCH, visual.shape[1] + width), -100)
+        mask = torch.zeros_like(labels)
+        for row, (asked, said) in enumerate(zip(instructions, answers, strict=True)):
+            ids[row, : len(asked) + len(said)] = torch.tensor(asked + said)
+            start = visual.shape[1] + len(asked)
+            labels[row, start : start + len(said)] = torch.tensor(said)
+            mask[row, : start + len(said)] = 1
+        embeds = torch.cat([visual, model.get_input_embeddings()(ids)], dim=1)
+        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        _finish(bridge, optimizer, is_ours=False)
+
+    return ours, peer
+
+
+STAGES = {"stage 1": stage_1, "stage 2": stage_2}
+
+
+class _Products(TorchDispatchMode):  # type: ignore[misc]
+    """Note the matrix products of a step, by operation, shapes and strides."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: Counter[tuple[Any, ...]] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket._qualified_op_name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
+            tensors = [(tuple(item.shape), item.stride()) for item in args if torch.is_tensor(item)]
+            self.found[name, tuple(tensors[-2:])] += 1
+        elif "scaled_dot_product" in name:
+            shapes = [
+                (tuple(item.shape), item.stride())
+                for item in args
+                if torch.is_tensor(item) and item.ndim == 4
+            ]
+            self.found["attention" + ("_backward" in name) * "_backward", tuple(shapes[-4:])] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def floor(step: Step) -> tuple[float, float]:
+    """Return (seconds, GFLOP) of the matrix products of a step, each measured alone."""
+    with _Products() as products:
+        step()
+    total = work = 0.0
+    for (_, tensors), times in products.found.items():
+        if len(tensors) != 2:
+            continue  # fused attention: a few per cent, and left out of the floor
+        left, right = (torch.empty_strided(*item).normal_() for item in tensors)
+        product: Callable[[Tensor, Tensor], Tensor] = torch.bmm if left.ndim == 3 else torch.mm
+        out = product(left, right)
+
+        def run(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> None:
+            (torch.bmm if left.ndim == 3 else torch.mm)(left, right, out=out)
+
+        total += times * min(_processor(run) for _ in range(3))
+        work += times * 2 * out.numel() * left.shape[-1] / 1e9
+    return total, work
+
+
+def _processor(function: Step) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+@click.command()
+@click.option("--steps", default=3, show_default=True, help="Measured steps of each side.")
+@click.option("--small", is_flag=True, help="A size that only shows that it runs.")
+@click.option("--peak", hidden=True, nargs=2, help="Run two steps of STAGE SIDE; print the peak.")
+def main(steps: int, small: bool, peak: tuple[str, str] | None) -> None:
+    """Print seconds, peak memory, ratio and floor of both stages."""
+    size = "small" if small else "published"
+    if peak:
+        step = STAGES[peak[0]](size)[peak[1] == "peer"]
+        step()
+        step()
+        print(json.dumps(peak_memory_gib()))
+        return
+    for name, build in STAGES.items():
+        ours, peer = build(size)
+        peer()
+        ours()
+        times: list[list[float]] = [[], []]
+        for _ in range(steps):
+            for found, step in zip(times, (ours, peer), strict=True):
+                found.append(_processor(step))
+        fast, slow = (statistics.median(found) for found in times)
+        least, work = floor(ours)
+        del ours, peer
+        memory = [_peak(name, side, size) for side in ("ours", "peer")]
+        print_figure(
+            f"{name}, {size} size, float32",
+            fast,
+            "s of processor time",
+            batch=BATCH,
+            naive=round(slow, 3),
+            ratio=round(slow / fast, 2),
+            floor=round(least, 3),
+            gflop=round(work),
+            above_floor=round(fast / least, 2),
+            peak_gib=round(memory[0], 2),
+            naive_peak_gib=round(memory[1], 2),
+            memory_ratio=round(memory[0] / memory[1], 2),
+        )
+
+
+def _peak(stage: str, side: str, size: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.train_step", "--peak", stage, side]
+    command += ["--small"] * (size == "small")
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(found.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
