@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from clover.cli import cli
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError
 from clover.core.record import Record
+from clover.vision import shard as shard_file
 from clover.vision.cache import FeatureCache, hash_images
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.digests import DigestMemory
@@ -320,16 +322,16 @@ def test_a_full_disk_keeps_the_shards_before_and_the_same_call_goes_on(
 ) -> None:
     monkeypatch.setattr("clover.vision.cache._SHARD", 2)
     records = write_noise(tmp_path / "i", 6)
-    real, written = Path.write_bytes, []
+    real, written = shard_file._pieces, []
 
-    def full(path: Path, data: bytes) -> int:
-        written.append(path)
-        if len(written) == 3:
-            real(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, data)
+    def full(parts: Sequence[dict[str, torch.Tensor]]) -> Iterator[memoryview]:
+        written.append(1)
+        for piece in real(parts):
+            yield piece
+            if len(written) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(shard_file, "_pieces", full)
     with pytest.raises(CloverError, match=r"cannot write .*shard-.*No space left.*free some space"):
         fill(tmp_path / "c", Counting(), records, tmp_path / "i")
     assert not list((tmp_path / "c").rglob("*.part"))

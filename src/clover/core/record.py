@@ -7,7 +7,9 @@ column is kept.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -236,7 +238,8 @@ def read_row(path: Path, line: int, row: Any, needs: Needs) -> Record | Rejectio
     if not isinstance(row, dict):
         return Rejection(str(path), line, "not a JSON object", row)
     row = _rename(dict(row))
-    row.setdefault("id", f"{path.stem}-{line}")
+    if "id" not in row:
+        row["id"] = f"{path.stem}-{line}"
     try:
         record = Record.model_validate(row)
     except ValidationError as error:
@@ -266,17 +269,33 @@ def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = 
     path = Path(path)
     found = RecordSet(path, [])
     seen: set[str] = set()
-    for line, item in numbered_records(path, needs):
-        if isinstance(item, Rejection):
-            found.rejected.append(item)
-        elif item.id in seen:
-            found.rejected.append(Rejection(str(path), line, "duplicate id", item.row()))
-        else:
-            seen.add(item.id)
-            found.records.append(item)
-            if limit is not None and len(found.records) >= limit:
-                break
+    with _no_collection():
+        for line, item in numbered_records(path, needs):
+            if isinstance(item, Rejection):
+                found.rejected.append(item)
+            elif item.id in seen:
+                found.rejected.append(Rejection(str(path), line, "duplicate id", item.row()))
+            else:
+                seen.add(item.id)
+                found.records.append(item)
+                if limit is not None and len(found.records) >= limit:
+                    break
     return found
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Stop the search for cycles: it goes through all records again and again, and finds none.
+
+    Of 100,000 records it takes more time than reading them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:

@@ -33,7 +33,7 @@ from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.image_processor import draw_view
 from clover.vision.shard import Shard, open_shard, write_shard
-from clover.vision.storage import Storage
+from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _VIEW = "crop1"
@@ -50,7 +50,8 @@ class _Job:
     """Images that are not decoded yet."""
     keys: list[str] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
+    """Packed tokens of each batch."""
 
 
 class FeatureCache:
@@ -198,18 +199,18 @@ class FeatureCache:
         random = np.random.default_rng([int(digest[:16], 16), number])
         return self._encoder.prepare(draw_view(image, self._side, random))
 
-    def encode(self, pixels: Sequence[Tensor]) -> Tensor:
-        """[3, S, S] of B images -> [B, P, E], timed."""
+    def encode(self, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
+        """[3, S, S] of B images -> packed tokens of B images, timed."""
         start = time.perf_counter()
-        tokens = self._encoder.encode(torch.stack(list(pixels)))
+        packed = pack(self._encoder.encode(torch.stack(list(pixels))), self._storage)
         self.worked_s += time.perf_counter() - start
         self.num_encoded += len(pixels)
-        return tokens
+        return packed
 
-    def write(self, keys: list[str], tokens: Tensor) -> Shard:
+    def write(self, keys: list[str], parts: Sequence[dict[str, Tensor]]) -> Shard:
         """Write a shard; it is registered by the caller."""
         path = self.path / f"shard-{fingerprint(keys)}.safetensors"
-        return write_shard(path, keys, tokens, storage=self._storage, encoder=self._encoder.id)
+        return write_shard(path, keys, parts, storage=self._storage, encoder=self._encoder.id)
 
     @property
     def encoder_id(self) -> str:
@@ -316,7 +317,7 @@ class _Fill:
             self._claims.give_back(job.number)
             return
         self._written = self._writer.submit(
-            lambda: (self._cache.write(job.keys, torch.cat(job.parts)), job.number)
+            lambda: (self._cache.write(job.keys, job.parts), job.number)
         )
 
     def _finish_writing(self) -> None:

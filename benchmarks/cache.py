@@ -1,0 +1,105 @@
+"""The feature cache against one file an image: writing, reading, size.
+
+    python -m benchmarks.cache [--images 256]
+
+The peer writes each image's tokens with `torch.save` and reads them with `torch.load`, in one
+process. Both sides get the same tokens: of Lite0's size in the demo, and of EVA-g's. Files are read
+from the system's memory, after a first reading that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.figure import alternating, print_figure
+from clover.vision.shard import Shard, write_shard
+from clover.vision.storage import STORAGES, Storage, pack
+
+_SHAPES = {"lite0": (196, 272), "eva-g": (257, 1408)}
+_SHARD = 128
+_BATCH = 32
+
+
+def _write_shards(folder: Path, tokens: Tensor, storage: Storage) -> list[Shard]:
+    return [
+        write_shard(
+            folder / f"shard-{start:06d}.safetensors",
+            [f"{row:064x}" for row in range(start, min(start + _SHARD, len(tokens)))],
+            [pack(part, storage) for part in tokens[start : start + _SHARD].split(_BATCH)],
+            storage=storage,
+            encoder="benchmark",
+        )
+        for start in range(0, len(tokens), _SHARD)
+    ]
+
+
+def _write_files(folder: Path, tokens: Tensor) -> None:
+    for row, item in enumerate(tokens):
+        torch.save(item.half().clone(), folder / f"{row}.pt")
+
+
+def measure(name: str, folder: Path, *, images: int, runs: int) -> None:
+    """Print the figures of one shape of tokens."""
+    places, width = _SHAPES[name]
+    tokens = torch.randn(images, places, width, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(1)).tolist()
+    peer = folder / "peer"
+    peer.mkdir()
+    kept: dict[Storage, list[Shard]] = {}
+
+    def write(storage: Storage) -> None:
+        (folder / storage).mkdir(exist_ok=True)
+        kept[storage] = _write_shards(folder / storage, tokens, storage)
+
+    def read(storage: Storage) -> None:
+        for row in order:
+            kept[storage][row // _SHARD].read(row % _SHARD)
+
+    def read_peer() -> None:
+        for row in order:
+            torch.load(peer / f"{row}.pt", weights_only=True).float()
+
+    times = alternating(
+        [lambda: _write_files(peer, tokens), *(lambda s=s: write(s) for s in STORAGES)], runs=runs
+    )
+    peer_size = sum(path.stat().st_size for path in peer.iterdir())
+    reads = alternating([read_peer, *(lambda s=s: read(s) for s in STORAGES)], runs=runs)
+    for place, storage in enumerate(STORAGES, start=1):
+        size = sum(shard.path.stat().st_size for shard in kept[storage])
+        shared = {"tokens": name, "storage": storage, "images": images}
+        print_figure(
+            "cache_write", images / times[place], "images/s",
+            ratio=round(times[0] / times[place], 2), peer="torch.save an image", **shared,
+        )  # fmt: skip
+        print_figure(
+            "cache_read", images / reads[place], "images/s",
+            ratio=round(reads[0] / reads[place], 2), peer="torch.load an image", **shared,
+        )  # fmt: skip
+        print_figure(
+            "cache_size", size / images / 1024, "KiB/image",
+            ratio=round(size / peer_size, 3), peer="torch.save an image", **shared,
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Measure both shapes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    for name in _SHAPES:
+        folder = Path(tempfile.mkdtemp(prefix="clover-cache-"))
+        try:
+            measure(name, folder, images=options.images, runs=options.runs)
+        finally:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
