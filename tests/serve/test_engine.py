@@ -259,6 +259,29 @@ def test_one_bad_request_does_not_fail_its_neighbours(
         broken.texts()
 
 
+def test_a_fault_between_reading_and_writing_leaves_no_row_behind(
+    engine: Engine, clover: Clover, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, calls = engine._keep, []
+
+    def fail_once(place: int, length: int) -> None:
+        calls.append(place)
+        if len(calls) == 2:  # the first of two rows is kept already
+            raise RuntimeError("no memory for what was read")
+        keep(place, length)
+
+    monkeypatch.setattr(engine, "_keep", fail_once)
+    gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+    engine.call(gate.get)
+    asked = [ask(engine, clover, tiny.image(), text) for text in QUESTIONS[:2]]
+    gate.put(None)
+    # Both are read again, each on its own, and answered.
+    assert [listener.texts()[0] for listener in asked] == [
+        clover.ask(tiny.image(), text, settings=LONG).text for text in QUESTIONS[:2]
+    ]
+    assert len(calls) > 2
+
+
 def test_beam_search_answers_as_alone(engine: Engine, clover: Clover, tiny: Tiny) -> None:
     beams = replace(LONG, num_beams=3)
     listeners = [ask(engine, clover, tiny.image(), text, settings=beams) for text in QUESTIONS]

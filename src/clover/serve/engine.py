@@ -396,13 +396,21 @@ class Engine:
         first = len(self._rows)
         logits = self._batch.admit(begun, rest, bases)
         self._rows += group
-        for place, (row, (_, shared)) in enumerate(zip(group, plans, strict=True), start=first):
+        try:
+            for place, (row, (_, shared)) in enumerate(zip(group, plans, strict=True), start=first):
+                row.base = self.prompts.base(row.symbols)
+                if shared < len(row.symbols) - 1:
+                    self._keep(place, len(row.symbols))
+        except Exception:
+            # Rows without a first token must not stay: the next step would ask for their last one.
+            for place in reversed(range(first, len(self._rows))):
+                self._batch.remove(place)
+            del self._rows[first:]
+            raise
+        for row, (_, shared) in zip(group, plans, strict=True):
             self.counts.prompt_tokens += len(row.symbols)
             self.counts.reused_tokens += shared
             row.ticket.emit(Begun(len(row.symbols), shared))
-            row.base = self.prompts.base(row.symbols)
-            if shared < len(row.symbols) - 1:
-                self._keep(place, len(row.symbols))
         self._write(logits, range(first, len(self._rows)))
 
     def _keep(self, place: int, length: int) -> None:
