@@ -205,7 +205,9 @@ def recipe_of(
     tree["qformer"] = own
     if found.language is not None:
         tree["language"] = _language_section(found, folder, tree.get("language", {}))
-    reads = found.details.get("class") != "blip2"
+    # LAVIS drops the text's weights from a Q-Former that does not read the question (SPEC, 4).
+    has_text = "Qformer.bert.embeddings.word_embeddings.weight" not in found.filled
+    reads = has_text and found.details.get("class") != "blip2"
     tree["tune"] = tree.get("tune", {}) | {"instruction_aware": reads}
     return Recipe.model_validate(tree)
 
