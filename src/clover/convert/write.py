@@ -155,9 +155,10 @@ def _write_language(found: Checkpoint, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", entries)
     assert found.language is not None
     write_json(folder / "config.json", found.language)
-    if found.path.is_dir():
+    source = found.language_folder or found.path
+    if source.is_dir() and source.resolve() != folder.resolve():
         for pattern in _TOKENIZER:
-            for path in found.path.glob(pattern):
+            for path in source.glob(pattern):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
 
