@@ -45,6 +45,8 @@ from clover.vision.encoder import ImageEncoder, load_encoder
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
+_BESIDE = "beside:"
+"""Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
 
 
 def load_frozen_language(
@@ -397,31 +399,63 @@ def save_folder(model: Clover, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     bridge = path / "bridge.safetensors"
     save_bridge(model.bridge, bridge)
-    config = {
-        "format": _FORMAT,
-        "clover": __version__,
-        "name": model.name,
-        "recipe": model.recipe.model_dump(mode="json"),
-        "encoder": {
+    write_config(
+        path,
+        name=model.name,
+        recipe=model.recipe.model_dump(mode="json"),
+        encoder={
             "id": model.encoder.id,
             "revision": model.encoder.revision,
             "width": model.encoder.width,
             "licence": model.encoder.licence,
             **({"licence_note": note} if (note := model.encoder.licence_note) else {}),
         },
-        "language": {
+        language={
             "id": model.language.id,
             "width": model.language.hidden_size,
             "licence": model.language.licence,
         },
-        "trainable_parameters": model.bridge.num_trainable(),
-        "bridge_sha256": sha256_file(bridge),
+        trainable=model.bridge.num_trainable(),
+        details=model.details,
+    )
+    return path
+
+
+def write_config(
+    path: Path,
+    *,
+    name: str,
+    recipe: dict[str, Any],
+    encoder: dict[str, Any],
+    language: dict[str, Any],
+    trainable: int,
+    details: dict[str, Any],
+) -> None:
+    """Write the model card and, last, `config.json` of a folder whose bridge is there.
+
+    Args:
+        path: The folder.
+        name: Shown with every answer.
+        recipe: As JSON; what lies in the folder may be named `beside:FILE`.
+        encoder: id, revision, width, licence.
+        language: id, width, licence.
+        trainable: Parameters of the bridge.
+        details: Further entries.
+    """
+    config = {
+        "format": _FORMAT,
+        "clover": __version__,
+        "name": name,
+        "recipe": recipe,
+        "encoder": encoder,
+        "language": language,
+        "trainable_parameters": trainable,
+        "bridge_sha256": sha256_file(path / "bridge.safetensors"),
         "notice": NOTICE,
-        **model.details,
+        **details,
     }
     write_text(path / "README.md", _card(config))
     write_json(path / "config.json", config)
-    return path
 
 
 def _card(config: dict[str, Any]) -> str:
@@ -467,7 +501,16 @@ def read_config(path: Path) -> dict[str, Any]:
     lacking = [name for name in ("name", "recipe", "encoder", "language") if name not in config]
     if lacking:
         raise CloverError(f"{path}/config.json lacks '{lacking[0]}': it is not whole")
+    _place(config["recipe"], path)
     return config
+
+
+def _place(recipe: dict[str, Any], path: Path) -> None:
+    """Write out where the folder's own files lie; the folder may have been moved."""
+    for section in recipe.values():
+        for name, value in section.items() if isinstance(section, dict) else ():
+            if isinstance(value, str) and value.startswith(_BESIDE):
+                section[name] = str(path / value.removeprefix(_BESIDE))
 
 
 def load(
@@ -500,7 +543,9 @@ def load(
         encoder = beside.encoder
     else:
         encoder = load_encoder(recipe.encoder)
-    if encoder.revision != config["encoder"]["revision"]:
+    # The revision holds the weights' place; a file in the folder itself is the one that was meant.
+    is_own = recipe.encoder.weights == str(path / Path(recipe.encoder.weights or "").name)
+    if not is_own and encoder.revision != config["encoder"]["revision"]:
         raise CloverError(
             f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "
             f"{encoder.revision}: other weights or another token map"

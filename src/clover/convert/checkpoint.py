@@ -24,6 +24,7 @@ class Checkpoint:
         left_out: Names in the source that go nowhere, with the reason.
         filled: What the source lacks and CLOVER needs, with the reason.
         language: The language model's configuration as transformers writes it, where there is one.
+        language_folder: Where it lies by itself, its tokenizer beside it; None within the source.
         details: What else the source says: the number of heads, which class it is.
     """
 
@@ -33,6 +34,7 @@ class Checkpoint:
     left_out: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     language: dict[str, Any] | None = None
+    language_folder: Path | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, place: Place) -> None:

@@ -10,7 +10,9 @@ import click
 _SHOWN = 8
 
 
-@click.command(epilog="Example: clover convert blip2_pretrained.pth stage1/ --to clover")
+@click.command(
+    epilog="Example: clover convert checkpoint.pth model/ --to clover --recipe clover-flant5xl"
+)
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option(
@@ -27,6 +29,14 @@ _SHOWN = 8
     help="The language model's folder, likewise.",
 )
 @click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The Q-Former's tokenizer.json, where SOURCE has none.",
+)
+@click.option(
+    "--recipe", help="Names the frozen parts SOURCE has not, prompt and decoding (--to clover)."
+)
+@click.option(
     "--heads", "num_heads", type=int, help="The Q-Former's heads, where SOURCE is silent."
 )
 @click.option("--no-check", is_flag=True, help="Do not run SOURCE and TARGET afterwards.")
@@ -35,7 +45,8 @@ def convert(source: Path, target: Path, to: str, no_check: bool, **options: Any)
 
     SOURCE is a LAVIS or published CLOVER file, a transformers folder (BLIP-2, InstructBLIP), or a
     CLOVER folder. One tensor is in memory at a time; nothing in a pickle is run. What does not map
-    is listed here and in TARGET.
+    is listed here and in TARGET. A stage 2 checkpoint becomes a model that `clover ask` opens, if
+    SOURCE or --recipe has its frozen parts; what is missing is named.
     """
     from clover.convert.run import convert as run_convert
 
@@ -47,6 +58,10 @@ def convert(source: Path, target: Path, to: str, no_check: bool, **options: Any)
             click.echo(f"  {title}: {name} ({reason})")
         if len(names) > _SHOWN:
             click.echo(f"  {title}: {len(names) - _SHOWN} more, see convert.json beside it")
+    for item in done.lacking:
+        click.echo(f"  not yet a model: it lacks {item}")
+    if to == "clover" and not done.lacking:
+        click.echo(f'  a model: clover ask {target} image.png "Is there necrosis?"')
     if done.parity is None:
         return
     click.echo(f"  equal bit by bit: {done.parity.num_equal} of {done.parity.num_shared} tensors")

@@ -196,7 +196,7 @@ def with_parts(
     if language is not None:
         if not (language / "config.json").exists():
             raise CloverError(f"{language} is no folder in transformers' form: no config.json")
-        found.language = read_json(language / "config.json")
+        found.language, found.language_folder = read_json(language / "config.json"), language
         for name, place in open_tensors(language).places.items():
             found.add(f"language_model.{name}", place)
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clover.convert.checkpoint import Checkpoint
+from clover.convert.folder import lacking, write_model
 from clover.convert.read import read_checkpoint, with_parts
 from clover.convert.verify import Parity, verify
 from clover.convert.write import write_clover, write_lavis, write_transformers
+from clover.core.config import load_recipe
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Conversion:
         source: What was read, with what was left out and filled.
         written: The file or folder.
         parity: The comparison; None where it was not asked for.
+        lacking: What a folder of CLOVER's needs before it can answer; empty when it is a model.
     """
 
     source: Checkpoint
     written: Path
     parity: Parity | None
+    lacking: tuple[str, ...] = ()
 
 
 def convert(
@@ -33,6 +37,8 @@ def convert(
     to: str,
     encoder: Path | None = None,
     language: Path | None = None,
+    tokenizer: Path | None = None,
+    recipe: str | None = None,
     num_heads: int | None = None,
     has_check: bool = True,
 ) -> Conversion:
@@ -44,21 +50,29 @@ def convert(
         to: `clover`, `lavis` or `transformers`.
         encoder: EVA's weights, where the source has none and the target needs them.
         language: The language model's folder, likewise.
+        tokenizer: The Q-Former's `tokenizer.json`, where the source has none.
+        recipe: Names the frozen parts that the source has not, the prompt and the decoding.
         num_heads: The Q-Former's heads, where the source cannot say them.
         has_check: Whether the same random input goes through both afterwards.
 
     Raises:
-        CloverError: the source is damaged, of no known form, or lacks what the target needs.
+        CloverError: the source is damaged, of no known form, or lacks what the target needs; or
+            the recipe's parts are not those it was trained with.
     """
     found = read_checkpoint(source)
     with_parts(found, encoder=encoder, language=language)
     if num_heads is not None:
         found.details["num_heads"] = num_heads
+    needed: list[str] = []
     if to == "clover":
-        written = write_clover(found, target)
+        base = None if recipe is None else load_recipe(recipe)
+        written, made = write_clover(found, target, base=base, tokenizer=tokenizer)
+        needed = lacking(found, made)
+        if not needed:
+            write_model(found, made, target)
     elif to == "lavis":
         written = write_lavis(found, target)
     else:
         written = write_transformers(found, target)
     parity = verify(found, read_checkpoint(written)) if has_check else None
-    return Conversion(found, written, parity)
+    return Conversion(found, written, parity, tuple(needed))

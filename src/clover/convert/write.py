@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,23 +19,44 @@ from clover.convert.checkpoint import Checkpoint
 from clover.convert.names import to_transformers
 from clover.convert.read import fill
 from clover.convert.shape import qformer_config, transformers_config
+from clover.core.assets import parse
 from clover.core.config import QFormerConfig, Recipe
+from clover.core.errors import CloverError
 from clover.core.files import atomic_path, write_json, write_text
 from clover.core.tensors import Entry, open_tensors, write_tensors
 from clover.qformer.convert import lavis_name
+from clover.qformer.tokenizer import TextTokenizer
 from clover.vision.family import eva_clip
 
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab.*", "merges.txt")
 _MODEL = {"t5_proj": "t5_model", "opt_proj": "opt_model"}
 
 
-def write_clover(found: Checkpoint, target: Path, *, num_heads: int | None = None) -> Path:
+def write_clover(
+    found: Checkpoint,
+    target: Path,
+    *,
+    base: Recipe | None = None,
+    tokenizer: Path | None = None,
+) -> tuple[Path, Recipe]:
     """Write a folder: the trained part, frozen parts as files of their own, and `recipe.yaml`.
 
+    Args:
+        found: The checkpoint.
+        target: The folder.
+        base: Says what the checkpoint does not.
+        tokenizer: The Q-Former's, where the checkpoint has none.
+
     Returns:
-        The trained part's file: `align.safetensors` (stage 1) or `bridge.safetensors`.
+        The trained part's file, `align.safetensors` (stage 1) or `bridge.safetensors`; the recipe.
     """
-    queries = qformer_config(found, num_heads=num_heads)
+    # A folder written before must not look whole while its files are replaced.
+    (target / "config.json").unlink(missing_ok=True)
+    queries = qformer_config(found)
+    named = _tokenizer(found, base, tokenizer)
+    if "Qformer.bert.embeddings.word_embeddings.weight" not in found.entries and named is not None:
+        # Never read by this Q-Former, but they must fit the tokenizer that stands beside.
+        queries = queries.model_copy(update={"vocab_size": TextTokenizer(named).vocab_size})
     _complete(found, queries)
     target.mkdir(parents=True, exist_ok=True)
     trained = target / ("align.safetensors" if found.is_stage_1 else "bridge.safetensors")
@@ -43,12 +65,39 @@ def write_clover(found: Checkpoint, target: Path, *, num_heads: int | None = Non
         write_tensors(target / "encoder.safetensors", vision.values())
     if found.language is not None:
         _write_language(found, target / "language")
-    tokenizer = found.path / "qformer_tokenizer" / "tokenizer.json"
-    if found.path.is_dir() and tokenizer.exists():
-        shutil.copyfile(tokenizer, target / "qformer_tokenizer.json")
+    elif found.has("language_model."):
+        for name in found.part("language_model."):
+            found.left_out[name] = "its configuration is not here: name its folder with --language"
+    own = target / "qformer_tokenizer.json"
+    if named is not None and (base is None or named != _local(base.qformer.tokenizer)):
+        if named.resolve() != own.resolve():
+            shutil.copyfile(named, own)
+    elif own.exists():
+        own.unlink()
     _note(found, target / "convert.json")
-    write_text(target / "recipe.yaml", recipe_of(found, target, queries).to_yaml())
-    return trained
+    recipe = recipe_of(found, target, queries, base=base)
+    write_text(target / "recipe.yaml", recipe.to_yaml())
+    return trained, recipe
+
+
+def _tokenizer(found: Checkpoint, base: Recipe | None, given: Path | None) -> Path | None:
+    """Return the Q-Former's tokenizer: the given one, the source's own, or the recipe's at hand."""
+    lying = [given] if given is not None else []
+    if found.path.is_dir():
+        lying.append(found.path / "qformer_tokenizer" / "tokenizer.json")
+        lying.append(found.path / "qformer_tokenizer.json")
+    for path in lying:
+        if path.exists():
+            return path
+    if given is not None:
+        raise CloverError(f"--tokenizer {given}: no such file")
+    return None if base is None else _local(base.qformer.tokenizer)
+
+
+def _local(reference: str | None) -> Path | None:
+    """Return where a referenced file lies, if it does; nothing is fetched."""
+    path = None if reference is None else parse(reference).path
+    return path if path is not None and path.exists() else None
 
 
 def _renamed(found: Checkpoint, rename: Callable[[str], str | None]) -> list[Entry]:
@@ -106,9 +155,10 @@ def _write_language(found: Checkpoint, folder: Path) -> None:
     write_tensors(folder / "model.safetensors", entries)
     assert found.language is not None
     write_json(folder / "config.json", found.language)
-    if found.path.is_dir():
+    source = found.language_folder or found.path
+    if source.is_dir() and source.resolve() != folder.resolve():
         for pattern in _TOKENIZER:
-            for path in found.path.glob(pattern):
+            for path in source.glob(pattern):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
 
@@ -128,16 +178,22 @@ def _note(found: Checkpoint, path: Path) -> None:
     )
 
 
-def recipe_of(found: Checkpoint, folder: Path, queries: QFormerConfig) -> Recipe:
-    """Return a recipe that names the converted files."""
-    tree: dict[str, object] = {"name": folder.name}
+def recipe_of(
+    found: Checkpoint, folder: Path, queries: QFormerConfig, *, base: Recipe | None = None
+) -> Recipe:
+    """Return a recipe that names the converted files, and what `base` names where there is none."""
+    folder = folder.absolute()  # a path in a recipe counts from where a command is run
+    tree: dict[str, Any] = {} if base is None else base.model_dump(mode="json", exclude_unset=True)
+    tree["name"] = folder.name
     shapes = {name: entry.shape for name, entry in found.entries.items()}
     if "visual_encoder.blocks.0.mlp.fc1.bias" in shapes:
         width = shapes["visual_encoder.cls_token"][2]
         known = [name for name, shape in eva_clip.SHAPES.items() if shape.width == width]
         grid = round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5)
         if known:
-            tree["encoder"] = {
+            said = tree.get("encoder", {})
+            kept = ("licence", "licence_note", "numbers", "batch_size", "microns_per_pixel")
+            tree["encoder"] = {name: said[name] for name in kept if name in said} | {
                 "kind": "eva_clip",
                 "model": known[0],
                 "weights": str(folder / "encoder.safetensors"),
@@ -145,19 +201,41 @@ def recipe_of(found: Checkpoint, folder: Path, queries: QFormerConfig) -> Recipe
             }
     tokenizer = folder / "qformer_tokenizer.json"
     own = queries.model_dump(mode="json")
-    own["tokenizer"] = str(tokenizer) if tokenizer.exists() else None
+    named = tree.get("qformer", {}).get("tokenizer")
+    own["tokenizer"] = str(tokenizer) if tokenizer.exists() else named
     tree["qformer"] = own
     if found.language is not None:
-        is_pair = bool(found.language.get("is_encoder_decoder")) or (
-            found.language.get("model_type") == "t5"
-        )
-        tree["language"] = {
-            "kind": "encoder_decoder" if is_pair else "decoder_only",
-            "weights": str(folder / "language"),
-            "max_answer_tokens": 256,
-        }
-    tree["tune"] = {"instruction_aware": found.details.get("class") != "blip2"}
+        tree["language"] = _language_section(found, folder, tree.get("language", {}))
+    # LAVIS drops the text's weights from a Q-Former that does not read the question (SPEC, 4).
+    has_text = "Qformer.bert.embeddings.word_embeddings.weight" not in found.filled
+    reads = has_text and found.details.get("class") != "blip2"
+    tree["tune"] = tree.get("tune", {}) | {"instruction_aware": reads}
     return Recipe.model_validate(tree)
+
+
+def _language_section(found: Checkpoint, folder: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe's section for the language model that came with the checkpoint."""
+    language = found.language or {}
+    is_pair = bool(language.get("is_encoder_decoder")) or language.get("model_type") == "t5"
+    section = {"max_answer_tokens": 256} | said
+    if not is_pair and not said.get("text_start"):
+        section["text_start"] = _start_of_text(folder / "language")
+    kind = "encoder_decoder" if is_pair else "decoder_only"
+    return section | {"kind": kind, "weights": str(folder / "language")}
+
+
+def _start_of_text(folder: Path) -> str:
+    """Return the token a tokenizer puts before every text, which CLOVER's prompts spell out."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return ""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return ""  # `clover ask` says what is wrong with it
+    first = tokenizer("a")["input_ids"][:1]
+    return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] else ""
 
 
 def write_lavis(found: Checkpoint, target: Path) -> Path:

@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -102,22 +103,11 @@ class TokenEncoder:
         self.batch_size = config.batch_size
         self.microns_per_pixel = config.microns_per_pixel
         self._device = device
-        self._process = ImageProcessor(
-            config.image_size, config.mean or built.mean, config.std or built.std
-        )
+        self._process = _processor(config, built)
         self.num_tokens, self.width = token_shape(self.network, config.image_size)
         if config.numbers == "int8":
             quantise(self.network, device)
-        asset = parse(config.weights) if config.weights else None
-        self.revision = fingerprint(
-            {
-                "weights": asset and [asset.reference, asset.sha256],
-                "options": config.options,
-                "pixels": [config.image_size, self._process.mean, self._process.std],
-                "numbers": config.numbers,
-                "form": 1,
-            }
-        )
+        self.revision = _revision(config, self._process)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -128,6 +118,43 @@ class TokenEncoder:
         """[B, 3, S, S] -> [B, P, E], float32 on the CPU, without gradient."""
         tokens: Tensor = self.network(pixels.to(self._device, self._dtype))
         return tokens.float().cpu()
+
+
+def _processor(config: EncoderConfig, built: Family) -> ImageProcessor:
+    return ImageProcessor(config.image_size, config.mean or built.mean, config.std or built.std)
+
+
+def _revision(config: EncoderConfig, process: ImageProcessor) -> str:
+    asset = parse(config.weights) if config.weights else None
+    return fingerprint(
+        {
+            "weights": asset and [asset.reference, asset.sha256],
+            "options": config.options,
+            "pixels": [config.image_size, process.mean, process.std],
+            "numbers": config.numbers,
+            "form": 1,
+        }
+    )
+
+
+def describe(config: EncoderConfig) -> dict[str, Any]:
+    """Return what a model folder says of an encoder: id, revision, width, licence.
+
+    Its weights need not be at hand, except for transformers' folders, which say what they are.
+
+    Raises:
+        CloverError: as `build_family`.
+    """
+    if config.kind == "transformers_vision":
+        encoder = TokenEncoder(config)
+        named, identity, revision, width = config, encoder.id, encoder.revision, encoder.width
+    else:
+        with torch.device("meta"):
+            named, built = build_family(config)
+        identity, revision = built.id, _revision(named, _processor(named, built))
+        width = token_shape(built.network, named.image_size)[1]
+    said = {"id": identity, "revision": revision, "width": width, "licence": named.licence}
+    return said | ({"licence_note": named.licence_note} if named.licence_note else {})
 
 
 def number_format(config: EncoderConfig) -> torch.dtype:

@@ -1,0 +1,259 @@
+"""A converted checkpoint is a model: it opens, answers as transformers does, and may be moved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import clover
+from clover.cli import cli
+from clover.core.errors import CloverError
+from clover.core.tensors import open_tensors
+from clover.language.protocol import GenerationSettings
+from tiny import write_tokenizer
+
+from .theirs import KINDS, QUERIES, WORDS, build
+
+QUESTION = "is there some necrosis ?"
+STAGE_2 = [kind for kind in KINDS if kind != "retrieval"]
+SPECIAL = {
+    # pad, start, end, by their places in the families' own vocabularies.
+    "llama": ["<pad>", "<s>", "</s>", "<unk>"],
+    "opt": ["<unused>", "<pad>", "</s>", "<unk>"],
+    "t5": ["<pad>", "</s>", "<unk>", "<unused>"],
+}
+
+
+def write_language_tokenizer(kind: str, folder: Path) -> None:
+    """Write a word tokenizer that puts its family's special tokens around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL[kind], *QUESTION.split()]
+    words += [f"word{index}" for index in range(WORDS - 1 - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    first = {"llama": "<s>", "opt": "</s>"}.get(kind)
+    single = f"{first} $A" if first else "$A </s>"
+    mark = first or "</s>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(mark, words.index(mark))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token=first,
+    )
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Return transformers' folders as their own classes and processors save them."""
+    top, made = tmp_path_factory.mktemp("theirs"), {}
+    for kind in KINDS:
+        folder = top / kind
+        model = build(kind, folder)
+        (folder / "qformer_tokenizer").mkdir()
+        fill = [f"w{index}" for index in range(199 - 1 - 5 - 2 * 26)]
+        write_tokenizer(folder / "qformer_tokenizer" / "tokenizer.json", fill)
+        if kind != "retrieval":
+            write_language_tokenizer(kind.partition("-")[2], folder)
+        made[kind] = (folder, model)
+    return made
+
+
+def picture(seed: int) -> Image.Image:
+    # Coarse, or every patch would be about the same grey.
+    pixels = np.random.default_rng(seed).choice([0, 255], (5, 4, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).resize((61, 47), Image.Resampling.NEAREST)
+
+
+def expected(model: Any, folder: Path, image: Image.Image, encoder: Any) -> str:
+    """Return transformers' greedy answer: image places, then the tokenizer's own ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = tokenizer(QUESTION)["input_ids"]
+    inputs = {
+        "pixel_values": encoder.prepare(image)[None],
+        "input_ids": torch.tensor([[WORDS - 1] * QUERIES + ids]),
+    }
+    if model.config.model_type == "instructblip":
+        questions = clover.qformer.tokenizer.TextTokenizer(
+            folder / "qformer_tokenizer" / "tokenizer.json"
+        )([QUESTION], limit=64)
+        inputs |= {"qformer_input_ids": questions.ids, "qformer_attention_mask": questions.mask}
+    row = model.generate(**inputs, do_sample=False, max_new_tokens=9)[0].tolist()
+    if not model.config.text_config.is_encoder_decoder:
+        assert row[: QUERIES + len(ids)] == inputs["input_ids"][0].tolist()
+        row = row[QUERIES + len(ids) :]
+    return str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+
+
+def convert(source: Path, target: Path, *more: str) -> Result:
+    arguments = ["convert", str(source), str(target), "--to", "clover", *more]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done
+
+
+def check_answers(theirs: tuple[Path, Any], target: Path) -> clover.Clover:
+    folder, model = theirs
+    ours = clover.load(target, device="cpu", precision="float32")
+    wanted = expected(model, folder, picture(1), ours.encoder)
+    found = ours.ask(picture(1), QUESTION, settings=GenerationSettings(max_tokens=9)).text
+    assert found == wanted and len(found.split()) > 1
+    # Random weights say about the same of every image; what they see of it is not the same.
+    with torch.no_grad():
+        seen = [ours.visual_prefix(ours.encode(picture(seed)), [QUESTION]) for seed in (1, 2)]
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+    return ours
+
+
+@pytest.mark.parametrize("kind", STAGE_2)
+def test_transformers_folder_answers_as_transformers_does_and_may_be_moved(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path, kind: str
+) -> None:
+    done = convert(theirs[kind][0], tmp_path / "made")
+    assert f"a model: clover ask {tmp_path / 'made'}" in done.output
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["recipe"]["encoder"]["weights"] == "beside:encoder.safetensors"
+    assert config["recipe"]["language"]["weights"] == "beside:language"
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    ours = check_answers(theirs[kind], tmp_path / "moved")
+    assert ours.bridge.num_trainable() == config["trainable_parameters"]
+    assert ours.language.hidden_size == config["language"]["width"] == 40
+
+
+@pytest.mark.parametrize("kind", STAGE_2)
+@pytest.mark.parametrize("form", ["lavis", "published"])
+def test_lavis_and_published_files_answer_with_a_recipes_frozen_parts(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path, kind: str, form: str
+) -> None:
+    source, target = theirs[kind][0], tmp_path / "made"
+    whole = convert_to_lavis(source, tmp_path / "whole.pth")
+    parts = ("t5_model.", "llm_model.", "opt_model.")
+    # LAVIS's stage 2 files carry what learnt; the published CLOVER's the image encoder as well.
+    if form == "lavis":
+        state = {n: t for n, t in whole.items() if not n.startswith((*parts, "visual_encoder."))}
+        torch.save(
+            {n: t for n, t in whole.items() if n.startswith("visual_")}, tmp_path / "eva.pth"
+        )
+    else:
+        state = {f"module.{n}": t for n, t in whole.items() if not n.startswith(parts)}
+    torch.save({"model": state, "epoch": 2}, tmp_path / "stage2.pth")
+    # The language model by itself, as its own class saves it.
+    theirs[kind][1].language_model.save_pretrained(tmp_path / "language")
+    write_language_tokenizer(kind.partition("-")[2], tmp_path / "language")
+    recipe = {
+        "name": "twin",
+        "encoder": {"kind": "eva_clip", "model": "vit_tiny_14", "image_size": 56},
+        "qformer": {"tokenizer": str(source / "qformer_tokenizer" / "tokenizer.json")},
+        "language": {"weights": str(tmp_path / "language"), "licence": "MIT"},
+    }
+    if form == "lavis":
+        recipe["encoder"]["weights"] = str(tmp_path / "eva.pth")  # type: ignore[index]
+    if kind.endswith("t5"):
+        recipe["language"]["kind"] = "encoder_decoder"  # type: ignore[index]
+    else:
+        first = {"llama": "<s>", "opt": "</s>"}[kind.partition("-")[2]]
+        recipe["language"]["text_start"] = first  # type: ignore[index]
+    (tmp_path / "twin.yaml").write_text(yaml.safe_dump(recipe))
+    convert(tmp_path / "stage2.pth", target, "--recipe", f"{tmp_path}/twin.yaml", "--heads", "4")
+    assert (target / "encoder.safetensors").exists() == (form == "published")
+    assert not (target / "language").exists()
+    # Nothing says so but the text's weights, which LAVIS drops where they are not read.
+    said = json.loads((target / "config.json").read_text())["recipe"]["tune"]
+    assert said["instruction_aware"] == kind.startswith("instruct")
+    ours = check_answers(theirs[kind], target)
+    assert "MIT" in (target / "README.md").read_text()
+    assert ours.recipe.language.weights == str(tmp_path / "language")
+
+
+def convert_to_lavis(source: Path, target: Path) -> dict[str, torch.Tensor]:
+    from clover.convert.run import convert as run
+
+    run(source, target, to="lavis", has_check=False)
+    return dict(open_tensors(target))
+
+
+def test_what_is_missing_is_named_and_nothing_claims_to_be_a_model(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    whole = convert_to_lavis(theirs["instructblip-llama"][0], tmp_path / "whole.pth")
+    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
+    torch.save({"model": kept}, tmp_path / "stage2.pth")
+    done = convert(tmp_path / "stage2.pth", tmp_path / "out", "--heads", "4")
+    for line in ("encoder.weights: --encoder", "language.weights: --l", "qformer.tokenizer: --t"):
+        assert f"not yet a model: it lacks {line}" in done.output
+    assert not (tmp_path / "out" / "config.json").exists()
+    done = convert(theirs["retrieval"][0], tmp_path / "one")
+    assert "it lacks stage 2: this is a stage 1 checkpoint" in done.output
+    assert not (tmp_path / "one" / "config.json").exists()
+
+
+def test_options_bring_the_parts_one_by_one(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    kind = "instructblip-llama"
+    source, model = theirs[kind]
+    whole = convert_to_lavis(source, tmp_path / "whole.pth")
+    torch.save({n: t for n, t in whole.items() if n.startswith("visual_")}, tmp_path / "eva.pth")
+    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
+    torch.save({"model": kept}, tmp_path / "stage2.pth")
+    model.language_model.save_pretrained(tmp_path / "language")
+    write_language_tokenizer("llama", tmp_path / "language")
+    parts = ["--encoder", tmp_path / "eva.pth", "--language", tmp_path / "language"]
+    parts += ["--tokenizer", source / "qformer_tokenizer" / "tokenizer.json", "--heads", "4"]
+    convert(tmp_path / "stage2.pth", tmp_path / "out", *map(str, parts))
+    check_answers(theirs[kind], tmp_path / "out")
+
+
+def test_a_recipe_with_another_language_model_or_encoder_is_one_line(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    whole = convert_to_lavis(theirs["instructblip-llama"][0], tmp_path / "whole.pth")
+    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
+    torch.save({"model": kept}, tmp_path / "stage2.pth")
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide" / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    tree = {
+        "name": "other",
+        "encoder": {"kind": "eva_clip", "model": "vit_tiny_14", "weights": "x", "image_size": 56},
+        "qformer": {"tokenizer": "t.json"},
+        "language": {"weights": str(tmp_path / "wide")},
+    }
+    words = {
+        "language": "was trained for a language model 40 wide",
+        "encoder": "reads image tokens 48 wide, and those of eva_clip/vit_g_14 are 1408",
+    }
+    for part, line in words.items():
+        if part == "encoder":
+            tree["encoder"] = {"kind": "eva_clip", "model": "vit_g_14", "weights": "x"}
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree))
+        files = tmp_path / "stage2.pth", tmp_path / "out"
+        more = ["--to", "clover", "--heads", "4", "--recipe", tmp_path / "other.yaml"]
+        done = subprocess.run(
+            [sys.executable, "-m", "clover.cli", "convert", *files, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+        assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(CloverError, match="it holds no config"):
+        clover.load(tmp_path / "out")
