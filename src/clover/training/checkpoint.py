@@ -118,7 +118,13 @@ def load_latest(
                 f"{path} was made with other settings{differing}; "
                 "give the settings it was started with, or another --out"
             )
-        module.load_state_dict(state["module"])
+        try:
+            module.load_state_dict(state["module"])
+        except RuntimeError as error:
+            raise CloverError(
+                f"{path} was saved by another version of clover, whose tensors differ; finish with "
+                f"that version, or delete {folder} to begin this stage again"
+            ) from error
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():

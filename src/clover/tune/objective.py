@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.training.objective import Losses
 from clover.vision.dataset import FeatureSet
+
+_QUESTIONS_AT_ONCE = 4096
+"""Questions that are tokenised together to find their words."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,17 @@ class TuneObjective:
             len(record.answer or "") + len(record.question or "") // 2
             for record in self.data.records
         ]
+
+    def words(self) -> Tensor | None:
+        """Return the ids that the Q-Former reads of any question, unique [R]; None when of none."""
+        found: set[int] = set()
+        asked = sorted({self.model.question_of(record) for record in self.data.records})
+        for start in range(0, len(asked), _QUESTIONS_AT_ONCE):
+            tokens = self.model.question_tokens(asked[start : start + _QUESTIONS_AT_ONCE])
+            if tokens is None:
+                return None
+            found.update(tokens.ids.flatten().tolist())
+        return torch.tensor(sorted(found | {self.model.tokenizer.pad}))
 
     def names(self, indices: Sequence[int]) -> list[str]:
         """Return the records' ids."""

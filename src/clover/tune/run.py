@@ -23,6 +23,7 @@ from clover.model import (
     load_tokenizer,
 )
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
+from clover.qformer.used_words import only_words
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
@@ -110,9 +111,10 @@ def tune(
     with folder.timed("tune") as details:
         objective = TuneObjective(model, data)
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
-        if recipe.tune.grounding_steps:
-            ground(objective, job)
-        is_finished = train(objective, job)
+        with only_words(bridge.qformer, objective.words()):
+            if recipe.tune.grounding_steps:
+                ground(objective, job)
+            is_finished = train(objective, job)
         details["trainable_parameters"] = bridge.num_trainable()
     if is_finished:
         model.details = {
