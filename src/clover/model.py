@@ -506,11 +506,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _place(recipe: dict[str, Any], path: Path) -> None:
-    """Write out where the folder's own files lie; the folder may have been moved."""
+    """Write out where the folder's own files lie; the folder may have been moved.
+
+    In full: features are cached under the weights' place, and `model/` is another one elsewhere.
+    """
     for section in recipe.values():
         for name, value in section.items() if isinstance(section, dict) else ():
             if isinstance(value, str) and value.startswith(_BESIDE):
-                section[name] = str(path / value.removeprefix(_BESIDE))
+                section[name] = str(path.resolve() / value.removeprefix(_BESIDE))
 
 
 def load(
@@ -544,7 +547,8 @@ def load(
     else:
         encoder = load_encoder(recipe.encoder)
     # The revision holds the weights' place; a file in the folder itself is the one that was meant.
-    is_own = recipe.encoder.weights == str(path / Path(recipe.encoder.weights or "").name)
+    own = path.resolve() / Path(recipe.encoder.weights or "").name
+    is_own = recipe.encoder.weights == str(own)
     if not is_own and encoder.revision != config["encoder"]["revision"]:
         raise CloverError(
             f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "

@@ -201,6 +201,11 @@ def test_what_is_missing_is_named_and_nothing_claims_to_be_a_model(
     for line in ("encoder.weights: --encoder", "language.weights: --l", "qformer.tokenizer: --t"):
         assert f"not yet a model: it lacks {line}" in done.output
     assert not (tmp_path / "out" / "config.json").exists()
+    # A folder that was a model stays one where nothing could be written into it.
+    (tmp_path / "out" / "config.json").write_text("{}")
+    typo = ["convert", tmp_path / "stage2.pth", tmp_path / "out", "--to", "clover", "--heads", "4"]
+    failed = CliRunner().invoke(cli, [*map(str, typo), "--tokenizer", str(tmp_path / "typo.json")])
+    assert failed.exit_code != 0 and (tmp_path / "out" / "config.json").exists()
     done = convert(theirs["retrieval"][0], tmp_path / "one")
     assert "it lacks stage 2: this is a stage 1 checkpoint" in done.output
     assert not (tmp_path / "one" / "config.json").exists()

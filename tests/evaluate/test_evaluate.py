@@ -281,6 +281,26 @@ def test_questions_that_failed_are_named_and_asked_again(tiny: Tiny, tmp_path: P
     assert len(flawed.requests) == 51
 
 
+def test_an_unreadable_image_costs_its_own_questions_alone(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.instructions.read_text().splitlines()]
+    whole = tiny.instructions.parent / rows[0]["image"]
+    (tmp_path / "torn.png").write_bytes(whole.read_bytes()[:60])
+    rows = [row | {"image": str(tiny.instructions.parent / row["image"])} for row in rows]
+    rows[5]["image"] = str(tmp_path / "torn.png")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    peer = Peer()
+    done = clover(
+        *("evaluate", "--endpoint", peer.url, "--model", "peer", "--data", data),
+        *("--out", tmp_path / "out", "--predict-only", "--concurrency", "4"),
+    )
+    peer.server.shutdown()
+    assert done.returncode == 2 and done.stderr.count("cannot read the image") == 1
+    assert f"1 of {len(rows)} questions got no answer" in done.stderr
+    assert len(peer.requests) == len(rows) - 1
+    assert len(lines(tmp_path / "out" / "predictions.part")) == len(rows)  # header and the others
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

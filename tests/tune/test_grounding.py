@@ -100,6 +100,27 @@ def test_a_rare_question_is_asked_more_often_but_never_more_than_the_commonest(t
 
     assert asked(3) == {0: 3, **dict.fromkeys(range(1, len(records)), 1)}
     assert asked(10_000)[0] == len(records) - 1
+    expected = GroundingObjective(found.model, found.data, repeat=3)._groups
+    found.group(3)
+    assert found._groups == expected
+
+
+def test_rare_questions_may_come_more_often_only_once_the_others_are_known(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grouped: list[int] = []
+    group = GroundingObjective.group
+
+    def noted(self: GroundingObjective, repeat: int) -> None:
+        grouped.append(repeat)
+        group(self, repeat)
+
+    monkeypatch.setattr(GroundingObjective, "group", noted)
+    steps = {"grounding_steps": 2, "anchoring_steps": 2, "grounding_batch_size": 4, "steps": 1}
+    recipe = tiny_recipe(tiny.folder, tune=steps | {"anchoring_repeat": 5})
+    paths = {"instructions": tiny.instructions, "cache": tiny.folder / "cache"}
+    tune(recipe, out=tmp_path / "model", run=tmp_path / "run", **paths)
+    assert grouped == [1, 5]
 
 
 def test_a_filler_of_several_tokens_is_refused(tiny: Tiny) -> None:

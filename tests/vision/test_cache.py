@@ -292,6 +292,9 @@ def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) 
     fewer = Counting()
     FeatureCache(tmp_path / "c", fewer).fill(paths)
     assert fewer.seen == 0, "a reader of one view makes none"
+    more = FeatureCache(tmp_path / "c", encoder, views=4)
+    assert digests[0] in more and not more.is_whole(digests[0])
+    assert cache.is_whole(digests[0])
 
 
 def test_training_draws_views_by_its_seed_and_evaluation_sees_the_image_as_it_is(
@@ -408,6 +411,11 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
         assert DigestMemory(tmp_path / "m.sqlite").digest(path) == first
     path.write_bytes(b"two")
     assert DigestMemory(tmp_path / "m.sqlite").digest(path) == hashlib.sha256(b"two").hexdigest()
+    # Where it cannot be written, files are read again; nothing else happens.
+    (tmp_path / "file").write_bytes(b"")
+    nowhere = DigestMemory(tmp_path / "file" / "m.sqlite")
+    nowhere.digest(path)
+    nowhere.save()
     (tmp_path / "m.sqlite").write_bytes(b"torn")
     torn = DigestMemory(tmp_path / "m.sqlite")
     assert torn.digest(path) == hashlib.sha256(b"two").hexdigest()

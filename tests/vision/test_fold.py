@@ -49,6 +49,20 @@ def test_a_folded_network_gives_the_same_maps_and_has_no_batch_norm(model: str) 
         assert torch.equal(ours, theirs), "the given network was changed"
 
 
+@pytest.mark.parametrize("levels", [(2, 3), (3, 2), (1,)])
+def test_every_level_that_is_read_is_kept_whatever_their_order(levels: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = lively(
+        timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=levels)
+    )
+    before, stages = network(pixels()), len(network.blocks)  # type: ignore[arg-type]
+    drop_unread_stages(network)
+    assert len(network.blocks) < stages  # type: ignore[arg-type]
+    found = network(pixels())
+    assert len(found) == len(levels)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, before, strict=True))
+
+
 class ReadTwice(nn.Module):
     """The convolution's own output is read too: a fold would change it."""
 

@@ -50,8 +50,6 @@ def write_clover(
     Returns:
         The trained part's file, `align.safetensors` (stage 1) or `bridge.safetensors`; the recipe.
     """
-    # A folder written before must not look whole while its files are replaced.
-    (target / "config.json").unlink(missing_ok=True)
     queries = qformer_config(found)
     named = _tokenizer(found, base, tokenizer)
     if "Qformer.bert.embeddings.word_embeddings.weight" not in found.entries and named is not None:
@@ -59,6 +57,9 @@ def write_clover(
         queries = queries.model_copy(update={"vocab_size": TextTokenizer(named).vocab_size})
     _complete(found, queries)
     target.mkdir(parents=True, exist_ok=True)
+    if not found.is_stage_1:
+        # A folder written before must not look whole while its files are replaced.
+        (target / "config.json").unlink(missing_ok=True)
     trained = target / ("align.safetensors" if found.is_stage_1 else "bridge.safetensors")
     write_tensors(trained, _renamed(found, lavis_name))
     if vision := found.part("visual_encoder."):

@@ -23,6 +23,7 @@ _LATER = (
     ("qformer", "train_word_embedding"),
     ("align", "ignore_duplicates"),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
+    ("tune", "anchoring_repeat"),
 )
 """(section, field) of the second release on."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -257,6 +258,9 @@ class TuneConfig(OptimizerConfig):
     """How many of them ask about the same image, whose keys are then computed once."""
     grounding_repeat: int = Field(1, ge=1)
     """A question that is rare in the data is asked up to so many times as often in these steps."""
+    anchoring_repeat: int | None = Field(None, ge=1)
+    """The same in the anchoring steps; as before them when absent. "Is this kidney?" can be learnt
+    only once kidneys are known: repeating it from the start holds everything up."""
     grounding_learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of these steps."""
     grounding_filler: str = " -"

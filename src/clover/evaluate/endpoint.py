@@ -91,6 +91,7 @@ class EndpointModel:
         """
         key = find_key(self.url, self.key_variable)
         failed: list[str] = []
+        fatal: CloverError | None = None
         waiting: dict[asyncio.Task[str], int] = {}
         left = iter(indices)
         # The loop runs while there is something to wait for; the caller works in between.
@@ -98,7 +99,11 @@ class EndpointModel:
             client = runner.run(self._client(key))
             try:
                 while True:
-                    while len(waiting) < self.concurrency and not _is_hopeless(failed):
+                    while (
+                        len(waiting) < self.concurrency
+                        and fatal is None
+                        and not _is_hopeless(failed)
+                    ):
                         index = next(left, None)
                         if index is None:
                             break
@@ -112,8 +117,13 @@ class EndpointModel:
                             yield index, task.result()
                         except _FAILURES as error:
                             failed.append(str(error))
+                        except CloverError as error:
+                            # No more is asked; what is under way was paid for, and is kept.
+                            fatal = fatal or error
             finally:
                 runner.run(client.__aexit__())
+        if fatal is not None:
+            raise fatal
         if failed:
             raise CloverError(
                 f"{len(failed):,} of {len(indices):,} questions got no answer from {self.model} "
@@ -130,11 +140,14 @@ class EndpointModel:
 
         Raises:
             CloverError: the endpoint cannot be worked with.
-            Declined: it finds fault with this question.
+            Declined: it finds fault with this question, or the image cannot be read.
             Refused: it was busy or broken every time.
             Lost: no whole reply came, however often it was asked.
         """
-        body = await asyncio.to_thread(self._body, viewer, index)
+        try:
+            body = await asyncio.to_thread(self._body, viewer, index)
+        except CloverError as error:  # this record's image, not the endpoint
+            raise Declined(str(error)) from error
         for attempt in range(1, _ATTEMPTS):
             try:
                 return (await client.send(body)).text

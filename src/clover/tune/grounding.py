@@ -82,9 +82,13 @@ class GroundingObjective:
         self._mean = mean.to(device)
         self._words = self.model.language.word_embeddings(self.vocabulary.to(device)).float()
         self._offsets = self._words - self._mean  # [V', H]
-        self._groups = self._grouped()
+        self.group(self.repeat)
 
-    def _grouped(self) -> list[list[int]]:
+    def group(self, repeat: int) -> None:
+        """Put questions about one image into groups, rare ones up to `repeat` times."""
+        self._groups = self._grouped(repeat)
+
+    def _grouped(self, repeat: int) -> list[list[int]]:
         """Return groups of `together` questions about one image, answers too long left out."""
         chance = random.Random(self.seed)
         asked = Counter(record.question for record in self.data.records)
@@ -92,7 +96,7 @@ class GroundingObjective:
         by_image: dict[str, list[int]] = defaultdict(list)
         for index, record in enumerate(self.data.records):
             if (record.answer or "") in self._spelt:
-                times = min(self.repeat, most // asked[record.question])
+                times = min(repeat, most // asked[record.question])
                 by_image[self.data.digests[index]] += [index] * times
         groups = []
         for found in by_image.values():

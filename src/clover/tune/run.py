@@ -191,6 +191,8 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
         share = refit_projection(grounding, batch_size=own.batch_size)
         job.run.log("refit", 1, explained_variance=round(share, 4))
         grounding.anchor = config.anchoring_weight
+        if config.anchoring_repeat is not None:
+            grounding.group(config.anchoring_repeat)
         own = own.model_copy(update={"steps": config.anchoring_steps})
         train(grounding, replace(job, stage="anchor", config=own, max_steps=None))
 

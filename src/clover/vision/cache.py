@@ -107,7 +107,7 @@ class FeatureCache:
     def refresh(self) -> None:
         """Take up what other processes have written; set torn shards aside."""
         for index in sorted(self.path.glob("shard-*.json")):
-            if index.name in self._known:
+            if index.name in self._known or not index.exists():  # another set it aside meanwhile
                 continue
             shard = open_shard(index)
             if shard.is_torn():
@@ -123,6 +123,10 @@ class FeatureCache:
     def _forget(self, shard: Shard) -> None:
         self._known.discard(shard.index.name)
         self._where = {key: place for key, place in self._where.items() if place[0] is not shard}
+
+    def is_whole(self, digest: str) -> bool:
+        """Return whether all views of an image are in the cache."""
+        return all(_key(digest, view) in self._where for view in range(self.views))
 
     def get(self, digests: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """Return tokens [B, P, E], float32, of images by hash; all must be in the cache.

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Of a file system without locks: everybody may go on, at worst work is done twice."""
 
 
 class Claims:
@@ -32,15 +41,24 @@ class Claims:
 
     def take(self, number: int, *, wait: bool = False) -> bool:
         """Return whether the number is now ours; with `wait`, only once it is."""
+        if fcntl is None:
+            return True
         how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
             fcntl.lockf(self._handle, how, 1, number)
-        except OSError:
-            if wait:
+        except OSError as error:
+            if not wait and error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            if error.errno not in _NO_LOCKS:
                 raise
-            return False
         return True
 
     def give_back(self, number: int) -> None:
         """Let others have the number."""
-        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, number)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise

@@ -90,7 +90,7 @@ def load_feature_set(
     records = [
         record
         for record in found.records
-        if record.image in digests and digests[record.image] in features
+        if record.image in digests and features.is_whole(digests[record.image])
     ]
     if not records:
         reason = rejected[-1].reason if rejected else "no record names an image"

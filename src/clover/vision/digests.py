@@ -7,6 +7,7 @@ again within what the file system calls the same instant.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -68,7 +69,10 @@ class DigestMemory:
                 rows = [(name, *values) for name, values in self._new.items()]
                 base.executemany("insert or replace into digest values (?, ?, ?, ?)", rows)
             base.close()
-        except (sqlite3.DatabaseError, OSError):
-            self._path.unlink(missing_ok=True)
+        except (sqlite3.OperationalError, OSError):
+            pass  # locked, full, or not ours to write: hashed again next time
+        except sqlite3.DatabaseError:  # damaged
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
         self._known.update(self._new)
         self._new = {}

@@ -29,9 +29,10 @@ def drop_unread_stages(network: nn.Module) -> None:
     stages = getattr(network, "blocks", None)
     if information is None or not isinstance(stages, nn.Sequential):
         return
-    parent, _, number = information.module_name()[-1].rpartition(".")
-    if parent == "blocks" and number.isdigit():
-        del stages[int(number) + 1 :]
+    read = [name.rpartition(".") for name in information.module_name()]
+    numbers = [int(number) for parent, _, number in read if parent == "blocks" and number.isdigit()]
+    if numbers:  # levels outside `blocks` come before them
+        del stages[max(numbers) + 1 :]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ first release have none of the three, and are read all the same.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -108,7 +109,7 @@ class Shard:
         folder = self.path.parent / BROKEN
         folder.mkdir(exist_ok=True)
         for path in (self.index, self.path):
-            if path.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(folder / path.name)
         return folder / self.path.name
 
