@@ -6,6 +6,8 @@ import errno
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from clover.core.files import growing
+
 fcntl: ModuleType | None
 try:
     import fcntl
@@ -24,7 +26,8 @@ class Claims:
     """
 
     def __init__(self, path: Path) -> None:
-        self._handle = path.open("ab")
+        with growing(path):
+            self._handle = path.open("ab")
 
     def __enter__(self) -> Claims:
         """Return itself."""
