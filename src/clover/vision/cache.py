@@ -36,6 +36,7 @@ from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
+_AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
 _VIEW = "crop1"
 """How views are made: crop and flip (SPEC, section 3.3: `blip2_image_train`); a part of the key."""
 
@@ -287,7 +288,7 @@ class _Fill:
         cache = self._cache
         ahead: deque[tuple[_Job, str, Future[Tensor | Rejection]]] = deque()
         while True:
-            while len(ahead) < max(2 * cache.batch_size, 64):
+            while len(ahead) < max(2 * cache.batch_size, _AHEAD):
                 item = next(work, None)
                 if item is None:
                     break
