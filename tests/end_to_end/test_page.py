@@ -111,13 +111,16 @@ def saved(page: Any, button: str, folder: Path) -> Path:
 
 
 def test_open_zoom_draw_ask_read_overlay_export(page: Any, tmp_path: Path) -> None:
+    # Not wait_for_function: its polling is evaluated in the page, whose policy forbids that.
+    from playwright.sync_api import expect
+
     assert page.is_visible("text=Research use only, not for diagnosis")
     open_slide(page)
     assert page.inner_text("#scale-text") == "200 µm"
     page.click("#zoom-in")
-    page.wait_for_function("document.getElementById('scale-text').textContent !== '200 µm'")
+    expect(page.locator("#scale-text")).not_to_have_text("200 µm")
     page.click("#fit")
-    page.wait_for_function("document.getElementById('scale-text').textContent === '200 µm'")
+    expect(page.locator("#scale-text")).to_have_text("200 µm")
     click_field(page)
     assert "179 × 179 µm, seen at 5.6 µm/px" in page.inner_text(".about")
     first = ask(page, "which tissue is shown ?")
