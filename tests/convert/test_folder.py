@@ -191,12 +191,18 @@ def convert_to_lavis(source: Path, target: Path) -> dict[str, torch.Tensor]:
     return dict(open_tensors(target))
 
 
+def write_trained_part(source: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Write `stage2.pth`, without encoder and language model; return all tensors of the source."""
+    whole = convert_to_lavis(source, folder / "whole.pth")
+    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
+    torch.save({"model": kept}, folder / "stage2.pth")
+    return whole
+
+
 def test_what_is_missing_is_named_and_nothing_claims_to_be_a_model(
     theirs: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    whole = convert_to_lavis(theirs["instructblip-llama"][0], tmp_path / "whole.pth")
-    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
-    torch.save({"model": kept}, tmp_path / "stage2.pth")
+    write_trained_part(theirs["instructblip-llama"][0], tmp_path)
     done = convert(tmp_path / "stage2.pth", tmp_path / "out", "--heads", "4")
     for line in ("encoder.weights: --encoder", "language.weights: --l", "qformer.tokenizer: --t"):
         assert f"not yet a model: it lacks {line}" in done.output
@@ -216,10 +222,8 @@ def test_options_bring_the_parts_one_by_one(
 ) -> None:
     kind = "instructblip-llama"
     source, model = theirs[kind]
-    whole = convert_to_lavis(source, tmp_path / "whole.pth")
+    whole = write_trained_part(source, tmp_path)
     torch.save({n: t for n, t in whole.items() if n.startswith("visual_")}, tmp_path / "eva.pth")
-    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
-    torch.save({"model": kept}, tmp_path / "stage2.pth")
     model.language_model.save_pretrained(tmp_path / "language")
     write_language_tokenizer("llama", tmp_path / "language")
     parts = ["--encoder", tmp_path / "eva.pth", "--language", tmp_path / "language"]
@@ -231,9 +235,7 @@ def test_options_bring_the_parts_one_by_one(
 def test_a_recipe_with_another_language_model_or_encoder_is_one_line(
     theirs: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
-    whole = convert_to_lavis(theirs["instructblip-llama"][0], tmp_path / "whole.pth")
-    kept = {n: t for n, t in whole.items() if not n.startswith(("llm_model.", "visual_encoder."))}
-    torch.save({"model": kept}, tmp_path / "stage2.pth")
+    write_trained_part(theirs["instructblip-llama"][0], tmp_path)
     (tmp_path / "wide").mkdir()
     (tmp_path / "wide" / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     tree = {

@@ -11,16 +11,15 @@ from clover.align.objective import AlignObjective
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file, write_json
-from clover.core.record import write_rejected
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
-from clover.vision.dataset import load_feature_set, load_image_set
+from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
-from clover.vision.leaks import refuse_leaks
+from clover.vision.leaks import load_training_set
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,15 @@ def align(
     encoder = load_encoder(recipe.encoder)
     tokenizer = load_tokenizer(recipe)
     with run.timed("features"):
-        data = load_feature_set(
+        data = load_training_set(
             captions,
             needs="caption",
+            recipe=recipe,
             encoder=encoder,
             cache=cache,
-            images=recipe.data.images,
-            storage=recipe.encoder.storage,
-            views=recipe.encoder.views,
+            held_out=held_out,
+            rejected=out / "align.rejected.jsonl",
         )
-    write_rejected(out / "align.rejected.jsonl", data.rejected)
-    for path in held_out:
-        asked = load_image_set(path, recipe.data.images)
-        refuse_leaks(data, asked, cache=cache, what=f"{captions} and {path}")
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
             f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "

@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clover.core.errors import CloverError
+
+Line = TypeVar("Line")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -68,6 +70,33 @@ def growing(path: str | Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise disk_refused(path, error.strerror or str(error)) from error
+
+
+def whole_lines(path: Path, read: Callable[[bytes], Line]) -> list[Line]:
+    """Return the lines of a file that a killed process may have been writing; cut a torn end off.
+
+    In place, so that what is appended starts on a line of its own; the file is not written anew: a
+    full disk would take what is in it already.
+
+    Args:
+        path: The file; an absent one has no lines.
+        read: Makes of a line what it stands for. Where it raises ValueError the file ends.
+    """
+    found: list[Line] = []
+    if not path.exists():
+        return found
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            item = read(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        found.append(item)
+        whole += len(line)
+    os.truncate(path, whole)
+    return found
 
 
 def disk_refused(path: str | Path, reason: str) -> CloverError:

@@ -1,9 +1,9 @@
-"""Progress on long work: a bar on a terminal, silence elsewhere."""
+"""What a terminal shows: progress on long work, silent elsewhere, and aligned tables."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 Advance = Callable[..., None]
 """`advance(count=1, note="loss 1.2")` moves the bar."""
@@ -41,3 +41,12 @@ def progress(title: str, total: int | None, *, done: int = 0) -> Iterator[Advanc
                 bar.update(task, advance=count, note=note)
 
         yield advance
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as lines, columns padded to their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

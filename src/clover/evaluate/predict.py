@@ -8,13 +8,12 @@ it, and asks nothing that was answered.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from clover.core.files import fingerprint, growing, write_jsonl
+from clover.core.files import fingerprint, growing, whole_lines, write_jsonl
 from clover.core.record import Record
 from clover.core.terminal import progress
 from clover.evaluate.decoding import Decoding
@@ -204,26 +203,16 @@ def _finished(path: Path, header: Row, keys: Mapping[str, str]) -> dict[str, str
 
 def _answered(path: Path, header: Row) -> dict[str, str]:
     """Return the answers of an unfinished file with the same header, a torn last line left out."""
-    if not path.exists():
+    found = whole_lines(path, _header_or_answer)
+    if not found or found[0] != json.loads(json.dumps(header)):
         return {}
-    lines = path.read_bytes().splitlines(keepends=True)
-    try:
-        if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
-            return {}
-    except ValueError:
-        return {}
-    answers: dict[str, str] = {}
-    whole = len(lines[0])
-    for line in lines[1:]:
-        try:
-            key, answer = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        answers[key] = answer
-        whole += len(line)
-    # Cut a torn line off in place, so that what is appended starts on a line of its own. The file
-    # is not written anew: a full disk would take what was answered already.
-    os.truncate(path, whole)
-    return answers
+    return dict(found[1:])
+
+
+def _header_or_answer(line: bytes) -> Any:
+    """Return a header, or a key and its answer; anything else is a ValueError."""
+    row = json.loads(line)
+    if isinstance(row, dict) and "header" in row:
+        return row
+    key, answer = row
+    return key, answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clover.evaluate.table import align
+from clover.core.terminal import align_columns
 
 _VIEWS = {
     "blind": "without the image",
@@ -97,7 +97,7 @@ def form_lines(scores: Mapping[str, Any]) -> list[str]:
 
 def _ruled(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as aligned lines between two rules."""
-    body = align(rows)
+    body = align_columns(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = "  ".join("─" * width for width in widths)
     return [rule, *body, rule]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from clover.core.terminal import align_columns
 
 _TITLES = {
     "closed": "closed accuracy",
@@ -18,15 +20,6 @@ _MOST_COLUMNS = 3
 _PAIRED = ("McNemar p", "right alone here / there")
 
 FOOTNOTE = "Research use, not for diagnosis."
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of cells as lines, columns padded to their widest cell."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _percent(value: float | None) -> str:
@@ -49,7 +42,7 @@ def score_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
     for start in range(0, len(names), _MOST_COLUMNS):
         shown = names[start : start + _MOST_COLUMNS]
-        lines += [*align(_block({name: scores[name] for name in shown})), ""]
+        lines += [*align_columns(_block({name: scores[name] for name in shown})), ""]
     lines += _per_log_lines(scores)
     if details.get("known_set"):
         lines.append(f"the questions: {details['known_set']}")
@@ -88,7 +81,7 @@ def _per_log_lines(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "per_log_parameters" in found["details"]:
             figures = found["details"]["per_log_parameters"]
             rows.append([name, *(_percent(figures.get(key)) for key in _TITLES)])
-    return [*align(rows), ""] if len(rows) > 1 else []
+    return [*align_columns(rows), ""] if len(rows) > 1 else []
 
 
 def _baseline_lines(details: Mapping[str, Any]) -> list[str]:
@@ -99,7 +92,7 @@ def _baseline_lines(details: Mapping[str, Any]) -> list[str]:
     ):
         found = details[key]
         rows.append([title, _percent(found["closed"]), _percent(found["open_exact"])])
-    return align(rows)
+    return align_columns(rows)
 
 
 def exposure_lines(found: Mapping[str, Any]) -> list[str]:
@@ -139,7 +132,7 @@ def comparison_lines(comparison: Mapping[str, Mapping[str, Any]], against: str) 
             rows.append([title, name, cell(value), p_value, *exact, f"{figure['n']:,}"])
     pairs = next(iter(comparison.values()))["pairs"]
     return [
-        *align(rows),
+        *align_columns(rows),
         f"{pairs:,} items are in both files; points and p: paired bootstrap of whole images; "
         "McNemar: exact, item by item",
     ]

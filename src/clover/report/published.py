@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from clover.core.errors import CloverError, nearest
+from clover.core.terminal import align_columns
 from clover.report.figure import DASH, Figure, decimal, number
 from clover.report.reading import Row, part, read_run, title
 
@@ -187,12 +188,7 @@ def as_text(found: Sequence[Table]) -> str:
     """Return tables for a terminal; a rule stands between ours and quoted rows."""
     lines: list[str] = []
     for table in found:
-        rows = [table.head, *table.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        shown = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        shown = align_columns([table.head, *table.rows])
         rule = "─" * max(map(len, shown))
         split = 1 + table.num_ours
         lines += [table.title, rule, shown[0], rule, *shown[1:split], rule, *shown[split:], rule]

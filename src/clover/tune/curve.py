@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from clover.core.terminal import align_columns
+
 Hits = Mapping[tuple[str, int, int], Sequence[int]]
 """(method, shots, seed) -> 1 or 0 for each test image."""
 
@@ -100,11 +102,7 @@ def curve_lines(result: Mapping[str, Any]) -> list[str]:
             for name, points in others.items():
                 shown = (f"{p['value']:+.1f} [{p['low']:+.1f}, {p['high']:+.1f}]" for p in points)
                 rows.append([f"{title} {name}", *shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return align_columns(rows)
 
 
 def chart(result: Mapping[str, Any]) -> str:

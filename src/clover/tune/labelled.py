@@ -13,8 +13,8 @@ from pathlib import Path
 
 from clover.core.errors import CloverError
 from clover.core.record import Record, read_records
+from clover.slides.source import PLAIN_SUFFIXES
 
-_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 _TEST = frozenset({"test", "val", "valid", "validation", "held-out"})
 QUESTION = "What is the diagnosis?"
 
@@ -63,7 +63,7 @@ def _read_folder(path: Path) -> list[Record]:
         Record(id=str(file.relative_to(path)), image=str(file.relative_to(path)), answer=part.name)
         for part in sorted(item for item in path.iterdir() if item.is_dir())
         for file in sorted(part.rglob("*"))
-        if file.suffix.lower() in _IMAGES
+        if file.suffix.lower() in PLAIN_SUFFIXES
     ]
     if not found:
         raise CloverError(f"{path} holds no image in a class folder, as {path}/CLASS/image.png")

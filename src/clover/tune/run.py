@@ -11,7 +11,7 @@ import torch
 from clover.core.config import Recipe, TuneConfig
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
-from clover.core.record import Record, write_rejected
+from clover.core.record import Record
 from clover.core.run import RunFolder
 from clover.language.prompt import EXAMPLES
 from clover.language.protocol import LanguageModel
@@ -31,9 +31,8 @@ from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.tune.spelling import Spelling
-from clover.vision.dataset import load_feature_set, load_image_set
 from clover.vision.encoder import load_encoder
-from clover.vision.leaks import refuse_leaks
+from clover.vision.leaks import load_training_set
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,15 @@ def tune(
     encoder = load_encoder(recipe.encoder)
     tokenizer = load_tokenizer(recipe)
     with folder.timed("features"):
-        data = load_feature_set(
+        data = load_training_set(
             instructions,
             needs="question",
+            recipe=recipe,
             encoder=encoder,
             cache=cache,
-            images=recipe.data.images,
-            storage=recipe.encoder.storage,
-            views=recipe.encoder.views,
+            held_out=held_out,
+            rejected=run / "tune.rejected.jsonl",
         )
-    write_rejected(run / "tune.rejected.jsonl", data.rejected)
-    for path in held_out:
-        asked = load_image_set(path, recipe.data.images)
-        refuse_leaks(data, asked, cache=cache, what=f"{instructions} and {path}")
     sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
     files = {
         "the instructions' sha256": sha256_file(instructions),
@@ -111,7 +106,8 @@ def tune(
     with folder.timed("tune") as details:
         objective = TuneObjective(model, data)
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
-        with only_words(bridge.qformer, objective.words()):
+        words = objective.words() if recipe.qformer.train_word_embedding else None
+        with only_words(bridge.qformer, words):
             if recipe.tune.grounding_steps:
                 ground(objective, job)
             is_finished = train(objective, job)

@@ -7,7 +7,6 @@ continues), `shots.json`, `shots.svg`, and a model folder taught by the most sho
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, growing, sha256_file, write_json, write_text
+from clover.core.files import fingerprint, growing, sha256_file, whole_lines, write_json, write_text
 from clover.core.record import Record, write_records
 from clover.core.terminal import progress
 from clover.model import Clover, build_bridge, load, load_bridge
@@ -369,20 +368,9 @@ def _save(model: Clover, taught: Taught, folder: Path) -> None:
 
 
 def _done(path: Path, key: str) -> dict[tuple[str, int, int], list[int]]:
-    """Return the fits of an unfinished or finished call with the same key; cut a torn line off."""
-    found: dict[tuple[str, int, int], list[int]] = {}
-    if not path.exists():
-        return found
-    whole = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        whole += len(line)
-        if row.get("key") == key:
-            found[row["method"], row["shots"], row["seed"]] = row["right"]
-    os.truncate(path, whole)
-    return found
+    """Return the fits of an unfinished or finished call with the same key."""
+    return {
+        (row["method"], row["shots"], row["seed"]): row["right"]
+        for row in whole_lines(path, json.loads)
+        if row.get("key") == key
+    }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,8 +68,6 @@ class FeatureCache:
         views: Views an image.
         set_aside: Torn shards that were found on opening, where they lie now.
         num_encoded: Images encoded by this object.
-        waited_s: Seconds in which the encoder waited for images or for the disk.
-        worked_s: Seconds in which it encoded.
     """
 
     def __init__(
@@ -89,7 +86,7 @@ class FeatureCache:
         self.path.mkdir(parents=True, exist_ok=True)
         self.views = views
         self.set_aside: list[Path] = []
-        self.num_encoded, self.waited_s, self.worked_s = 0, 0.0, 0.0
+        self.num_encoded = 0
         self._encoder = encoder
         self._storage: Storage = storage
         self._where: dict[str, tuple[Shard, int]] = {}
@@ -205,10 +202,8 @@ class FeatureCache:
         return self._encoder.prepare(draw_view(image, self._side, random))
 
     def encode(self, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """[3, S, S] of B images -> packed tokens of B images, timed."""
-        start = time.perf_counter()
+        """[3, S, S] of B images -> packed tokens of B images."""
         packed = pack(self._encoder.encode(torch.stack(list(pixels))), self._storage)
-        self.worked_s += time.perf_counter() - start
         self.num_encoded += len(pixels)
         return packed
 
@@ -298,9 +293,7 @@ class _Fill:
             if not ahead:
                 break
             job, key, future = ahead.popleft()
-            start = time.perf_counter()
             found = future.result()
-            cache.waited_s += time.perf_counter() - start
             job.left -= 1
             if isinstance(found, Rejection):
                 self.rejected[self._images[key.partition("@")[0]]] = found
@@ -328,9 +321,7 @@ class _Fill:
     def _finish_writing(self) -> None:
         if self._written is None:
             return
-        start = time.perf_counter()
         shard, number = self._written.result()
-        self._cache.waited_s += time.perf_counter() - start
         self._written = None
         self._cache._register(shard)
         self._claims.give_back(number)

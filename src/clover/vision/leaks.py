@@ -6,7 +6,7 @@ one's pass by: name the smaller file second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, fingerprint, read_json, write_json
-from clover.core.record import Record, Rejection
+from clover.core.record import Needs, Record, Rejection, write_rejected
 from clover.core.terminal import progress
+from clover.vision.dataset import FeatureSet, load_feature_set, load_image_set
+from clover.vision.encoder import ImageEncoder
 from clover.vision.likeness import ANGLES, RINGS, Floats, Gallery
 from clover.vision.pictures import Picture, look
 
@@ -243,3 +246,43 @@ def read_portraits(images: dict[str, Path], cache: Path) -> dict[str, Floats]:
         for digest, found in {**known, **made}.items()
         if digest in images
     }
+
+
+def load_training_set(
+    path: Path,
+    *,
+    needs: Needs,
+    recipe: Recipe,
+    encoder: ImageEncoder,
+    cache: Path,
+    held_out: Sequence[Path],
+    rejected: Path,
+) -> FeatureSet:
+    """Read what a stage learns from, and refuse what will be evaluated.
+
+    Args:
+        path: The records.
+        needs: Which columns each must fill.
+        recipe: Says where images lie, how features are kept and how many views are drawn from.
+        encoder: Of the images.
+        cache: The feature cache's folder.
+        held_out: Record files that training must share no image and no group with.
+        rejected: Where what was set aside is listed.
+
+    Raises:
+        CloverError: nothing usable is left, or a held-out file shares something.
+    """
+    data = load_feature_set(
+        path,
+        needs=needs,
+        encoder=encoder,
+        cache=cache,
+        images=recipe.data.images,
+        storage=recipe.encoder.storage,
+        views=recipe.encoder.views,
+    )
+    write_rejected(rejected, data.rejected)
+    for other in held_out:
+        asked = load_image_set(other, recipe.data.images)
+        refuse_leaks(data, asked, cache=cache, what=f"{path} and {other}")
+    return data
