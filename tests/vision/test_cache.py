@@ -28,7 +28,7 @@ from clover.core.record import Record
 from clover.vision import shard as shard_file
 from clover.vision.cache import FeatureCache, hash_images
 from clover.vision.dataset import FeatureSet, load_feature_set
-from clover.vision.digests import DigestMemory
+from clover.core.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder, TinyEncoder
 from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
@@ -402,7 +402,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
-    monkeypatch.setattr("clover.vision.digests._SETTLED_NS", -1)
+    monkeypatch.setattr("clover.core.digests._SETTLED_NS", -1)
     memory = DigestMemory(tmp_path / "m.sqlite")
     first = memory.digest(path)
     memory.save()

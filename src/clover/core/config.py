@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
+from clover.core.lock import lock_path, read_lock
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
@@ -456,6 +457,39 @@ def load_recipe(name: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
     for setting in settings:
         _assign(tree, setting)
     try:
-        return Recipe.model_validate(tree)
+        return _locked(Recipe.model_validate(tree), path)
     except ValidationError as error:
         raise CloverError(explain_error(error, str(path))) from error
+
+
+ASSETS = (
+    ("encoder", "weights"),
+    ("qformer", "weights"),
+    ("qformer", "tokenizer"),
+    ("language", "weights"),
+)
+"""(section, field) of a recipe's references."""
+
+
+def lock_of(name: str | Path) -> Path:
+    """Return where the lock of a recipe lies, or would: see `core/lock.py`."""
+    path = find_recipe(name)
+    return lock_path(path, is_shipped=path.resolve().parent == RECIPES.resolve())
+
+
+def _locked(recipe: Recipe, path: Path) -> Recipe:
+    """Return the recipe with its references as its lock pins them."""
+    found = read_lock(lock_of(path))
+    changes: dict[str, Any] = {}
+    for section, field in ASSETS:
+        entry = found.get(f"{section}.{field}")
+        part = changes.get(section) or getattr(recipe, section)
+        said = getattr(part, field)
+        # An encoder known by name leaves its weights to the register.
+        is_register = section == "encoder" and recipe.encoder.kind == "known" and said is None
+        if entry is None or (said != entry["reference"] and not is_register):
+            continue
+        if not is_register or entry.get("model") == recipe.encoder.model:
+            tree = part.model_dump(exclude_unset=True) | {field: entry["pinned"]}
+            changes[section] = type(part).model_validate(tree)
+    return recipe.model_copy(update=changes)

@@ -28,7 +28,7 @@ from clover.core.record import Record, Rejection
 from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region, region_digest
 from clover.vision.claim import Claims
-from clover.vision.digests import DigestMemory
+from clover.core.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.image_processor import draw_view
 from clover.vision.shard import Shard, open_shard, write_shard

@@ -12,7 +12,7 @@ from torch import Tensor
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
 from clover.vision.cache import FeatureCache, hash_images
-from clover.vision.digests import DigestMemory
+from clover.core.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.storage import Storage
 

@@ -1,4 +1,5 @@
-"""Hashes of image files that have not changed: a million images are not read to start a training.
+"""Hashes of files that have not changed: a million images are not read to start a training, nor
+the gigabytes of a model to see that they are the pinned ones.
 
 A file is taken for unchanged when its size and its time of change, to the nanosecond, are what they
 were. A file that was changed within two seconds of being hashed is not remembered: it might change
@@ -8,11 +9,12 @@ again within what the file system calls the same instant.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sqlite3
 import time
 from pathlib import Path
+
+from clover.core.files import sha256_file
 
 _SETTLED_NS = 2_000_000_000
 
@@ -50,7 +52,7 @@ class DigestMemory:
         if known is not None and known[:2] == (size, at):
             return known[2].hex()
         is_settled = time.time_ns() - at > _SETTLED_NS
-        sha = hashlib.sha256(path.read_bytes()).digest()
+        sha = bytes.fromhex(sha256_file(name))
         if is_settled:
             self._new[name] = (size, at, sha)
         return sha.hex()
