@@ -30,6 +30,7 @@ from clover.vision import shard as shard_file
 from clover.vision.cache import FeatureCache, hash_images
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import ImageEncoder, TinyEncoder
+from clover.vision.image_processor import draw_view, rand_augment
 from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
 
@@ -295,6 +296,31 @@ def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) 
     more = FeatureCache(tmp_path / "c", encoder, views=4)
     assert digests[0] in more and not more.is_whole(digests[0])
     assert cache.is_whole(digests[0])
+
+
+def test_augmented_views_are_the_published_training_processor(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 4)
+    paths = hash_images(records, tmp_path / "i")[1]
+    caches = {}
+    for kind in ("crop", "augment"):
+        caches[kind] = FeatureCache(tmp_path / "c", Counting(), views=3, view_kind=kind)
+        assert caches[kind].fill(paths) == []
+    changed = 0
+    for digest, path in paths.items():
+        for view in (1, 2):
+            random = np.random.default_rng([int(digest[:16], 16), view])
+            with Image.open(path) as image:
+                drawn = draw_view(image, 32, random)
+            encoder = Counting()
+            tokens = {
+                kind: encoder.encode(encoder.prepare(picture)[None])[0]
+                for kind, picture in (("crop", drawn), ("augment", rand_augment(drawn, random)))
+            }
+            for kind, expected in tokens.items():
+                found = caches[kind].get([digest], [view])[0]
+                assert torch.allclose(found, expected, atol=1e-3), kind
+            changed += not torch.equal(tokens["crop"], tokens["augment"])
+    assert changed >= 2, "some draw does something"
 
 
 def test_turned_views_are_the_seven_ways_to_turn_and_mirror_an_image(tmp_path: Path) -> None:

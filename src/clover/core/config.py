@@ -111,8 +111,9 @@ class EncoderConfig(Section):
     """Number format that training images' tokens are kept in; int8 has one scale a token."""
     views: int = Field(1, ge=1)
     """Views an image that training draws from: the image as it is, and others made of it."""
-    view_kind: Literal["crop", "turn"] = "crop"
-    """How: random crops and mirror images (as published), or the seven turns and mirror images."""
+    view_kind: Literal["crop", "augment", "turn"] = "crop"
+    """How: random crops and mirror images; these with RandAugment, as published for stage 2; or the
+    seven turns and mirror images."""
 
     @model_validator(mode="after")
     def _check_views(self) -> EncoderConfig:

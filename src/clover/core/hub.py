@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from clover.core.assets import Asset, remembered_sha256
 from clover.core.errors import CloverError, nearest
-from clover.core.files import disk_error, disk_refused, read_json, write_json, write_text
+from clover.core.files import FULL, disk_refused, read_json, write_json, write_text
+from clover.core.terminal import progress
 
 _WANTED = re.compile(
     r"^[^/]+\.safetensors$|^([\w-]+/)?[^/]+\.(json|txt|model|jinja|md)$|^LICENSE[^/]*$"
@@ -27,6 +29,8 @@ _UNWANTED = re.compile(r"^(onnx|openvino|original|runs)/|^consolidated|^\.")
 """Of a snapshot: weights as safetensors, tokenizer, configuration, licence. Never a pickle, which
 can run code, nor the same weights for other programs. Pinned manifests depend on this choice."""
 Manifest = dict[str, Any]
+_ATTEMPTS = 3
+_PARTIAL = 206
 
 
 def manifest_digest(files: Mapping[str, str]) -> str:
@@ -150,31 +154,71 @@ def _other(asset: Asset, place: Path | None, remedy: str) -> str:
 def _fetch(asset: Asset) -> None:
     """Bring an asset into the cache: listed, downloaded, compared, moved."""
     try:
-        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub import HfApi
 
         asked = asset.commit or asset.version or "main"
         info = HfApi().model_info(asset.name, revision=asked, files_metadata=True)
-        folder = asset.shelf / str(info.sha)
-        staging = asset.shelf / f".{info.sha}.part"
+        commit = str(info.sha)
+        staging = asset.shelf / f".{commit}.part"
         listed = {item.rfilename: item for item in info.siblings or []}
-        wanted = _choose(asset, listed)
         brought: dict[str, Path] = {}
-        for name in wanted:
-            lying = folder / name
+        for name in _choose(asset, listed):
+            lying = asset.shelf / commit / name
             if not lying.exists():
-                hf_hub_download(asset.name, name, revision=info.sha, local_dir=staging)
                 lying = staging / name
+                _download(asset.name, commit, listed[name], lying)
             _compare(lying, listed[name], asset)
             brought[name] = lying
         files = dict(zip(brought, remembered_sha256(*brought.values()), strict=True))
-        _accept(asset, str(info.sha), files, brought)
+        _accept(asset, commit, files, brought)
         shutil.rmtree(staging, ignore_errors=True)
     except CloverError:
         raise
     except Exception as error:
-        if (reason := disk_error(error)) is not None:
-            raise disk_refused(asset.path, reason) from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise disk_refused(asset.path, error.strerror or str(error)) from error
         raise CloverError(_explain(error, asset)) from error
+
+
+def _download(repository: str, commit: str, listed: Any, target: Path) -> None:
+    """Download one file; a part that lies there from before is continued.
+
+    huggingface_hub's own download begins anew in every process.
+    """
+    import httpx2
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    url = hf_hub_url(repository, listed.rfilename, revision=commit)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    size = int(listed.size or 0)
+    for attempt in range(_ATTEMPTS):
+        done = target.stat().st_size if target.exists() else 0
+        if target.exists() and done >= size:
+            return
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        if done:
+            headers["Range"] = f"bytes={done}-"
+        try:
+            with (
+                get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer,
+                progress(target.name[:18], size >> 20, done=done >> 20) as advance,
+            ):
+                hf_raise_for_status(answer)
+                with target.open("ab" if answer.status_code == _PARTIAL else "wb") as out:
+                    # As they come: what has arrived is on the disk when the line is cut.
+                    for block in answer.iter_raw():
+                        out.write(block)
+                        advance((out.tell() >> 20) - (done >> 20))
+                        done = out.tell()
+        except (ConnectionError, TimeoutError, httpx2.TransportError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(attempt)
 
 
 def _choose(asset: Asset, listed: Iterable[str]) -> list[str]:
@@ -257,4 +301,7 @@ def _explain(error: Exception, asset: Asset) -> str:
     if kind == "RevisionNotFoundError":
         return f"{asset.name} has no revision {asset.version}; see {page}/commits"
     line = (str(error).splitlines() or [kind])[0]
-    return f"cannot fetch {asset.pin}: {line}; put it at {asset.path} by hand"
+    return (
+        f"cannot fetch {asset.pin}: {line}; run the same command again, it goes on where it "
+        f"stopped, or put it at {asset.path} by hand"
+    )

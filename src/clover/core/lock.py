@@ -76,5 +76,3 @@ def changed_files(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the files by which two entries of a lock differ."""
     old, new = before["files"], now["files"]
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-
-

@@ -12,7 +12,6 @@ from clover.core.assets import check_hash, home, parse, resolve
 from clover.core.config import ASSETS, EncoderConfig, Recipe, load_recipe, lock_of
 from clover.core.errors import CloverError
 from clover.core.lock import Lock, changed_files, entry, read_lock, write_lock
-from clover.core.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,7 @@ def fetch(recipe: str, to: Path | None) -> None:
         os.environ["CLOVER_HOME"] = str(to.expanduser().resolve())
     loaded = load_recipe(recipe)
     references = asset_references(loaded)
-    files: list[FetchedFile] = []
-    with progress("fetch", len(references)) as advance:
-        for field, reference in references.items():
-            files.append(fetch_file(field, reference))
-            advance(1, field)
+    files = [fetch_file(field, reference) for field, reference in references.items()]
     _show(files)
     wrong = [item for item in files if item.verdict == "WRONG"]
     if wrong:

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clover.core.assets import parse, resolve
+from clover.core.assets import resolve
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
-from clover.core.files import fingerprint
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
+from clover.vision.encoder import revisions
 from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from clover.vision.quantise import quantise
 
@@ -107,7 +107,7 @@ class TokenEncoder:
         self.num_tokens, self.width = token_shape(self.network, config.image_size)
         if config.numbers == "int8":
             quantise(self.network, device)
-        self.revision = _revision(config, self._process)
+        self.revision, self.named_revision = _revisions(config, self._process)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -124,17 +124,13 @@ def _processor(config: EncoderConfig, built: Family) -> ImageProcessor:
     return ImageProcessor(config.image_size, config.mean or built.mean, config.std or built.std)
 
 
-def _revision(config: EncoderConfig, process: ImageProcessor) -> str:
-    asset = parse(config.weights) if config.weights else None
-    return fingerprint(
-        {
-            "weights": asset and [asset.reference, asset.sha256],
-            "options": config.options,
-            "pixels": [config.image_size, process.mean, process.std],
-            "numbers": config.numbers,
-            "form": 1,
-        }
-    )
+def _revisions(config: EncoderConfig, process: ImageProcessor) -> tuple[str, str]:
+    more = {
+        "options": config.options,
+        "pixels": [config.image_size, process.mean, process.std],
+        "numbers": config.numbers,
+    }
+    return revisions(config, more)
 
 
 def describe(config: EncoderConfig) -> dict[str, Any]:
@@ -151,7 +147,7 @@ def describe(config: EncoderConfig) -> dict[str, Any]:
     else:
         with torch.device("meta"):
             named, built = build_family(config)
-        identity, revision = built.id, _revision(named, _processor(named, built))
+        identity, revision = built.id, _revisions(named, _processor(named, built))[0]
         width = token_shape(built.network, named.image_size)[1]
     said = {"id": identity, "revision": revision, "width": width, "licence": named.licence}
     return said | ({"licence_note": named.licence_note} if named.licence_note else {})
