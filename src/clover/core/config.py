@@ -185,7 +185,7 @@ class LanguageConfig(Section):
     max_answer_tokens: int = Field(128, ge=2)
     """Longer answers lose their end."""
     quantise: Literal["none", "int8", "bnb-8bit", "bnb-4bit"] = "none"
-    """Fewer bits for the frozen weights: `int8` runs everywhere, `bnb-*` needs a GPU."""
+    """Fewer bits for the frozen weights: `int8` of our own, or bitsandbytes' (extra `[bits]`)."""
     paper_dropout: bool = False
     """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
     text_start: str = ""
