@@ -7,6 +7,7 @@ Change a value on the command line with ``--set tune.steps=400``.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,11 +77,24 @@ class InstructConfig(Section):
 _FAMILIES = Path(__file__).resolve().parents[1] / "vision" / "family"
 
 
+def family_files() -> dict[str, Path]:
+    """Return the file of each family of encoders: those that come along, then one's own.
+
+    One's own lie in the folder that `CLOVER_FAMILIES` names. Only its owner sets it: a recipe or a
+    model folder, which may be a stranger's, cannot name code.
+    """
+    own = os.environ.get("CLOVER_FAMILIES")
+    folders = ([Path(own).expanduser()] if own else []) + [_FAMILIES]
+    found = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
+    return {name: path for name, path in found.items() if not name.startswith("_")}
+
+
 class EncoderConfig(Section):
     """The frozen image encoder."""
 
     kind: str = "timm"
-    """Which family: `timm` (feature maps), or a file of `clover/vision/family` (docs/models.md)."""
+    """Which family: `timm` (feature maps), a file of `clover/vision/family`, or of the folder
+    `CLOVER_FAMILIES` (docs/models.md)."""
     model: str = "tf_efficientnet_lite0"
     """The architecture's name in its library."""
     options: dict[str, Any] = {}
@@ -124,8 +138,7 @@ class EncoderConfig(Section):
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
-        files = [path.stem for path in _FAMILIES.glob("*.py") if path.stem != "__init__"]
-        known = ["timm", "tiny", *files]
+        known = ["timm", "tiny", *family_files()]
         if kind not in known:
             raise ValueError(f"no family '{kind}'{nearest(kind, known)}")
         return kind

@@ -143,7 +143,7 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
     part = recipe.align.batch_size // recipe.align.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
-    text = _tokens(part, recipe.align.max_text_tokens)
+    text = _tokens(part, min(recipe.align.max_text_tokens, recipe.qformer.max_positions))
 
     def step() -> None:
         losses = alignment_losses(
@@ -167,7 +167,7 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         bridge.to(_numbers(recipe))
     part = recipe.tune.batch_size // recipe.tune.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
-    text = _tokens(part, recipe.tune.max_question_tokens)
+    text = _tokens(part, min(recipe.tune.max_question_tokens, recipe.qformer.max_positions))
     question = [[1] * recipe.language.max_instruction_tokens] * part
     answer = [[1] * recipe.language.max_answer_tokens] * part
 
