@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, read_json, sha256_file, write_text
+from clover.core.files import atomic_path, sha256_file, write_text
 from clover.vision.storage import Storage, unpack
 
 BROKEN = "broken"
@@ -42,17 +43,17 @@ class Shard:
 
     Attributes:
         path: The safetensors file.
-        keys: What its rows are, in order.
+        num_rows: How many images it holds; which ones, its index says.
         size: Of the file in bytes; None in shards of the first release, as are the sums.
         sha256: Of the file.
         sums: CRC-32 of each row.
     """
 
     path: Path
-    keys: list[str]
+    num_rows: int
     size: int | None = None
     sha256: str | None = None
-    sums: list[int] | None = None
+    sums: Sequence[int] | None = None
     _tensors: dict[str, Tensor] | None = None
     _checked: bytearray = field(default_factory=bytearray)
 
@@ -80,7 +81,7 @@ class Shard:
                 rows = handle.get_slice("tokens").get_shape()[0]
         except (OSError, SafetensorError):
             return "torn"
-        return None if rows == len(self.keys) else "another number of images than its index"
+        return None if rows == self.num_rows else "another number of images than its index"
 
     def read(self, row: int) -> Tensor:
         """Return one image's tokens [P, E], float32.
@@ -95,7 +96,7 @@ class Shard:
                     self._tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise self._refused("cannot be read") from error
-            self._checked = bytearray(len(self.keys))
+            self._checked = bytearray(self.num_rows)
         kept = {name: tensor[row] for name, tensor in self._tensors.items()}
         if self.sums is not None and not self._checked[row]:
             if _sum(kept) != self.sums[row]:
@@ -117,7 +118,7 @@ class Shard:
         aside = self.set_aside()
         return CloverError(
             f"{self.path.name} {problem} and is set aside as {aside}; run the same command again: "
-            f"its {len(self.keys)} images are encoded anew"
+            f"its {self.num_rows} images are encoded anew"
         )
 
 
@@ -153,11 +154,14 @@ def write_shard(
         CloverError: the disk is full; nothing of this shard is left.
     """
     digest, size = hashlib.sha256(), 0
-    sums = [
-        _sum({name: item[row] for name, item in part.items()})
-        for part in parts
-        for row in range(len(part["tokens"]))
-    ]
+    sums = array(
+        "I",
+        (
+            _sum({name: item[row] for name, item in part.items()})
+            for part in parts
+            for row in range(len(part["tokens"]))
+        ),
+    )
     assert len(sums) == len(keys), f"{len(keys)} keys for {len(sums)} rows"
     with atomic_path(path) as partial, partial.open("wb") as handle:
         for piece in itertools.chain([memoryview(_header(parts))], _pieces(parts)):
@@ -169,9 +173,9 @@ def write_shard(
         "storage": storage,
         "size": size,
         "sha256": digest.hexdigest(),
-        "sums": sums,
+        "sums": sums.tolist(),
     }
-    shard = Shard(path, keys, size, digest.hexdigest(), sums)
+    shard = Shard(path, len(keys), size, digest.hexdigest(), sums)
     write_text(shard.index, json.dumps(row) + "\n")
     return shard
 
@@ -202,11 +206,16 @@ def _pieces(parts: Sequence[dict[str, Tensor]]) -> Iterator[memoryview]:
                 yield row.reshape(-1).view(torch.uint8).numpy().data
 
 
-def open_shard(index: Path) -> Shard:
-    """Return the shard that an index describes; an index that cannot be read has no images."""
+def open_shard(index: Path) -> tuple[Shard, list[str]]:
+    """Return the shard that an index describes, and the keys of its rows in order.
+
+    An index that cannot be read has no images.
+    """
     path = index.with_suffix(".safetensors")
     try:
-        row = read_json(index)
-        return Shard(path, row["images"], row.get("size"), row.get("sha256"), row.get("sums"))
-    except (CloverError, KeyError, TypeError, AttributeError):
-        return Shard(path, [], size=-1)  # a size that no file has: torn
+        row = json.loads(index.read_bytes())
+        keys, sums = list(row["images"]), row.get("sums")
+        numbers = None if sums is None else array("I", sums)
+        return Shard(path, len(keys), row.get("size"), row.get("sha256"), numbers), keys
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return Shard(path, 0, size=-1), []  # a size that no file has: torn
