@@ -480,19 +480,3 @@ def test_killed_at_any_moment_the_same_call_ends_with_the_same_tokens(
     encoder = Counting()
     cache = fill(tmp_path / "c", encoder, records, tmp_path / "i")
     assert torch.equal(cache.get(digests), whole) and cache.verify() == []
-
-
-def test_what_a_killed_process_was_writing_goes_once_its_shard_is_whole(tmp_path: Path) -> None:
-    records = write_noise(tmp_path / "i", 4)
-    cache = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
-    index = next(cache.path.glob("shard-*.json"))
-    index.unlink()  # killed between the two files of a shard
-    halves = [
-        cache.path / f".{index.stem}.safetensors.abc.part",
-        cache.path / f".{index.name}.def.part",
-        cache.path / ".shard-0123456789abcdef.safetensors.ghi.part",  # somebody's who lives
-    ]
-    for half in halves:
-        half.write_bytes(b"half")
-    fill(tmp_path / "c", Counting(), records, tmp_path / "i")
-    assert index.exists() and [half.exists() for half in halves] == [False, False, True]

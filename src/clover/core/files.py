@@ -10,11 +10,20 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from clover.core.errors import CloverError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 Line = TypeVar("Line")
+
+_HALF_WRITTEN = ".part"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -24,7 +33,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it only when the block succeeds.
 
-    A reader sees the old file or the new one, never half of either.
+    A reader sees the old file or the new one, never half of either. What a killed process had
+    half written of the same file is removed.
 
     Raises:
         CloverError: the disk is full or the folder cannot be written.
@@ -32,13 +42,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
-        )
-        os.close(handle)
+        _clear_dead(target)
+        handle, partial = _own_sibling(target)
     except OSError as error:
         raise CloverError(f"cannot write {target}: {error.strerror or error}") from error
-    partial = Path(name)
     try:
         yield partial
         # mkstemp makes the file private; give it what a plain open() would have given.
@@ -53,6 +60,48 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise disk_refused(target, reason) from error
     finally:
         partial.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _own_sibling(target: Path) -> tuple[int | None, Path]:
+    """Make a temporary file beside `target`; while its handle is open, a lock says it is ours."""
+    while True:
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=_HALF_WRITTEN
+        )
+        if fcntl is None:  # Windows replaces no file that is open
+            os.close(handle)
+            return None, Path(name)
+        # Before it was locked somebody may have taken it for a dead one's: once more, then.
+        if not _lock(handle) or os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _clear_dead(target: Path) -> None:
+    """Remove siblings that nobody is writing any more: the lock goes with the process."""
+    for entry in os.scandir(target.parent):
+        if not entry.name.startswith(f".{target.name}.") or not entry.name.endswith(_HALF_WRITTEN):
+            continue
+        with contextlib.suppress(OSError):  # another process was first
+            handle = os.open(entry.path, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    os.unlink(entry.path)
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Return whether a file is locked by us now; not where the system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -123,16 +123,6 @@ class FeatureCache:
             else:
                 self._register(shard, keys)
 
-    def _clear_unfinished(self) -> None:
-        """Remove what killed processes were writing of shards that are finished by now.
-
-        Of others a process that lives may be writing.
-        """
-        for entry in os.scandir(self.path):
-            shard = entry.name[1:].partition(".")[0]
-            if entry.name.endswith(".part") and f"{shard}.json" in self._known:
-                Path(entry.path).unlink(missing_ok=True)
-
     def _register(self, shard: Shard, keys: Sequence[str]) -> None:
         self._known.add(shard.index.name)
         packed, rows = _packed(keys)
@@ -207,8 +197,6 @@ class FeatureCache:
                     run.encode(run.claimed([chunk], wait=True))
             finally:
                 pool.shutdown(cancel_futures=True)
-            if claims.are_exclusive:
-                self._clear_unfinished()
         return list(run.rejected.values())
 
     def _chunks(self, images: Iterable[str]) -> Iterator[list[str]]:

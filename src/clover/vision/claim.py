@@ -23,13 +23,9 @@ class Claims:
 
     Args:
         path: The lock file; empty, and made when absent.
-
-    Attributes:
-        are_exclusive: Whether two processes never have the same number: not where no locks are.
     """
 
     def __init__(self, path: Path) -> None:
-        self.are_exclusive = fcntl is not None
         with growing(path):
             self._handle = path.open("ab")
 
@@ -58,7 +54,6 @@ class Claims:
                 return False
             if error.errno not in _NO_LOCKS:
                 raise
-            self.are_exclusive = False
         return True
 
     def give_back(self, number: int) -> None:
