@@ -100,6 +100,36 @@ def test_a_folder_of_shards_is_one_set_and_an_id_of_two_shards_is_given_once(
     assert [r.id for r in select(list(records), np.arange(5) == 2)] == ["c"]
 
 
+def test_parquet_is_the_same_records_by_itself_and_as_shards(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "caption": f"case {i} – 40×"} for i in range(9)]
+    rows[4]["caption"] = " "
+    (tmp_path / "shards").mkdir()
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), whole)
+    for part in range(3):
+        table = pyarrow.Table.from_pylist(rows[3 * part : 3 * part + 3])
+        parquet.write_table(table, tmp_path / "shards" / f"{part}.parquet")
+    expected = [row for row in rows if row is not rows[4]]
+    for path, line, source in (
+        (whole, 5, whole),
+        (tmp_path / "shards", 2, tmp_path / "shards" / "1.parquet"),
+    ):
+        for _ in range(2):  # the second time from what was unpacked
+            records, rejected = open_records(path, needs="caption", unpacked=tmp_path / "u")
+            assert [record.row() for record in records] == expected
+            told = [(item.source, item.line, item.reason) for item in rejected]
+            assert told == [(str(source), line, "empty caption")]
+    assert len(list((tmp_path / "u").iterdir())) == 4
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), whole)  # another file by that name
+    assert len(open_records(whole, unpacked=tmp_path / "u")[0]) == 2
+    table = pyarrow.Table.from_pylist([{"id": "1", "image": {"bytes": b"1", "path": "1.png"}}])
+    parquet.write_table(table, whole)
+    with pytest.raises(CloverError, match="clover data import records"):
+        open_records(whole, unpacked=tmp_path / "u")
+
+
 def test_a_file_that_changes_under_us_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     rows = [{"id": str(i), "image": "a.png", "caption": "Glands"} for i in range(3)]
@@ -129,5 +159,5 @@ def test_nothing_usable_is_said_as_for_small_files(
         read_records(path, needs="caption")
     assert str(ours.value) == str(theirs.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CloverError, match="holds no file of JSON Lines"):
+    with pytest.raises(CloverError, match="holds no file of records"):
         open_records(tmp_path / "empty")

@@ -1,7 +1,8 @@
 """Records in any number: kept as the places where their lines begin, parsed when asked for.
 
-In: a file of JSON Lines, or a folder of such files. Out: a `RecordFile`, which is a sequence of
-`Record`s at 12 bytes each, and what was set aside. Other forms of file are read whole, as
+In: a file of JSON Lines or Parquet, or a folder of such files. Out: a `RecordFile`, which is a
+sequence of `Record`s at 12 bytes each, and what was set aside. Parquet, whose rows have no place of
+their own, is written as JSON Lines once. CSV and JSON lists are read whole, as
 `record.read_records` does.
 """
 
@@ -21,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clover.core.errors import CloverError
+from clover.core.files import fingerprint, write_jsonl
+from clover.core.parquet import parquet_rows
 from clover.core.record import (
     Needs,
     Record,
@@ -34,6 +37,7 @@ from clover.core.record import (
 Integers = npt.NDArray[np.int64]
 
 _LINES = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
 _MARK = b"\xef\xbb\xbf"
 _CHUNK = 16384
 """Records that are looked up together."""
@@ -115,13 +119,19 @@ def select(records: Sequence[Record], chosen: npt.NDArray[np.bool_]) -> Sequence
 
 
 def open_records(
-    path: str | Path, *, needs: Needs = "any", visit: Visit | None = None
+    path: str | Path,
+    *,
+    needs: Needs = "any",
+    visit: Visit | None = None,
+    unpacked: Path | None = None,
 ) -> tuple[Sequence[Record], list[Rejection]]:
-    """Find the good records of a file, or of a folder of JSON Lines files.
+    """Find the good records of a file, or of a folder of JSON Lines or Parquet files.
 
     Args:
-        path: `.jsonl` or a folder of them; `.json`, `.csv` and `.tsv` are read into memory.
+        path: `.jsonl`, `.parquet`, or a folder of one of them; `.json`, `.csv` and `.tsv` are read
+            into memory.
         needs: Which columns each record must fill.
+        unpacked: The folder for Parquet files as JSON Lines; without one Parquet is refused.
         visit: Is given the image names of all good records in order, some thousands at a time.
 
     Returns:
@@ -131,19 +141,54 @@ def open_records(
         CloverError: no such file, no such column, or not one good record.
     """
     path = Path(path)
-    files = sorted(chain(*(path.rglob(f"*{kind}") for kind in _LINES))) if path.is_dir() else [path]
-    if not files:
-        raise CloverError(f"{path} holds no file of JSON Lines ({', '.join(_LINES)})")
-    if not path.exists() or not all(file.suffix.lower() in _LINES for file in files):
+    files = _files(path)
+    kind = files[0].suffix.lower()
+    if not path.exists() or kind not in (*_LINES, _PARQUET):
         found = read_records(path, needs=needs)
         if visit is not None:
             visit([record.image for record in found.records])
         return found.records, found.rejected
     scan = _Scan(needs, visit)
+    lines = []
     for file in files:
-        scan.read(file)
+        lines.append(_as_lines(file, unpacked) if kind == _PARQUET else file)
+        scan.read(lines[-1], source=file)
     scan.finish(path)
-    return RecordFile(files, scan.starts(), scan.lines(), needs), scan.rejected
+    return RecordFile(lines, scan.starts(), scan.lines(), needs), scan.rejected
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the file itself, or a folder's files of one kind: JSON Lines before Parquet."""
+    if not path.is_dir():
+        return [path]
+    for kinds in (_LINES, (_PARQUET,)):
+        if found := sorted(chain(*(path.rglob(f"*{kind}") for kind in kinds))):
+            return found
+    raise CloverError(f"{path} holds no file of records ({', '.join((*_LINES, _PARQUET))})")
+
+
+def _as_lines(path: Path, folder: Path | None) -> Path:
+    """Return a Parquet file's rows as a file of JSON Lines, which is made once.
+
+    Raises:
+        CloverError: not readable, or it holds what JSON cannot: images.
+    """
+    if folder is None:
+        raise CloverError(
+            f"{path} is Parquet; write records first: clover data import records {path} --out F"
+        )
+    found = path.stat()
+    key = fingerprint([str(path.absolute()), found.st_size, found.st_mtime_ns])
+    made = folder / f"{path.stem}-{key}.jsonl"
+    if not made.exists():
+        try:
+            write_jsonl(made, parquet_rows(path))
+        except TypeError as error:
+            raise CloverError(
+                f"{path} holds more than text and numbers ({error}); write its images out first: "
+                f"clover data import records {path} --out F"
+            ) from error
+    return made
 
 
 class _Scan:
@@ -169,9 +214,9 @@ class _Scan:
     def lines(self) -> npt.NDArray[np.uint32]:
         return np.frombuffer(self._lines, np.uint32)
 
-    def read(self, path: Path) -> None:
-        """Look at every line of one file."""
-        self._path = path
+    def read(self, path: Path, *, source: Path) -> None:
+        """Look at every line of one file; `source` is what a person calls it."""
+        self._path = source
         needs, ids, names = self._needs, self._ids, self._names
         starts, lines = self._starts.append, self._lines.append
         offset = self._offset
@@ -186,7 +231,7 @@ class _Scan:
                     ids.append(row["id"])
                     names.append(row["image"])
                 else:
-                    item = self._slowly(path, number, row)
+                    item = self._slowly(source, number, row)
                     if item is None:
                         continue
                     ids.append(item.id)

@@ -69,7 +69,7 @@ def load_feature_set(
     A million records of JSON Lines need some 100 bytes each: they are parsed when they are used.
 
     Args:
-        path: The records: a file, or a folder of JSON Lines files.
+        path: The records: a file, or a folder of JSON Lines or Parquet files.
         needs: Which columns each must fill.
         encoder: Of the images.
         cache: The folder of caches.
@@ -88,7 +88,9 @@ def load_feature_set(
         microns_per_pixel=encoder.microns_per_pixel,
         memory=DigestMemory(Path(cache) / "digests.sqlite"),
     )
-    found, rejected = open_records(path, needs=needs, visit=hashes.add)
+    found, rejected = open_records(
+        path, needs=needs, visit=hashes.add, unpacked=Path(cache) / "records"
+    )
     digests, is_there = hashes.values()
     records, digests = select(found, is_there), digests[is_there]
     rejected += hashes.rejected
