@@ -62,20 +62,26 @@ class DigestMemory:
             paths: Absolute ones.
         """
         found: list[bytes | OSError] = []
+        add, stat, nothing = found.append, os.stat, (-1, -1, b"")
         for start in range(0, len(paths), _AT_ONCE):
             part = paths[start : start + _AT_ONCE]
             known = self._known(part)
-            for path in part:
+            for path in part:  # of a million: no call but the system's
                 try:
-                    found.append(self._digest(path, known.get(path)))
+                    now = stat(path)
+                    size, at, sha = known.get(path, nothing)
+                    if size == now.st_size and at == max(now.st_mtime_ns, now.st_ctime_ns):
+                        add(sha)
+                    else:
+                        add(self._read(path, now))
                 except OSError as error:
-                    found.append(error)
+                    add(error)
             if len(self._new) > _UNWRITTEN:
                 self.save()
         return found
 
     def _known(self, paths: Sequence[str]) -> dict[str, tuple[int, int, bytes]]:
-        known = {path: self._new[path] for path in paths if path in self._new}
+        known: dict[str, tuple[int, int, bytes]] = {}
         if self._base is not None:
             marks = ",".join("?" * len(paths))
             try:
@@ -83,21 +89,20 @@ class DigestMemory:
                     f"select path, size, changed_ns, sha256 from digest where path in ({marks})",
                     paths,
                 )
-                known = {name: (size, at, sha) for name, size, at, sha in rows} | known
+                known = {name: (size, at, sha) for name, size, at, sha in rows}
             except sqlite3.DatabaseError:  # damaged, or not a table of ours
                 self._base.close()
                 self._base = None
+        if self._new:
+            known |= {path: self._new[path] for path in paths if path in self._new}
         return known
 
-    def _digest(self, name: str, known: tuple[int, int, bytes] | None) -> bytes:
-        found = os.stat(name)
-        size, at = found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
-        if known is not None and known[:2] == (size, at):
-            return known[2]
+    def _read(self, path: str, found: os.stat_result) -> bytes:
+        at = max(found.st_mtime_ns, found.st_ctime_ns)
         is_settled = time.time_ns() - at > _SETTLED_NS
-        sha = hashlib.sha256(Path(name).read_bytes()).digest()
+        sha = hashlib.sha256(Path(path).read_bytes()).digest()
         if is_settled:
-            self._new[name] = (size, at, sha)
+            self._new[path] = (found.st_size, at, sha)
         return sha
 
     def save(self) -> None:
