@@ -54,7 +54,7 @@ class _Job:
     keys: list[str] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
     parts: list[dict[str, Tensor]] = field(default_factory=list)
-    """Packed tokens of each batch."""
+    """Packed tokens of each image."""
 
 
 class FeatureCache:
@@ -233,11 +233,13 @@ class FeatureCache:
         random = np.random.default_rng([int(digest[:16], 16), number])
         return self._encoder.prepare(draw_view(image, self._side, random))
 
-    def encode(self, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """[3, S, S] of B images -> packed tokens of B images."""
-        packed = pack(self._encoder.encode(torch.stack(list(pixels))), self._storage)
+    def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """[3, S, S] of B images -> packed tokens of each."""
+        tokens = self._encoder.encode(torch.stack(list(pixels)))
         self.num_encoded += len(pixels)
-        return packed
+        # One by one: what is made on the way stays in the processor's cache, and no batch of
+        # EVA-g's tokens is copied together again.
+        return [pack(image, self._storage) for image in torch.split(tokens, 1)]
 
     def write(self, keys: list[str], parts: Sequence[dict[str, Tensor]]) -> Shard:
         """Write a shard; it is registered by the caller."""
@@ -333,7 +335,7 @@ class _Fill:
                 job.keys.append(key)
                 job.pixels.append(found)
             if job.pixels and (len(job.pixels) == cache.batch_size or not job.left):
-                job.parts.append(cache.encode(job.pixels))
+                job.parts += cache.encode(job.pixels)
                 self._advance(len(job.pixels))
                 job.pixels = []
             if not job.left:
