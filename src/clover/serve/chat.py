@@ -115,6 +115,8 @@ class Conversation:
         self.image, self.turns, self._picture, self.file = name, [], picture, file
         if self.draw is not None:
             self.write(self.draw(picture))
+        if (note := self.model.note_on(self._features)) is not None:
+            self.write(note + "\n")
 
     def _open_slide(self, file: Path) -> None:
         """Say how large a slide is; the fields of it are what is asked about."""

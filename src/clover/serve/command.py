@@ -103,6 +103,7 @@ def ask(model: Path, image: Path, question: str | None, as_json: bool, **options
             "model": answer.model,
             "seconds": answer.seconds,
             "notice": answer.notice,
+            **({} if answer.note is None else {"note": answer.note}),
             **({} if view is None else view.row()),
         }
         click.echo(json.dumps(row, ensure_ascii=False))
@@ -110,6 +111,8 @@ def ask(model: Path, image: Path, question: str | None, as_json: bool, **options
         click.echo(answer.text)
         if view is not None and (note := view.note()) is not None:
             click.echo(note, err=True)
+        if answer.note is not None:
+            click.echo(answer.note, err=True)
         click.secho(answer.notice, dim=True, err=True)
 
 

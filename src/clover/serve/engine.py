@@ -48,6 +48,8 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 256, 2048
 """Prompt tokens read between two steps: the rows that are writing wait for so long."""
+_NOTES = 10_000
+"""Images whose notes are remembered."""
 _WORTHWHILE = 8
 """A row waits for its neighbour's prompt when that saves it so many tokens."""
 
@@ -126,6 +128,8 @@ class Engine:
             self._batch = RowBatch(self._language, settings.max_batch)
         self._held: dict[tuple[Symbol, ...], int] = {}
         """Constant beginnings by the number under which the batch holds them."""
+        self._notes: dict[tuple[str, str], str | None] = {}
+        """On images by model and SHA-256."""
         self._rows: list[_Row] = []
         self._waiting: list[_Row] = []
         self._compiler: SchemaCompiler | None = None
@@ -393,6 +397,7 @@ class Engine:
             # What the batch holds once for all rows is not copied into this one's slot.
             begun.append(parts if base is None else parts[1:])
             bases.append(base)
+        notes = [self.note_of(row.question) for row in group]
         first = len(self._rows)
         logits = self._batch.admit(begun, rest, bases)
         self._rows += group
@@ -407,10 +412,10 @@ class Engine:
                 self._batch.remove(place)
             del self._rows[first:]
             raise
-        for row, (_, shared) in zip(group, plans, strict=True):
+        for row, (_, shared), note in zip(group, plans, notes, strict=True):
             self.counts.prompt_tokens += len(row.symbols)
             self.counts.reused_tokens += shared
-            row.ticket.emit(Begun(len(row.symbols), shared))
+            row.ticket.emit(Begun(len(row.symbols), shared, note))
         self._write(logits, range(first, len(self._rows)))
 
     def _keep(self, place: int, length: int) -> None:
@@ -462,6 +467,18 @@ class Engine:
         self.counts.encoded_images += 1
         self.features.put(key, features)
         return features
+
+    def note_of(self, question: Question) -> str | None:
+        """Return what is to be said of a question's image; for `call`."""
+        served, picture = self.models[question.model], question.picture
+        if picture is None or served.clover is None or served.clover.familiarity is None:
+            return None
+        key = (served.name, picture.sha256)
+        if key not in self._notes:
+            if len(self._notes) >= _NOTES:
+                self._notes.clear()
+            self._notes[key] = served.clover.note_on(self.features_of(served, picture))
+        return self._notes[key]
 
     def _embeds(self, row: _Row, shared: int, visual: Tensor | None) -> Tensor:
         """Return the embeddings `[T, H]` of a row's prompt from place `shared` on."""
@@ -581,7 +598,7 @@ class Engine:
         prompts = [row.prompt_ids for row in rows]
         for row in rows:
             self.counts.prompt_tokens += len(row.symbols)
-            row.ticket.emit(Begun(len(row.symbols), 0))
+            row.ticket.emit(Begun(len(row.symbols), 0, self.note_of(row.question)))
         if settings.num_beams > 1:
             # The best beam is known only at the end: there is nothing to show before.
             written = language.generate_from_ids(visual, prompts, settings, prefix=prefix)
