@@ -18,7 +18,7 @@ from clover.core.files import fingerprint
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
-    *(("encoder", name) for name in ("storage", "views")),
+    *(("encoder", name) for name in ("storage", "views", "view_kind")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
     ("align", "ignore_duplicates"),
@@ -26,6 +26,8 @@ _LATER = (
     ("tune", "anchoring_repeat"),
 )
 """(section, field) of the second release on."""
+_TURNS = 8
+"""Ways to turn and mirror a square by quarters, leaving it as it is among them."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -107,7 +109,15 @@ class EncoderConfig(Section):
     storage: Literal["float16", "bfloat16", "int8"] = "float16"
     """Number format that training images' tokens are kept in; int8 has one scale a token."""
     views: int = Field(1, ge=1)
-    """Views an image that training draws from: the image as it is, and random crops of it."""
+    """Views an image that training draws from: the image as it is, and others made of it."""
+    view_kind: Literal["crop", "turn"] = "crop"
+    """How: random crops and mirror images (as published), or the seven turns and mirror images."""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> EncoderConfig:
+        if self.view_kind == "turn" and self.views > _TURNS:
+            raise ValueError(f"views {self.views}: there are {_TURNS} with view_kind turn")
+        return self
 
     @field_validator("kind")
     @classmethod

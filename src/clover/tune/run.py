@@ -32,6 +32,7 @@ from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.tune.spelling import Spelling
 from clover.vision.encoder import load_encoder
+from clover.vision.familiar import describe
 from clover.vision.leaks import load_training_set
 
 
@@ -118,6 +119,7 @@ def tune(
             "data": {"instructions_sha256": sha256_file(instructions), "summary": data.summary()},
             "stage_1": sha256_file(start) if start is not None else None,
         }
+        model.familiarity = describe(data)
         model.save(out)
         _clear(folder)
     return TuneResult(out, data.summary(), is_finished)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,15 +33,17 @@ from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region
 from clover.vision.claim import Claims
 from clover.vision.encoder import ImageEncoder
-from clover.vision.image_processor import draw_view
-from clover.vision.places import KEY, Bytes, Integers, Places, digest_array, make_keys
+from clover.vision.image_processor import draw_view, turn_view
+from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
 from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
-_VIEW = "crop1"
-"""How views are made: crop and flip (SPEC, section 3.3: `blip2_image_train`); a part of the key."""
+ViewKind = Literal["crop", "turn"]
+_VIEWS: dict[ViewKind, str] = {"crop": "crop1", "turn": "turn1"}
+"""How views are made, as a part of the key: crop and flip (SPEC, section 3.3: `blip2_image_train`),
+or quarter turns and mirror images."""
 
 
 @dataclass
@@ -64,7 +67,8 @@ class FeatureCache:
         folder: Where caches lie; made when absent.
         encoder: Names the subfolder.
         storage: Number format of what is written; another one is another subfolder.
-        views: Views an image: the image as it is, and random crops of it.
+        views: Views an image: the image as it is, and others made of it.
+        view_kind: How the others are made: random crops, or quarter turns and mirror images.
 
     Attributes:
         path: The subfolder.
@@ -80,6 +84,7 @@ class FeatureCache:
         *,
         storage: Storage = "float16",
         views: int = 1,
+        view_kind: ViewKind = "crop",
     ) -> None:
         key = fingerprint([encoder.id, encoder.revision])
         stem = re.sub(r"[^\w.]+", "-", encoder.id)
@@ -88,6 +93,7 @@ class FeatureCache:
         self.path = Path(folder) / f"{stem}-{key}{suffix}"
         self.path.mkdir(parents=True, exist_ok=True)
         self.views = views
+        self._view_kind = view_kind
         self.set_aside: list[Path] = []
         self.num_encoded = 0
         self._encoder = encoder
@@ -125,13 +131,17 @@ class FeatureCache:
 
     def _register(self, shard: Shard, keys: Sequence[str]) -> None:
         self._known.add(shard.index.name)
-        packed, rows = _packed(keys)
+        packed, rows = _packed(keys, self._view_kind)
         self._places.add(len(self._shards), packed, rows)
         self._shards.append(shard)
 
     def _forget(self, number: int) -> None:
         self._known.discard(self._shards[number].index.name)
         self._places.drop(number)
+
+    def _key(self, digest: str, view: int) -> str:
+        """Return a row's key; the image as it is has its digest alone."""
+        return f"{digest}@{_VIEWS[self._view_kind]}.{view}" if view else digest
 
     def is_whole(self, digest: str) -> bool:
         """Return whether all views of an image are in the cache."""
@@ -156,8 +166,8 @@ class FeatureCache:
             KeyError: an image is not in the cache.
         """
         chosen = views if views is not None else [0] * len(digests)
-        keys = [_key(*pair) for pair in zip(digests, chosen, strict=True)]
-        shards, rows = self._places.find(_packed(keys)[0])
+        keys = [self._key(*pair) for pair in zip(digests, chosen, strict=True)]
+        shards, rows = self._places.find(_packed(keys, self._view_kind)[0])
         if lost := [key for key, shard in zip(keys, shards.tolist(), strict=True) if shard < 0]:
             raise KeyError(lost[0])
         return torch.stack(
@@ -201,7 +211,7 @@ class FeatureCache:
 
     def _chunks(self, images: Iterable[str]) -> Iterator[list[str]]:
         """Yield a shard's worth of keys at a time: first the images as they are."""
-        keys = (_key(digest, view) for view in range(self.views) for digest in images)
+        keys = (self._key(digest, view) for view in range(self.views) for digest in images)
         while chunk := list(itertools.islice(keys, _SHARD)):
             yield chunk
 
@@ -230,6 +240,8 @@ class FeatureCache:
         if not self._side:
             self._side = self._encoder.prepare(Image.new("RGB", (64, 64))).shape[-1]
         number = int(view.rpartition(".")[2])
+        if self._view_kind == "turn":
+            return self._encoder.prepare(turn_view(image, number))
         random = np.random.default_rng([int(digest[:16], 16), number])
         return self._encoder.prepare(draw_view(image, self._side, random))
 
@@ -258,7 +270,7 @@ class FeatureCache:
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Return those that are not in the cache."""
-        shards, _ = self._places.find(_packed(keys)[0])
+        shards, _ = self._places.find(_packed(keys, self._view_kind)[0])
         return [key for key, shard in zip(keys, shards.tolist(), strict=True) if shard < 0]
 
     def verify(self) -> list[Path]:
@@ -359,15 +371,10 @@ class _Fill:
         self._claims.give_back(job.number)
 
 
-def _key(digest: str, view: int) -> str:
-    """Return a row's key; the image as it is has its digest alone."""
-    return f"{digest}@{_VIEW}.{view}" if view else digest
-
-
-def _packed(keys: Sequence[str]) -> tuple[Bytes, Integers]:
+def _packed(keys: Sequence[str], kind: ViewKind) -> tuple[Bytes, Integers]:
     """Return keys as `places` has them, and which of the given ones they are.
 
-    A view made in another way than ours is left out: a miss.
+    A view of another kind is left out: a miss.
     """
     packed = bytearray()
     rows = array("i")
@@ -376,7 +383,7 @@ def _packed(keys: Sequence[str]) -> tuple[Bytes, Integers]:
         number = 0
         if view:
             how, _, digits = view.rpartition(".")
-            if how != _VIEW or not digits.isdigit():
+            if how != _VIEWS[kind] or not digits.isdigit() or int(digits) > LAST_VIEW:
                 continue
             number = int(digits)
         packed += bytes.fromhex(digest) + number.to_bytes(2, "big")

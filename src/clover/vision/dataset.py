@@ -12,7 +12,7 @@ from torch import Tensor
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
 from clover.core.record_file import open_records, select
-from clover.vision.cache import FeatureCache
+from clover.vision.cache import FeatureCache, ViewKind
 from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.hashes import Digests, ImageHashes, ImagePaths, hash_images
@@ -63,6 +63,7 @@ def load_feature_set(
     images: Path | None = None,
     storage: Storage = "float16",
     views: int = 1,
+    view_kind: ViewKind = "crop",
 ) -> FeatureSet:
     """Read records, encode the images that are not cached yet, and join the two.
 
@@ -76,13 +77,14 @@ def load_feature_set(
         images: Where image paths start; the records' own folder by default.
         storage: Number format of the cache.
         views: Views an image that `features` draws from.
+        view_kind: How they are made.
 
     Raises:
         CloverError: nothing usable is left.
     """
     path = Path(path)
     folder = images if images is not None else path if path.is_dir() else path.parent
-    features = FeatureCache(cache, encoder, storage=storage, views=views)
+    features = FeatureCache(cache, encoder, storage=storage, views=views, view_kind=view_kind)
     hashes = ImageHashes(
         folder,
         microns_per_pixel=encoder.microns_per_pixel,

@@ -36,11 +36,11 @@ class Digests(Sequence[str]):
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: slice) -> Digests: ...
+    def __getitem__(self, index: int | slice) -> str | Digests:
         """Return one hash, or some."""
         if isinstance(index, slice):
-            return [row.tobytes().hex() for row in self.values[index]]
+            return Digests(self.values[index])
         digest: str = self.values[index].tobytes().hex()
         return digest
 

@@ -280,6 +280,7 @@ def load_training_set(
         images=recipe.data.images,
         storage=recipe.encoder.storage,
         views=recipe.encoder.views,
+        view_kind=recipe.encoder.view_kind,
     )
     write_rejected(rejected, data.rejected)
     for other in held_out:

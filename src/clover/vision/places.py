@@ -15,6 +15,7 @@ Integers = npt.NDArray[np.int32]
 
 KEY = "S34"
 """SHA-256 of an image, and the number of the view in two bytes, the image as it is being 0."""
+LAST_VIEW = 0xFFFF
 _SMALL = 16384
 """Keys that are sorted anew at each addition; more of them go into the large table."""
 

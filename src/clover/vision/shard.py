@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ Check = Literal["weighted64", "crc32"]
 
 BROKEN = "broken"
 """The folder that damaged shards are moved to."""
+_SHA256 = re.compile(r"[0-9a-f]{64}(@|$)")
 _WORDS = 1 << 64
 _LONGEST_HEADER = 1 << 20
 _NAMES = {
@@ -278,6 +280,8 @@ def open_shard(index: Path) -> tuple[Shard, list[str]]:
     try:
         row = json.loads(index.read_bytes())
         keys, sums = list(row["images"]), row.get("sums")
+        if not all(_SHA256.match(key) for key in keys):
+            raise ValueError("a key that is no hash")
         shard = Shard(
             path,
             len(keys),
