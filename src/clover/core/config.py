@@ -20,8 +20,8 @@ _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
     *(("encoder", name) for name in ("storage", "views", "view_kind")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
-    ("qformer", "train_word_embedding"),
-    ("align", "ignore_duplicates"),
+    *(("qformer", name) for name in ("train_word_embedding", "checkpoint_activations")),
+    *(("align", name) for name in ("ignore_duplicates", "gradient_chunk")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
 )
@@ -165,6 +165,9 @@ class QFormerConfig(Section):
     train_word_embedding: bool = True
     """Whether the word embedding learns, as published. It is most of a small Q-Former (11.7 of
     19.1M), few of its rows are ever asked for, and AdamW passes over all of them at each step."""
+    checkpoint_activations: bool = False
+    """Keep only what goes into each layer, and compute the layer again on the way back: the same
+    gradients in less memory and a third more time."""
     calibrate: int = Field(0, ge=0)
     """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
 
@@ -248,6 +251,9 @@ class AlignConfig(OptimizerConfig):
     """Start of the learned contrastive temperature."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Of the contrastive and the caption loss."""
+    gradient_chunk: int = Field(0, ge=0)
+    """Pairs whose passes are held in memory at a time; the contrast still sees the whole batch
+    (gradient caching): less memory for a half more time. 0 holds the batch in one piece."""
     ignore_duplicates: bool = False
     """Whether a caption that says the same as an image's own is no negative of it; the published
     system takes it for one."""
