@@ -202,7 +202,8 @@ class _Scan:
         self._lines = array.array("I")
         self._columns: dict[str, None] = {}
         self._offset = 0
-        self._seen: Integers = np.empty(0, np.int64)
+        self._seen: list[Integers] = []
+        """Hashes of ids, sorted, each array at least twice as long as the next."""
         # Of the records since the last look at the ids.
         self._ids: list[str] = []
         self._names: list[str | None] = []
@@ -262,7 +263,9 @@ class _Scan:
         hashes = np.fromiter(map(hash, self._ids), np.int64, len(self._ids))
         is_first = np.zeros(len(hashes), bool)
         is_first[np.unique(hashes, return_index=True)[1]] = True
-        is_new = is_first & ~is_among(hashes, self._seen)
+        is_new = is_first
+        for seen in self._seen:
+            is_new &= ~_is_among(hashes, seen)
         if not is_new.all():
             base = len(self._starts) - len(hashes)
             for place in np.flatnonzero(~is_new):
@@ -273,7 +276,9 @@ class _Scan:
                 new = np.asarray(kept[base:])[is_new]
                 del kept[base:]
                 kept.extend(new.tolist())
-        self._seen = np.union1d(self._seen, hashes)
+        self._seen.append(np.sort(hashes))
+        while len(self._seen) > 1 and len(self._seen[-2]) < 2 * len(self._seen[-1]):
+            self._seen[-2:] = [np.sort(np.concatenate(self._seen[-2:]), kind="stable")]
         if self._visit is not None:
             self._visit([name for name, new in zip(self._names, is_new, strict=True) if new])
         self._ids.clear()
@@ -288,12 +293,13 @@ class _Scan:
             raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
 
 
-def is_among(values: npt.NDArray[Any], known: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Return which values [N] are among known ones [M], sorted and each there once."""
+def _is_among(values: Integers, known: Integers) -> npt.NDArray[np.bool_]:
+    """Return which values [N] are among known ones [M], which are sorted."""
     if not len(known):
         return np.zeros(len(values), bool)
-    places = np.searchsorted(known, values).clip(max=len(known) - 1)
-    found: npt.NDArray[np.bool_] = known[places] == values
+    found: npt.NDArray[np.bool_] = (
+        known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values
+    )
     return found
 
 
