@@ -284,9 +284,10 @@ class Clover:
         nearer = self.familiarity.share_nearer(features)
         if nearer < UNFAMILIAR:
             return None
+        whom = "any" if nearer == 1 else f"{100 * nearer:.1f} %"
         return (
             "Note: this image is unlike those the model learnt from (farther from them than "
-            f"{100 * nearer:.1f} % of their own); the answer may mean nothing."
+            f"{whom} of their own); the answer may mean nothing."
         )
 
     @torch.no_grad()
