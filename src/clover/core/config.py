@@ -21,7 +21,7 @@ _LATER = (
     *(("encoder", name) for name in ("storage", "views")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
-    ("align", "ignore_duplicates"),
+    *(("align", name) for name in ("ignore_duplicates", "gather")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
 )
@@ -241,6 +241,10 @@ class AlignConfig(OptimizerConfig):
     ignore_duplicates: bool = False
     """Whether a caption that says the same as an image's own is no negative of it; the published
     system takes it for one."""
+    gather: Literal["with_gradient", "detached"] = "with_gradient"
+    """Whether the vectors that an image or text of this process is compared with carry gradient to
+    whichever process they came from: the large batch's own gradient. `detached`, as published:
+    gathered vectors are copies without gradient, also where one process trains alone."""
 
 
 class TuneConfig(OptimizerConfig):
