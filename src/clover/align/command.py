@@ -42,6 +42,7 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
     """
     from clover.align.run import align as run_align
     from clover.core.errors import CloverError
+    from clover.training import processes
 
     recipe = resolve_recipe(
         recipe_name,
@@ -63,6 +64,8 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
         held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
+    if not processes.is_first():
+        return
     click.echo(result.summary)
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")

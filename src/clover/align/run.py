@@ -14,6 +14,7 @@ from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
+from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
@@ -57,7 +58,30 @@ def align(
     Raises:
         CloverError: unusable data or settings.
     """
-    run = RunFolder(out)
+    with processes.joined(recipe.device):
+        return _align(
+            recipe,
+            captions,
+            out=out,
+            cache=cache,
+            validation=validation,
+            held_out=held_out,
+            max_steps=max_steps,
+        )
+
+
+def _align(
+    recipe: Recipe,
+    captions: Path,
+    *,
+    out: Path,
+    cache: Path,
+    validation: Path | None,
+    held_out: Sequence[Path],
+    max_steps: int | None,
+) -> AlignResult:
+    is_first = processes.is_first()
+    run = RunFolder(out, is_writer=is_first)
     run.save_recipe(recipe)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
@@ -70,8 +94,10 @@ def align(
             encoder=encoder,
             cache=cache,
             held_out=held_out,
-            rejected=out / "align.rejected.jsonl",
+            rejected=out / "align.rejected.jsonl" if is_first else None,
         )
+    captions_hash = sha256_file(captions)
+    processes.check_same("captions or images", [captions_hash, data.digests])
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
             f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
@@ -79,12 +105,13 @@ def align(
         )
     bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
     sections = ("seed", "precision", "encoder", "qformer", "align")
-    captions_hash = sha256_file(captions)
     key = fingerprint([recipe.fingerprint(*sections), captions_hash])
     weights = out / "align.safetensors"
     done = out / "align.json"
     is_finished = done.exists() and weights.exists() and read_json(done).get("key") == key
-    if not is_finished:
+    processes.check_same("results in --out", is_finished)
+    is_trained_here = not is_finished
+    if is_trained_here:
         seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
         settings = {**recipe.settings(*sections), "the captions' sha256": captions_hash}
         job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps, settings)
@@ -95,6 +122,9 @@ def align(
             details["trainable_parameters"] = bridge.num_trainable()
         if not is_finished:
             return AlignResult(weights, data.summary(), None, False)
+    if not is_first:  # the rest is files, and the first one's
+        return AlignResult(weights, data.summary(), None, True)
+    if is_trained_here:
         save_bridge(bridge, weights)
         write_json(done, {"key": key, "summary": data.summary()})
     clear_checkpoints(run.checkpoints / "align")

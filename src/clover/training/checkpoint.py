@@ -1,5 +1,7 @@
 """Checkpoints that resume exactly: weights, optimiser, step and random state, written whole.
 
+Of several processes the first one writes, for all of them, and all read.
+
 Only what learns is saved. Files are torch archives read with `weights_only=True`, which refuses
 code; the declared set of tensors must agree exactly, so a missing key is an error, never a warning.
 """
@@ -15,12 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
+from clover.training import processes
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt$")
@@ -64,9 +68,10 @@ def save_checkpoint(
         "settings": dict(settings or {}),
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **_random_state(),
     }
+    if not processes.is_first():
+        return path
     with atomic_path(path) as partial:
         torch.save(state, partial)
     for old in _sorted(folder)[:-keep]:
@@ -126,11 +131,49 @@ def load_latest(
                 f"that version, or delete {folder} to begin this stage again"
             ) from error
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if state["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["random_cuda"])
+        _restore_random(state)
         return int(state["step"])
     return 0
+
+
+def start_own_random() -> None:
+    """Part from the random state that all processes share: each its own, the first one keeps it."""
+    if processes.rank() > 0:
+        shared = int(torch.randint(2**62, ()))
+        own = np.random.SeedSequence([shared, processes.rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(own[0] >> np.uint64(1)))
+
+
+def _random_state() -> dict[str, Any]:
+    """Return torch's random state, and that of each further process in the order of ranks."""
+    has_cuda = torch.cuda.is_available()
+    if processes.num_processes() == 1:
+        cuda = torch.cuda.get_rng_state_all() if has_cuda else []
+        return {"random": torch.get_rng_state(), "random_cuda": cuda}
+    # A process draws on its own GPU alone; asking for the others' would take memory on them.
+    own = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if has_cuda else [])]
+    gathered = [processes.gather_rows(item[None]) for item in own]
+    ranks = [[states[rank].clone() for states in gathered] for rank in range(len(gathered[0]))]
+    return {"random": ranks[0][0], "random_cuda": ranks[0][1:], "random_others": ranks[1:]}
+
+
+def _restore_random(state: Mapping[str, Any]) -> None:
+    """Go on with this process's random numbers.
+
+    Saved by more or by fewer processes than there are now, all but the first start new ones.
+    """
+    others = state.get("random_others", [])
+    is_own = processes.rank() > 0 and len(others) + 1 == processes.num_processes()
+    first = [state["random"], *state["random_cuda"]]
+    cpu, *cuda = others[processes.rank() - 1] if is_own else first
+    torch.set_rng_state(cpu)
+    if cuda and torch.cuda.is_available():
+        if processes.num_processes() == 1:
+            torch.cuda.set_rng_state_all(cuda)
+        else:
+            torch.cuda.set_rng_state(cuda[0])
+    if not is_own:
+        start_own_random()
 
 
 def _differing(before: Mapping[str, str], now: Mapping[str, str]) -> str:

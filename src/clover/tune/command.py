@@ -84,9 +84,12 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
       clover tune --from model/ --data patches/ --shots 1,2,4,8,16,32 --out few-shot/
     """
     from clover.core.errors import CloverError
+    from clover.training import processes
     from clover.tune.run import tune as run_tune
 
     if options["shots"] is not None:
+        if processes.num_started() > 1:
+            raise CloverError("--shots runs in one process; start it without torchrun")
         _few_shot(out, options)
         return
     if recipe_name is None:
@@ -118,6 +121,8 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
         held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
+    if not processes.is_first():
+        return
     click.echo(result.summary)
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")

@@ -24,6 +24,7 @@ from clover.model import (
 )
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.qformer.used_words import only_words
+from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
@@ -68,7 +69,32 @@ def tune(
             a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
     """
-    folder = RunFolder(run)
+    with processes.joined(recipe.device):
+        return _tune(
+            recipe,
+            instructions,
+            out=out,
+            run=run,
+            cache=cache,
+            start=start,
+            held_out=held_out,
+            max_steps=max_steps,
+        )
+
+
+def _tune(
+    recipe: Recipe,
+    instructions: Path,
+    *,
+    out: Path,
+    run: Path,
+    cache: Path,
+    start: Path | None,
+    held_out: Sequence[Path],
+    max_steps: int | None,
+) -> TuneResult:
+    is_first = processes.is_first()
+    folder = RunFolder(run, is_writer=is_first)
     folder.save_recipe(recipe)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
@@ -81,7 +107,7 @@ def tune(
             encoder=encoder,
             cache=cache,
             held_out=held_out,
-            rejected=run / "tune.rejected.jsonl",
+            rejected=run / "tune.rejected.jsonl" if is_first else None,
         )
     sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
     files = {
@@ -90,7 +116,10 @@ def tune(
     }
     key = fingerprint([recipe.fingerprint(*sections), *files.values()])
     settings = recipe.settings(*sections) | {name: str(value) for name, value in files.items()}
-    if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
+    config = out / "config.json"
+    is_finished = config.exists() and read_json(config).get("key") == key
+    processes.check_same("data, images or results", [key, data.digests, is_finished])
+    if is_finished:
         _clear(folder)
         return TuneResult(out, data.summary(), True)
     language = load_frozen_language(recipe.language, recipe.prompt, device)
@@ -112,7 +141,7 @@ def tune(
                 ground(objective, job)
             is_finished = train(objective, job)
         details["trainable_parameters"] = bridge.num_trainable()
-    if is_finished:
+    if is_finished and is_first:
         model.details = {
             "key": key,
             "data": {"instructions_sha256": sha256_file(instructions), "summary": data.summary()},
@@ -124,6 +153,8 @@ def tune(
 
 
 def _clear(run: RunFolder) -> None:
+    if not processes.is_first():
+        return
     for stage in ("ground", "anchor", "tune"):
         clear_checkpoints(run.checkpoints / stage)
 
