@@ -135,7 +135,7 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
     del tree["tune"]["checkpoint_every"]
     for field in ("options", "mean", "std", "numbers", "licence_note", "storage", "views"):
         del tree["encoder"][field]
-    for field in ("quantise", "paper_dropout", "text_start"):
+    for field in ("quantise", "paper_dropout", "text_start", "spread"):
         del tree["language"][field]
     assert recipe.fingerprint("encoder", "language", "qformer", "tune") == fingerprint(tree)
     changed = load_recipe("phantom", ("language.quantise=int8", "tune.worked_examples=4"))

@@ -26,6 +26,8 @@ _LATER = (
     ("tune", "anchoring_repeat"),
 )
 """(section, field) of the second release on."""
+_NO_NUMBER = ("checkpoint_every", "spread")
+"""Fields, of whichever section, that change no number."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -176,6 +178,9 @@ class LanguageConfig(Section):
     """Fewer bits for the frozen weights: `int8` runs everywhere, `bnb-*` needs a GPU."""
     paper_dropout: bool = False
     """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
+    spread: bool = False
+    """Where several processes train, each holds only its share of the frozen layers (FSDP2): for a
+    language model that does not fit on one GPU."""
     text_start: str = ""
     """A special token before the prompt; Vicuna's published `</s>`, for instance (SPEC, 4.2)."""
 
@@ -371,7 +376,8 @@ class Recipe(Section):
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
-                section.pop("checkpoint_every", None)
+                for field in _NO_NUMBER:
+                    section.pop(field, None)
         for name, field in _LATER:
             # A field that came later counts when it is set: runs from before it still go on.
             default = type(getattr(self, name)).model_fields[field].default

@@ -225,6 +225,21 @@ def wait_for_all() -> None:
     any_process(False)
 
 
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Run the block in one process of a machine after the other: for what takes much memory."""
+    if num_processes() == 1:
+        yield
+        return
+    own = _from_environment("LOCAL_RANK", rank())
+    turns = int(gather_rows(torch.tensor([own])).max()) + 1
+    for _ in range(own):
+        wait_for_all()
+    yield
+    for _ in range(own, turns):
+        wait_for_all()
+
+
 @torch.no_grad()
 def take_from_first(module: nn.Module) -> None:
     """Overwrite parameters and buffers with those of the first process."""
