@@ -580,7 +580,7 @@ def load(
     load_bridge(bridge, path / "bridge.safetensors", sha256=config.get("bridge_sha256"))
     bridge.to(where.device).eval().requires_grad_(False)
     kept: dict[str, Any] = {
-        name: config[name] for name in ("key", "data", "stage_1") if name in config
+        name: config[name] for name in ("key", "data", "stage_1", "weights") if name in config
     }
     model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept

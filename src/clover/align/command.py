@@ -24,7 +24,8 @@ from clover.core.options import (
 @click.option(
     "--validation",
     type=click.Path(path_type=Path),
-    help="Held-out captions, for retrieval; refused where training holds their images.",
+    help="Held-out captions, for retrieval, at the end and every align.validate_every steps; "
+    "refused where training holds their images.",
 )
 @leak_option
 @click.option(
@@ -70,6 +71,8 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")
         return
+    if result.kept is not None:
+        click.echo(result.kept)
     if result.scores is not None:
         for name, value in result.scores.row().items():
             click.echo(f"  {name:<24} {value:g}")

@@ -24,10 +24,13 @@ _LATER = (
     *(("align", name) for name in ("ignore_duplicates", "gather")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
+    *((stage, "keep_weights") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
-_NO_NUMBER = ("checkpoint_every", "spread")
+_NO_NUMBER = ("checkpoint_every", "checkpoint_keep", "spread")
 """Fields, of whichever section, that change no number."""
+_ONLY_OF_BEST = ("validate_every", "validate_samples")
+"""Fields that change no number either, unless the best weights are kept."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -220,6 +223,14 @@ class OptimizerConfig(Section):
     """Largest gradient norm; none when absent."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many checkpoints stay while training goes on."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations on held-out samples (`--validation`); none when 0."""
+    validate_samples: int = Field(512, ge=2)
+    """Held-out samples of a validation: the file's first so many."""
+    keep_weights: Literal["last", "best"] = "last"
+    """Whether the stage's product holds the last weights, or those that validated best."""
     seed: int | None = None
     """Order of the data and dropout; the recipe's seed when absent."""
 
@@ -229,6 +240,8 @@ class OptimizerConfig(Section):
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
+        if self.keep_weights == "best" and not self.validate_every:
+            raise ValueError("keep_weights is best, but validate_every is 0: nothing is compared")
         return self
 
 
@@ -376,7 +389,8 @@ class Recipe(Section):
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
-                for field in _NO_NUMBER:
+                is_best = section.get("keep_weights") == "best"
+                for field in (*_NO_NUMBER, *(() if is_best else _ONLY_OF_BEST)):
                     section.pop(field, None)
         for name, field in _LATER:
             # A field that came later counts when it is set: runs from before it still go on.

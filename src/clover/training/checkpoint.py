@@ -30,14 +30,16 @@ _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt$")
 _NAMED, _SHOWN = 4, 40
 """Settings that a refusal names, and characters of each."""
-_TORN = (
+TORN = (
     RuntimeError,
     EOFError,
     OSError,
     ValueError,
+    LookupError,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
 )
+"""What reading a torn archive raises."""
 
 
 def save_checkpoint(
@@ -81,7 +83,7 @@ def save_checkpoint(
 
 def clear_checkpoints(folder: Path) -> None:
     """Remove a finished stage's checkpoints: its product is written, and they weigh thrice it."""
-    for path in _sorted(folder):
+    for path in (*_sorted(folder), folder / "best.pt"):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # absent, or somebody keeps a file of his own there
         folder.rmdir()
@@ -89,7 +91,7 @@ def clear_checkpoints(folder: Path) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing: nobody reads it, and each is a whole checkpoint."""
-    for path in folder.glob(".step-*.part"):
+    for path in (*folder.glob(".step-*.part"), *folder.glob(".best.pt.*.part")):
         path.unlink(missing_ok=True)
 
 
@@ -113,7 +115,7 @@ def load_latest(
     for path in reversed(_sorted(folder)):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except _TORN:
+        except TORN:
             # Torn by a crash of the disk, not of ours: the one before it serves.
             _LOG.warning("%s cannot be read; continuing from the checkpoint before it", path)
             continue

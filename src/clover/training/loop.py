@@ -34,6 +34,7 @@ from clover.training.device import Device, keep_freed_memory
 from clover.training.objective import Losses, Objective
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
+from clover.training.validation import BestWeights, Validation
 
 _NAMED = 8
 """Samples of a bad batch that its error names."""
@@ -122,8 +123,14 @@ def apply_gradients(
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(objective: Objective, job: TrainingJob) -> bool:
+def train(objective: Objective, job: TrainingJob, validation: Validation | None = None) -> bool:
     """Train `objective.module` for `job.config.steps` steps, or what is left of them.
+
+    Args:
+        objective: What is learnt.
+        job: Where and how.
+        validation: What is measured meanwhile; its scores go into the metrics, and the weights
+            with the best of them into the checkpoints (`BestWeights`).
 
     Returns:
         Whether all steps are done; False when `max_steps` ended it early.
@@ -158,6 +165,7 @@ def train(objective: Objective, job: TrainingJob) -> bool:
     )
     processes.check_same("checkpoints", start)
     processes.take_from_first(module)
+    best = BestWeights(folder, validation) if validation is not None else None
     module.train()
     with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
         log = _Log(job)
@@ -169,6 +177,15 @@ def train(objective: Objective, job: TrainingJob) -> bool:
             note = log.add(step, losses)
             advance(1, note)
             done = step + 1
+            if (
+                validation is not None
+                and best is not None
+                and validation.is_due(done, config.steps)
+            ):
+                with log.interrupted():
+                    scores = validation.measure(module)
+                    job.run.log(f"{job.stage}-validation", done, **scores)
+                    best.offer(done, scores, module)
             is_stopped = processes.any_process(stopped.is_set())
             if done % config.checkpoint_every == 0 or done == stop or is_stopped:
                 save_checkpoint(
@@ -178,6 +195,7 @@ def train(objective: Objective, job: TrainingJob) -> bool:
                     optimizer=optimizer,
                     key=job.key,
                     settings=job.settings,
+                    keep=config.checkpoint_keep,
                 )
             if is_stopped:  # also after the last step: another stage may come next
                 raise Interrupted(f"{job.stage} stopped after step {done}")
@@ -263,6 +281,13 @@ class _Log:
         self._sum = self._count = 0.0
         self._parts, self._steps, self._since = {}, 0, time.perf_counter()
         return f"loss {loss:.3f}"
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Leave the time that the block takes out of the seconds a step."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
     def _take_in_others(self) -> None:
         """Replace sums by those over all processes, parts by their means."""

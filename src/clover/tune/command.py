@@ -49,7 +49,8 @@ from clover.core.options import (
 @click.option(
     "--validation",
     type=click.Path(path_type=Path),
-    help="What will be evaluated; refused where training holds its images.",
+    help="What will be evaluated, and every tune.validate_every steps is; refused where training "
+    "holds its images.",
 )
 @leak_option
 @click.option(
@@ -118,6 +119,7 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
         run=run,
         cache=options["cache"],
         start=start,
+        validation=options["validation"] or recipe.data.validation,
         held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
@@ -127,6 +129,8 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")
         return
+    if result.kept is not None:
+        click.echo(result.kept)
     click.echo(f'{out}/; next: clover ask {out} IMAGE "What tissue is this?"')
 
 
