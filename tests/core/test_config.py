@@ -132,9 +132,9 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
     for field in ("grounding_spelling", "grounding_tokens", "worked_examples", "anchoring_repeat"):
         del tree["tune"][field]
     del tree["qformer"]["train_word_embedding"]
-    for field in ("checkpoint_every", "checkpoint_keep", "keep_weights"):
+    for field in ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background"):
         del tree["tune"][field]
-    for field in ("validate_every", "validate_samples"):
+    for field in ("validate_every", "validate_samples", "keep_weights"):
         del tree["tune"][field]
     for field in ("options", "mean", "std", "numbers", "licence_note", "storage", "views"):
         del tree["encoder"][field]

@@ -27,7 +27,7 @@ _LATER = (
     *((stage, "keep_weights") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
-_NO_NUMBER = ("checkpoint_every", "checkpoint_keep", "spread")
+_NO_NUMBER = ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background", "spread")
 """Fields, of whichever section, that change no number."""
 _ONLY_OF_BEST = ("validate_every", "validate_samples")
 """Fields that change no number either, unless the best weights are kept."""
@@ -225,6 +225,8 @@ class OptimizerConfig(Section):
     """Steps between checkpoints."""
     checkpoint_keep: int = Field(2, ge=1)
     """How many checkpoints stay while training goes on."""
+    checkpoint_in_background: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
     validate_every: int = Field(0, ge=0)
     """Steps between validations on held-out samples (`--validation`); none when 0."""
     validate_samples: int = Field(512, ge=2)

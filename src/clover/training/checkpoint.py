@@ -14,6 +14,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
 from clover.training import processes
+from clover.training.background import BackgroundWriter
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})\.pt$")
@@ -51,6 +53,7 @@ def save_checkpoint(
     key: str,
     settings: Mapping[str, str] | None = None,
     keep: int = 2,
+    writer: BackgroundWriter | None = None,
 ) -> Path:
     """Write the state after `step` optimiser steps; keep the last `keep` checkpoints.
 
@@ -62,6 +65,8 @@ def save_checkpoint(
         key: Fingerprint of all that changes the mathematics.
         settings: What went into the key, by name, so that a refusal can say what differs.
         keep: How many checkpoints stay.
+        writer: Writes a copy of the state while training goes on; the copy takes a checkpoint's
+            bytes in memory.
     """
     path = folder / f"step-{step:08d}.pt"
     state = {
@@ -74,11 +79,29 @@ def save_checkpoint(
     }
     if not processes.is_first():
         return path
-    with atomic_path(path) as partial:
-        torch.save(state, partial)
-    for old in _sorted(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    if writer is None:
+        _write(state, path, keep)
+    else:
+        writer.start(partial(_write, _copied(state), path, keep))
     return path
+
+
+def _write(state: dict[str, Any], path: Path, keep: int) -> None:
+    with atomic_path(path) as unfinished:
+        torch.save(state, unfinished)
+    for old in _sorted(path.parent)[:-keep]:
+        old.unlink(missing_ok=True)
+
+
+def _copied(state: Any) -> Any:
+    """Return a state whose tensors training cannot change any more."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(item) for name, item in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(item) for item in state)
+    return state
 
 
 def clear_checkpoints(folder: Path) -> None:

@@ -24,6 +24,7 @@ from clover.core.errors import CloverError
 from clover.core.run import RunFolder, seed_everything
 from clover.core.terminal import progress
 from clover.training import processes
+from clover.training.background import BackgroundWriter
 from clover.training.checkpoint import (
     clear_unfinished,
     load_latest,
@@ -167,7 +168,11 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
     processes.take_from_first(module)
     best = BestWeights(folder, validation) if validation is not None else None
     module.train()
-    with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
+    with (
+        progress(job.stage, config.steps, done=start) as advance,
+        _stop_flag() as stopped,
+        BackgroundWriter() as writer,
+    ):
         log = _Log(job)
         stop = min(config.steps, job.max_steps or config.steps)
         for step in range(start, stop):
@@ -196,6 +201,7 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
                     key=job.key,
                     settings=job.settings,
                     keep=config.checkpoint_keep,
+                    writer=writer if config.checkpoint_in_background else None,
                 )
             if is_stopped:  # also after the last step: another stage may come next
                 raise Interrupted(f"{job.stage} stopped after step {done}")
