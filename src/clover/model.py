@@ -43,10 +43,12 @@ from clover.slides.picture import check_is_no_slide, is_region, read_region
 from clover.training import processes
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
+from clover.vision.familiar import UNFAMILIAR, Familiarity
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
+_FAMILIAR = "familiarity.safetensors"
 _BESIDE = "beside:"
 """Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
 
@@ -90,6 +92,8 @@ class Answer:
     model: str
     seconds: float
     notice: str = NOTICE
+    note: str | None = None
+    """Said where the image is unlike those the model learnt from."""
 
     def __str__(self) -> str:
         """Return the answer's text."""
@@ -150,6 +154,7 @@ class Clover:
         name: Shown with every answer.
         details: Further entries of the model folder's `config.json`.
         aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
+        familiarity: Of what images it learnt; None where nobody wrote it down.
     """
 
     recipe: Recipe
@@ -161,6 +166,7 @@ class Clover:
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
     aligned: Aligned | None = None
+    familiarity: Familiarity | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -281,10 +287,22 @@ class Clover:
         """
         question = check_question(question)
         start = time.perf_counter()
-        texts = self.answer_features(
-            self.encode(image), [question], settings or self.default_settings()
+        features = self.encode(image)
+        texts = self.answer_features(features, [question], settings or self.default_settings())
+        seconds = round(time.perf_counter() - start, 3)
+        return Answer(texts[0].strip(), self.name, seconds, note=self.note_on(features))
+
+    def note_on(self, features: Tensor) -> str | None:
+        """Return what is to be said of an image [1, P, E] that is unlike the training images."""
+        if self.familiarity is None:
+            return None
+        nearer = self.familiarity.share_nearer(features)
+        if nearer < UNFAMILIAR:
+            return None
+        return (
+            "Note: this image is unlike those the model learnt from (farther from them than "
+            f"{100 * nearer:.1f} % of their own); the answer may mean nothing."
         )
-        return Answer(texts[0].strip(), self.name, round(time.perf_counter() - start, 3))
 
     @torch.no_grad()
     def stream(
@@ -414,6 +432,11 @@ def save_folder(model: Clover, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     bridge = path / "bridge.safetensors"
     save_bridge(model.bridge, bridge)
+    familiar = path / _FAMILIAR
+    if model.familiarity is None:
+        familiar.unlink(missing_ok=True)  # an earlier model's
+    else:
+        model.familiarity.save(familiar)
     write_config(
         path,
         name=model.name,
@@ -587,6 +610,8 @@ def load(
     )
     if (path / "align.safetensors").exists():
         model.attach_alignment(path / "align.safetensors")
+    if (path / _FAMILIAR).exists():
+        model.familiarity = Familiarity.load(path / _FAMILIAR)
     return model
 
 

@@ -136,7 +136,16 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
         del tree["tune"][field]
     for field in ("validate_every", "validate_samples", "keep_weights"):
         del tree["tune"][field]
-    for field in ("options", "mean", "std", "numbers", "licence_note", "storage", "views"):
+    for field in (
+        "options",
+        "mean",
+        "std",
+        "numbers",
+        "licence_note",
+        "storage",
+        "views",
+        "view_kind",
+    ):
         del tree["encoder"][field]
     for field in ("quantise", "paper_dropout", "text_start", "spread"):
         del tree["language"][field]

@@ -18,7 +18,7 @@ from clover.core.files import fingerprint
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
-    *(("encoder", name) for name in ("storage", "views")),
+    *(("encoder", name) for name in ("storage", "views", "view_kind")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
     *(("align", name) for name in ("ignore_duplicates", "gather")),
@@ -31,6 +31,8 @@ _NO_NUMBER = ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background",
 """Fields, of whichever section, that change no number."""
 _ONLY_OF_BEST = ("validate_every", "validate_samples")
 """Fields that change no number either, unless the best weights are kept."""
+_TURNS = 8
+"""Ways to turn and mirror a square by quarters, leaving it as it is among them."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -112,7 +114,15 @@ class EncoderConfig(Section):
     storage: Literal["float16", "bfloat16", "int8"] = "float16"
     """Number format that training images' tokens are kept in; int8 has one scale a token."""
     views: int = Field(1, ge=1)
-    """Views an image that training draws from: the image as it is, and random crops of it."""
+    """Views an image that training draws from: the image as it is, and others made of it."""
+    view_kind: Literal["crop", "turn"] = "crop"
+    """How: random crops and mirror images (as published), or the seven turns and mirror images."""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> EncoderConfig:
+        if self.view_kind == "turn" and self.views > _TURNS:
+            raise ValueError(f"views {self.views}: there are {_TURNS} with view_kind turn")
+        return self
 
     @field_validator("kind")
     @classmethod

@@ -165,7 +165,7 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessLost(
-            f"one of the {num_processes()} processes of this training ended or did not answer for "
+            f"one of the {num_processes()} processes of this training ended, or did not answer for "
             f"{_patience_s():g} s; what was saved is kept, the same command continues from there"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from clover.tune.spelling import Spelling
 from clover.tune.validate import FIGURE, AnswerLoss
 from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
+from clover.vision.familiar import describe
 from clover.vision.leaks import load_training_set
 
 _DATA, _STAGE_1 = "the instructions' sha256", "stage 1's sha256"
@@ -158,14 +160,16 @@ def _tune(
                 "data": {"instructions_sha256": files[_DATA], "summary": data.summary()},
                 "stage_1": files[_STAGE_1],
             }
-            if is_finished and is_first and measured is not None:
-                model.details["weights"] = settle(
-                    bridge,
-                    BestWeights(folder.checkpoints / "tune", measured),
-                    steps=recipe.tune.steps,
-                    keep=recipe.tune.keep_weights,
-                    save_other=lambda which, note: _save_other(model, _beside(run, which), note),
-                )
+            if is_finished and is_first:
+                model.familiarity = describe(data)
+                if measured is not None:
+                    model.details["weights"] = settle(
+                        bridge,
+                        BestWeights(folder.checkpoints / "tune", measured),
+                        steps=recipe.tune.steps,
+                        keep=recipe.tune.keep_weights,
+                        save_other=partial(_save_other, model, run),
+                    )
         details["trainable_parameters"] = bridge.num_trainable()
     if is_finished and is_first:
         model.save(out)
@@ -178,12 +182,12 @@ def _beside(run: Path, which: Kept) -> Path:
     return run / f"tune-{which}"
 
 
-def _save_other(model: Clover, out: Path, note: dict[str, Any]) -> None:
+def _save_other(model: Clover, run: Path, which: Kept, note: dict[str, Any]) -> None:
     """Write the model as it is into a folder of its own, with all its words."""
     before = model.details
     model.details = {**before, "weights": note}
     with all_words(model.bridge.qformer):
-        model.save(out)
+        model.save(_beside(run, which))
     model.details = before
 
 

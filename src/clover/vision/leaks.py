@@ -280,6 +280,7 @@ def load_training_set(
         images=recipe.data.images,
         storage=recipe.encoder.storage,
         views=recipe.encoder.views,
+        view_kind=recipe.encoder.view_kind,
     )
     if rejected is not None:
         write_rejected(rejected, data.rejected)
