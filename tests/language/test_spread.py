@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clover.core.errors import CloverError
 from clover.core.files import read_json
+from clover.core.run import RunFolder
 from clover.language.spread import spread_layers
 from clover.model import load
 from clover.tune.run import tune
@@ -66,7 +67,7 @@ def test_stage_2_through_a_spread_model_ends_at_the_weights_through_a_whole_one(
     )
 
     def run(is_spread: bool) -> str:
-        settings = {"steps": 4, "batch_size": 8, "learning_rate": 0.02}
+        settings = {"steps": 4, "batch_size": 8, "learning_rate": 0.02, "validate_every": 2}
         recipe = tiny_recipe(
             tiny.folder,
             qformer={"dropout": 0.0},
@@ -80,6 +81,7 @@ def test_stage_2_through_a_spread_model_ends_at_the_weights_through_a_whole_one(
             out=out,
             run=tmp_path / f"run-{is_spread}",
             cache=tiny.folder / "cache",
+            validation=tiny.instructions,
         )
         return str(out)
 
@@ -91,6 +93,13 @@ def test_stage_2_through_a_spread_model_ends_at_the_weights_through_a_whole_one(
     for name, item in theirs.items():
         torch.testing.assert_close(ours[name], item, atol=1e-5, rtol=0, msg=name)
     assert read_json(tmp_path / "True" / "config.json")["recipe"]["language"]["spread"] is True
+    # Every process measures, since each pass is one of all; the first one writes.
+    rows, wanted = (
+        RunFolder(tmp_path / f"run-{name}").metrics("tune-validation") for name in (True, False)
+    )
+    assert [row["step"] for row in rows] == [2, 4]
+    for row, other in zip(rows, wanted, strict=True):
+        assert row["answer_loss"] == pytest.approx(other["answer_loss"], abs=3e-5)
     # One process holds it whole again.
     assert load(tmp_path / "True").ask(tiny.image(), "which tissue is shown ?").text is not None
 

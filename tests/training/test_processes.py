@@ -289,29 +289,6 @@ def test_sigterm_to_one_process_saves_and_stops_all(tiny: Tiny, tmp_path: Path) 
     assert len(state["random_others"]) == 1 and 0 < state["step"] < 400
 
 
-def test_torchrun_starts_it_and_the_first_process_speaks(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny.folder, align={"steps": 3})
-    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml())
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "clover", "align"),
-            *("--recipe", str(tmp_path / "tiny.yaml")),
-            *("--data", str(tiny.captions), "--out", str(tmp_path / "run")),
-            *("--features", str(tiny.folder / "cache"), "--validation", str(tiny.captions)),
-            "--allow-leaks",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("records on") == 1 and done.stdout.count("matching_accuracy") == 1
-    assert (tmp_path / "run" / "align.safetensors").exists()
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
-
-
 def test_an_environment_that_names_no_others_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)

@@ -131,9 +131,7 @@ def _align(
             details["trainable_parameters"] = bridge.num_trainable()
         if not is_finished:
             return AlignResult(weights, data.summary(), None, False)
-    if not is_first:  # the rest is files, and the first one's
-        return AlignResult(weights, data.summary(), None, True)
-    if is_trained_here:
+    if is_trained_here and is_first:
         finished: dict[str, Any] = {"key": key, "summary": data.summary()}
         if measured is not None:
             finished["weights"] = settle(
@@ -145,6 +143,9 @@ def _align(
             )
         save_bridge(bridge, weights)
         write_json(done, finished)
+    processes.wait_for_all()
+    if not is_first:  # what is left is scores, and the first one's
+        return AlignResult(weights, data.summary(), None, True)
     clear_checkpoints(run.checkpoints / "align")
     if note := read_json(done).get("weights"):
         which: Kept = "last" if note["kept"] == "best" else "best"

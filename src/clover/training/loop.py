@@ -298,7 +298,8 @@ class _Log:
     def _take_in_others(self) -> None:
         """Replace sums by those over all processes, parts by their means."""
         means = [torch.stack(parts).mean() for parts in self._parts.values()]
-        own = torch.stack([torch.as_tensor(item) for item in (self._sum, self._count, *means)])
+        sums = (torch.as_tensor(item) for item in (self._sum, self._count, *means))
+        own = torch.stack([item.float() for item in sums])
         everyone = processes.sum_over_processes(own)
         self._sum, self._count = everyone[0], everyone[1]
         means = list(everyone[2:] / processes.num_processes())

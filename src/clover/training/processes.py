@@ -48,6 +48,8 @@ def num_started() -> int:
 
 def is_first() -> bool:
     """Return whether this process is the one that writes and speaks, also outside of `joined`."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
     return num_started() == 1 or _from_environment("RANK", 0) == 0
 
 
@@ -81,23 +83,30 @@ def joined(device: str) -> Iterator[None]:
     if is_on_gpu:
         _take_gpu(device)
     store = PrefixStore(f"clover-{next(_joins)}", _store())
-    dist.init_process_group(
-        # Messages between processors go by gloo in any case, so that they never wait for a GPU.
-        "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
-        store=store,
-        rank=_from_environment("RANK", 0),
-        world_size=num_started(),
-        timeout=timedelta(seconds=_patience_s()),
-    )
+    with _meeting():
+        dist.init_process_group(
+            # Messages between processors go by gloo in any case: they never wait for a GPU.
+            "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
+            store=store,
+            rank=_from_environment("RANK", 0),
+            world_size=num_started(),
+            timeout=timedelta(seconds=_patience_s()),
+        )
     try:
         yield
     except BaseException as error:
-        if not _is_first_to_fail(store):
+        is_speaker = _is_first_to_fail(store)
+        if not is_on_gpu:  # NCCL would wait for messages that never come
+            _leave()
+        if not is_speaker:
             sys.exit(_exit_code(error))
         raise
-    finally:
-        with contextlib.suppress(RuntimeError):  # the others may be gone
-            dist.destroy_process_group()
+    _leave()
+
+
+def _leave() -> None:
+    with contextlib.suppress(RuntimeError):  # the others may be gone
+        dist.destroy_process_group()
 
 
 def _take_gpu(device: str) -> None:
@@ -118,8 +127,16 @@ def _take_gpu(device: str) -> None:
 @cache
 def _store() -> Any:
     """Return the store through which the processes find each other, once a process."""
-    try:
+    with _meeting():
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=_patience_s())))
+    return store
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Say in our words what torch says when processes do not find each other."""
+    try:
+        yield
     except ValueError as error:
         raise CloverError(
             f"WORLD_SIZE is {num_started()}, but {error}; start several processes with "
@@ -127,10 +144,9 @@ def _store() -> Any:
         ) from error
     except RuntimeError as error:
         raise ProcessLost(
-            f"the {num_started()} processes did not find each other within "
-            f"{_patience_s():g} s ({str(error).splitlines()[0]})"
+            f"the {num_started()} processes did not find each other within {_patience_s():g} s: "
+            f"{str(error).splitlines()[0]}"
         ) from error
-    return store
 
 
 def _is_first_to_fail(store: Any) -> bool:

@@ -174,6 +174,7 @@ def _tune(
     if is_finished and is_first:
         model.save(out)
         _clear(folder)
+    processes.wait_for_all()
     return TuneResult(out, data.summary(), is_finished, _said(out, run) if is_finished else None)
 
 
