@@ -301,3 +301,13 @@ def test_an_environment_that_names_no_others_is_one_line(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(CloverError, match="WORLD_SIZE is 'two'"), processes.joined("cpu"):
         pass
+
+
+def test_torchrun_with_one_process_is_that_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(0, 1, 1).items():
+        monkeypatch.setenv(name, value)
+    with processes.joined("cpu"):
+        assert not torch.distributed.is_initialized() and processes.num_processes() == 1
+        rows = torch.ones(2, 3)
+        assert processes.gather_rows(rows, with_gradient=True) is rows
+        assert processes.sum_over_processes(rows) is rows and processes.is_first()
