@@ -96,6 +96,10 @@ def test_the_last_error_is_raised_at_the_end_and_hides_no_other() -> None:
     with pytest.raises(CloverError, match="the loss"), BackgroundWriter() as writer:
         writer.start(fail)
         raise CloverError("the loss is nan")
+    # Who asked to stop must know that nothing was saved.
+    with pytest.raises(OSError, match="full"), BackgroundWriter() as writer:
+        writer.start(fail)
+        raise KeyboardInterrupt
 
 
 def test_the_process_waits_for_what_is_being_written() -> None:

@@ -28,11 +28,15 @@ class BackgroundWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Wait for what is being written; an error of the block's own is not hidden by one here."""
+        """Wait for what is being written.
+
+        An error of the block's own is not hidden by one here; but who asked to stop is told that
+        the state was not saved.
+        """
         try:
             self._wait()
         except Exception as failed:
-            if error is None:
+            if error is None or isinstance(error, KeyboardInterrupt):
                 raise
             _LOG.warning("the last checkpoint was not written: %s", failed)
         finally:
