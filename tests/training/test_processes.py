@@ -20,6 +20,7 @@ from torch import Tensor
 from clover.align.contrast import Similarity
 from clover.align.match import Negatives, negative_weights
 from clover.align.run import align
+from clover.cli import cli
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
@@ -311,3 +312,9 @@ def test_torchrun_with_one_process_is_that_process_alone(monkeypatch: pytest.Mon
         rows = torch.ones(2, 3)
         assert processes.gather_rows(rows, with_gradient=True) is rows
         assert processes.sum_over_processes(rows) is rows and processes.is_first()
+
+
+def test_few_shot_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CloverError, match="--shots runs in one process"):
+        cli.main(["tune", "--shots", "1", "--out", str(tmp_path)], standalone_mode=False)
