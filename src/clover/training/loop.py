@@ -182,13 +182,9 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
             note = log.add(step, losses)
             advance(1, note)
             done = step + 1
-            if (
-                validation is not None
-                and best is not None
-                and validation.is_due(done, config.steps)
-            ):
+            if best is not None and best.validation.is_due(done, config.steps):
                 with log.interrupted():
-                    scores = validation.measure(module)
+                    scores = best.validation.measure(module)
                     job.run.log(f"{job.stage}-validation", done, **scores)
                     best.offer(done, scores, module)
             is_stopped = processes.any_process(stopped.is_set())
