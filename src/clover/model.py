@@ -34,11 +34,13 @@ from clover.core.tensors import open_tensors
 from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
+from clover.language.spread import spread_layers
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.slides.picture import check_is_no_slide, is_region, read_region
+from clover.training import processes
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
 from clover.vision.familiar import UNFAMILIAR, Familiarity
@@ -59,14 +61,27 @@ def load_frozen_language(
     Stages that follow each other share them, and so do models that are served beside each other.
     """
     parsed = Prompt.from_config(prompt)
-    weights = _language_weights(config.kind, config.weights, config.quantise, device)
+    is_spread = config.spread and processes.num_processes() > 1
+    weights = _language_weights(config.kind, config.weights, config.quantise, device, is_spread)
     return drive(weights, config, parsed)
 
 
 @lru_cache(maxsize=2)
-def _language_weights(kind: str, weights: str, quantise: str, device: Device) -> Weights:
+def _language_weights(
+    kind: str, weights: str, quantise: str, device: Device, is_spread: bool
+) -> Weights:
     config = LanguageConfig.model_validate({"kind": kind, "weights": weights, "quantise": quantise})
-    return load_weights(config, device=device.device, dtype=device.dtype)
+    if not is_spread:
+        return load_weights(config, device=device.device, dtype=device.dtype)
+    if quantise != "none":
+        raise CloverError(
+            f"language.spread does not go with language.quantise={quantise}, whose weights cannot "
+            "be taken apart; set one of them back"
+        )
+    with processes.in_turn():
+        loaded = load_weights(config, device="cpu", dtype=device.dtype)
+        spread_layers(loaded.model, device.device)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -284,9 +299,10 @@ class Clover:
         nearer = self.familiarity.share_nearer(features)
         if nearer < UNFAMILIAR:
             return None
+        whom = "any" if nearer == 1 else f"{100 * nearer:.1f} %"
         return (
             "Note: this image is unlike those the model learnt from (farther from them than "
-            f"{100 * nearer:.1f} % of their own); the answer may mean nothing."
+            f"{whom} of their own); the answer may mean nothing."
         )
 
     @torch.no_grad()
@@ -588,7 +604,7 @@ def load(
     load_bridge(bridge, path / "bridge.safetensors", sha256=config.get("bridge_sha256"))
     bridge.to(where.device).eval().requires_grad_(False)
     kept: dict[str, Any] = {
-        name: config[name] for name in ("key", "data", "stage_1") if name in config
+        name: config[name] for name in ("key", "data", "stage_1", "weights") if name in config
     }
     model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept

@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clover.align.cached import backward_in_chunks
 from clover.align.run import align
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
+from clover.qformer.tokenizer import Tokens
 from tiny import Tiny, tiny_recipe
 
 
@@ -56,10 +58,8 @@ def test_a_chunked_batch_logs_the_same_losses_and_resumes_exactly(
     )
 
 
-def test_several_processes_are_refused(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("clover.align.cached.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("clover.align.cached.distributed.get_world_size", lambda: 2)
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clover.align.cached.processes.num_processes", lambda: 2)
+    case = torch.zeros(2, 1)
     with pytest.raises(CloverError, match="gradient_chunk is for one process"):
-        train(tiny, tmp_path / "a", align={"gradient_chunk": 4})
+        backward_in_chunks(torch.nn.Linear(1, 1), case, Tokens(case, case), chunk=1, decode_start=0)  # type: ignore[arg-type]

@@ -22,10 +22,11 @@ def gradients(case: Case) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("is_detached", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 9])
 @pytest.mark.parametrize("which", [ALL_LOSSES, ("contrast",), ("match",), ("match", "caption")])
 def test_losses_and_gradients_are_those_of_the_whole_batch(
-    which: tuple[str, ...], chunk: int
+    which: tuple[str, ...], chunk: int, is_detached: bool
 ) -> None:
     case = make_case([3, 1, 4, 6, 5, 2, 4], seed=1)  # the second caption has no word to predict
     whole = alignment_losses(
@@ -35,6 +36,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(
         decode_start=DECODE_START,
         which=which,
         negatives=case.negatives,
+        detach_gathered=is_detached,
         ignore_duplicates=True,
     )
     (whole.total * 5).backward()  # type: ignore[no-untyped-call]
@@ -48,6 +50,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(
         decode_start=DECODE_START,
         which=which,
         negatives=case.negatives,
+        detach_gathered=is_detached,
         ignore_duplicates=True,
         scale=5.0,
     )

@@ -13,16 +13,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from clover.align.caption import caption_inputs, caption_loss
 from clover.align.contrast import Similarity, contrastive_loss, same_caption, similarity
-from clover.align.losses import ALL_LOSSES, AlignmentLosses
+from clover.align.losses import ALL_LOSSES, AlignmentLosses, Everyone, match_logits
 from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.core.errors import CloverError
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys, QueryPass
 from clover.qformer.tokenizer import Tokens
+from clover.training import processes
 
 
 def backward_in_chunks(
@@ -35,6 +36,7 @@ def backward_in_chunks(
     which: Collection[str] = ALL_LOSSES,
     label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
+    detach_gathered: bool = False,
     ignore_duplicates: bool = False,
     scale: float = 1.0,
 ) -> AlignmentLosses:
@@ -49,6 +51,7 @@ def backward_in_chunks(
         which: Names of the losses wanted.
         label_smoothing: Of the contrast and the caption.
         negatives: Given ones, for tests; drawn by similarity otherwise.
+        detach_gathered: See `alignment_losses`.
         ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
         scale: Factor of the gradients.
 
@@ -58,8 +61,7 @@ def backward_in_chunks(
     Raises:
         CloverError: several processes train together, whose negatives this does not gather.
     """
-    is_shared = distributed.is_available() and distributed.is_initialized()
-    if is_shared and distributed.get_world_size() > 1:
+    if processes.num_processes() > 1:
         raise CloverError(
             "align.gradient_chunk is for one process; with several, each has a share of the "
             "batch already: set it to 0"
@@ -75,7 +77,13 @@ def backward_in_chunks(
             text_vectors.append(found.text)
     image_leaf = torch.cat(image_vectors).requires_grad_()
     text_leaf = torch.cat(text_vectors).requires_grad_()
-    similar = similarity(image_leaf, text_leaf, bridge.alignment.temperature)
+    similar = similarity(
+        image_leaf,
+        text_leaf,
+        bridge.alignment.temperature,
+        all_image=image_leaf.detach() if detach_gathered else None,
+        all_text=text_leaf.detach() if detach_gathered else None,
+    )
     ignored = same_caption(text.ids, text.mask) if ignore_duplicates else None
     losses: dict[str, Tensor] = {}
     if "contrast" in which:
@@ -140,7 +148,13 @@ class _Chunks:
         terms: dict[str, Tensor] = {}
         if "match" in which:
             assert negatives is not None, "matching needs negatives"
-            logits = self._match(part, found.keys, negatives)
+            logits = match_logits(
+                self.bridge,
+                found.keys,
+                Tokens(self.text.ids[part], self.text.mask[part]),
+                Negatives(negatives.image_for_text[part], negatives.text_for_image[part]),
+                Everyone(self.features, self.text, part.start),
+            )
             terms["match"] = matching_loss(logits) * (len(found.text) / len(self.features))
         if "caption" in which:
             mask = self.text.mask[part]
@@ -148,16 +162,6 @@ class _Chunks:
             if share:
                 terms["caption"] = self._caption(part, found.queries) * share
         return terms
-
-    def _match(self, part: slice, keys: ImageKeys, negatives: Negatives) -> Tensor:
-        """Return logits [3b, 2] as `losses.match_logits` has them; negatives are of all pairs."""
-        qformer, ids, mask = self.bridge.qformer, self.text.ids, self.text.mask
-        own = torch.arange(len(ids), device=ids.device)[part]
-        texts = torch.stack([own, negatives.text_for_image[part]], dim=1).flatten()
-        same = qformer.encode_pair(keys, ids[texts], mask[texts], queries_only=True)
-        others = self.bridge.read_image(self.features[negatives.image_for_text[part]])
-        other = qformer.encode_pair(others, ids[part], mask[part], queries_only=True)
-        return self.bridge.alignment.match(torch.cat([same[0::2], other, same[1::2]]))
 
     def _caption(self, part: slice, queries: QueryPass) -> Tensor:
         inputs = caption_inputs(self.text.ids[part], decode_start=self.decode_start)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from clover.align.cached import backward_in_chunks
-from clover.align.losses import alignment_losses
+from clover.align.losses import Everyone, alignment_losses
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.training import processes
 from clover.training.device import Device
 from clover.training.objective import Losses
 from clover.vision.dataset import FeatureSet
@@ -53,13 +54,16 @@ class AlignObjective:
         count = torch.tensor(float(len(features)), device=features.device)
         if self.config.gradient_chunk:
             return self._losses_in_chunks(features, text, count)
+        everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
         found = alignment_losses(
             self.module,
             self.module.read_image(features),
             text,
             decode_start=self.tokenizer.decode_start,
+            everyone=everyone,
             which=self.config.losses,
             label_smoothing=self.config.label_smoothing,
+            detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
         )
         return Losses(found.total * count, count, found.parts)
@@ -74,6 +78,7 @@ class AlignObjective:
             decode_start=self.tokenizer.decode_start,
             which=self.config.losses,
             label_smoothing=self.config.label_smoothing,
+            detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
             scale=len(features),
         )

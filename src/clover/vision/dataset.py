@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,10 @@ class FeatureSet:
         if self.cache.views > 1:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
         return self.cache.get([self.digests[index] for index in indices], views)
+
+    def first(self, number: int) -> FeatureSet:
+        """Return the first so many records alone."""
+        return replace(self, records=self.records[:number], digests=self.digests[:number])
 
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
