@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
 from clover.core.record_file import open_records, select
 from clover.vision.cache import FeatureCache, ViewKind
-from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.hashes import Digests, ImageHashes, ImagePaths, hash_images
 from clover.vision.storage import Storage

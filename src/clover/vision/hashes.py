@@ -13,11 +13,11 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.record import Record, Rejection
 from clover.slides.picture import is_region, region_digest
-from clover.vision.digests import DigestMemory
 from clover.vision.places import digest_array
 
 _ABSENT = bytes(32)
