@@ -30,9 +30,9 @@ from clover.evaluate.control import (
     image_gain,
     verdict,
 )
+from clover.evaluate.copied import TrainingAnswers
 from clover.evaluate.decoding import find_decoding
 from clover.evaluate.endpoint import EndpointModel
-from clover.evaluate.expose import TrainingAnswers
 from clover.evaluate.item import ItemReader
 from clover.evaluate.predict import NOTICE, LocalModel, PredictionJob, predict
 from clover.evaluate.protocol import find_protocols
@@ -294,8 +294,7 @@ def _score_beside(rows: list[Row], training: Sequence[Record], draws: int) -> di
     """Score by the strict rule, with an eye on answers that are copied from training."""
     known = TrainingAnswers(record.row() for record in training) if training else None
     sheet, reader = Sheet(find_protocols(PROTOCOL), known), ItemReader()
-    for item in reader.items(rows):
-        sheet.add(item)
+    sheet.fill(reader.items(rows))
     return score_sheet(sheet, reader, draws=draws)[PROTOCOL]
 
 
