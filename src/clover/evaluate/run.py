@@ -176,10 +176,7 @@ def evaluate_folder(
         training=() if learnt is None else learnt.records,
         draws=config.bootstrap,
     )
-    if predict_only:
-        predict_views(evaluation)
-        return None
-    return evaluate(evaluation)
+    return _evaluated(evaluation, predict_only=predict_only)
 
 
 def evaluate_endpoint(
@@ -202,6 +199,10 @@ def evaluate_endpoint(
         control_items=control_items,
         draws=EvaluateConfig().bootstrap,
     )
+    return _evaluated(evaluation, predict_only=predict_only)
+
+
+def _evaluated(evaluation: Evaluation, *, predict_only: bool) -> dict[str, Any] | None:
     if predict_only:
         predict_views(evaluation)
         return None
