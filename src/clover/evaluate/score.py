@@ -150,7 +150,8 @@ def read_training(path: str | Path) -> TrainingAnswers:
 
 def _nothing(reader: ItemReader) -> str:
     reasons = "; ".join(reader.problems.lines()) or "there are no prediction lines"
-    return f"nothing can be scored: {reasons}; a line is id, question, answer, prediction"
+    fix = "" if reader.truth is not None else "; or name a file with the answers: --truth FILE"
+    return f"nothing can be scored: {reasons}; a line is id, question, answer, prediction{fix}"
 
 
 def score_sheet(
