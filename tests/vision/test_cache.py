@@ -297,6 +297,30 @@ def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) 
     assert cache.is_whole(digests[0])
 
 
+def test_turned_views_are_the_seven_ways_to_turn_and_mirror_an_image(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 1)
+    (digest, path), *_ = paths = list(hash_images(records, tmp_path / "i")[1].items())
+    encoder = Counting()
+    cache = FeatureCache(tmp_path / "c", encoder, views=8, view_kind="turn")
+    assert cache.fill(dict(paths)) == [] and encoder.seen == 8
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    expected = [
+        encoder.encode(encoder.prepare(Image.fromarray(np.rot90(side, turns)))[None])[0]
+        for side in (pixels, pixels[:, ::-1])
+        for turns in range(4)
+    ]
+    views = [cache.get([digest], [view])[0] for view in range(8)]
+    assert torch.allclose(views[0], expected[0], atol=1e-3)  # float16
+    places = [
+        [bool(torch.allclose(view, want, atol=1e-3)) for want in expected].index(True)
+        for view in views
+    ]
+    assert sorted(places) == list(range(8)), "each way once"
+    with pytest.raises(ValueError, match="views 9: there are 8"):
+        EncoderConfig(views=9, view_kind="turn")
+
+
 def test_training_draws_views_by_its_seed_and_evaluation_sees_the_image_as_it_is(
     tmp_path: Path,
 ) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clover.align.losses import alignment_losses
+from clover.align.losses import Everyone, alignment_losses
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.training import processes
 from clover.training.device import Device
 from clover.training.objective import Losses
 from clover.vision.dataset import FeatureSet
@@ -49,13 +50,16 @@ class AlignObjective:
     def losses(self, batch: tuple[Tensor, Tokens]) -> Losses:
         """Return the summed losses of a batch, weighted by its pairs."""
         features, text = batch
+        everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
         found = alignment_losses(
             self.module,
             self.module.read_image(features),
             text,
             decode_start=self.tokenizer.decode_start,
+            everyone=everyone,
             which=self.config.losses,
             label_smoothing=self.config.label_smoothing,
+            detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
         )
         count = torch.tensor(float(len(features)), device=features.device)

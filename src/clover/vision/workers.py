@@ -45,6 +45,7 @@ class FillJob:
             images=self.images,
             storage=self.config.storage,
             views=self.config.views,
+            view_kind=self.config.view_kind,
         )
 
 
