@@ -30,9 +30,9 @@ from clover.evaluate.control import (
     image_gain,
     verdict,
 )
+from clover.evaluate.copied import TrainingAnswers
 from clover.evaluate.decoding import find_decoding
 from clover.evaluate.endpoint import EndpointModel
-from clover.evaluate.expose import TrainingAnswers
 from clover.evaluate.item import ItemReader
 from clover.evaluate.predict import NOTICE, LocalModel, PredictionJob, predict
 from clover.evaluate.protocol import find_protocols
@@ -176,10 +176,7 @@ def evaluate_folder(
         training=() if learnt is None else learnt.records,
         draws=config.bootstrap,
     )
-    if predict_only:
-        predict_views(evaluation)
-        return None
-    return evaluate(evaluation)
+    return _evaluated(evaluation, predict_only=predict_only)
 
 
 def evaluate_endpoint(
@@ -202,6 +199,10 @@ def evaluate_endpoint(
         control_items=control_items,
         draws=EvaluateConfig().bootstrap,
     )
+    return _evaluated(evaluation, predict_only=predict_only)
+
+
+def _evaluated(evaluation: Evaluation, *, predict_only: bool) -> dict[str, Any] | None:
     if predict_only:
         predict_views(evaluation)
         return None
@@ -294,8 +295,7 @@ def _score_beside(rows: list[Row], training: Sequence[Record], draws: int) -> di
     """Score by the strict rule, with an eye on answers that are copied from training."""
     known = TrainingAnswers(record.row() for record in training) if training else None
     sheet, reader = Sheet(find_protocols(PROTOCOL), known), ItemReader()
-    for item in reader.items(rows):
-        sheet.add(item)
+    sheet.fill(reader.items(rows))
     return score_sheet(sheet, reader, draws=draws)[PROTOCOL]
 
 
