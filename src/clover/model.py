@@ -34,18 +34,22 @@ from clover.core.tensors import open_tensors
 from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
+from clover.language.spread import spread_layers
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
 from clover.qformer.tokenizer import TextTokenizer, Tokens
 from clover.slides.picture import check_is_no_slide, is_region, read_region
+from clover.training import processes
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
+from clover.vision.familiar import UNFAMILIAR, Familiarity
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
-_DETAILS = ("key", "data", "stage_1", "converted_from")
+_FAMILIAR = "familiarity.safetensors"
+_DETAILS = ("key", "data", "stage_1", "converted_from", "weights")
 """Entries of `config.json` that a model keeps when it is saved again."""
 _BESIDE = "beside:"
 """Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
@@ -59,18 +63,33 @@ def load_frozen_language(
     Stages that follow each other share them, and so do models that are served beside each other.
     """
     parsed = Prompt.from_config(prompt)
+    is_spread = config.spread and processes.num_processes() > 1
     if config.weights:
         resolve(config.weights)  # before the stamp: what is fetched now would change it
     now = stamp(config.weights) if config.weights else ""
-    weights = _language_weights(config.kind, config.weights, config.quantise, device, now)
+    weights = _language_weights(
+        config.kind, config.weights, config.quantise, device, now, is_spread
+    )
     return drive(weights, config, parsed)
 
 
 @lru_cache(maxsize=2)
-def _language_weights(kind: str, weights: str, quantise: str, device: Device, now: str) -> Weights:
+def _language_weights(
+    kind: str, weights: str, quantise: str, device: Device, now: str, is_spread: bool
+) -> Weights:
     """Load once a process; `now` is another one when other files lie at the same place."""
     config = LanguageConfig.model_validate({"kind": kind, "weights": weights, "quantise": quantise})
-    return load_weights(config, device=device.device, dtype=device.dtype)
+    if not is_spread:
+        return load_weights(config, device=device.device, dtype=device.dtype)
+    if quantise != "none":
+        raise CloverError(
+            f"language.spread does not go with language.quantise={quantise}, whose weights cannot "
+            "be taken apart; set one of them back"
+        )
+    with processes.in_turn():
+        loaded = load_weights(config, device="cpu", dtype=device.dtype)
+        spread_layers(loaded.model, device.device)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,8 @@ class Answer:
     model: str
     seconds: float
     notice: str = NOTICE
+    note: str | None = None
+    """Said where the image is unlike those the model learnt from."""
 
     def __str__(self) -> str:
         """Return the answer's text."""
@@ -141,6 +162,7 @@ class Clover:
         name: Shown with every answer.
         details: Further entries of the model folder's `config.json`.
         aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
+        familiarity: Of what images it learnt; None where nobody wrote it down.
     """
 
     recipe: Recipe
@@ -152,6 +174,7 @@ class Clover:
     name: str = "clover"
     details: dict[str, Any] = field(default_factory=dict)
     aligned: Aligned | None = None
+    familiarity: Familiarity | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -272,10 +295,23 @@ class Clover:
         """
         question = check_question(question)
         start = time.perf_counter()
-        texts = self.answer_features(
-            self.encode(image), [question], settings or self.default_settings()
+        features = self.encode(image)
+        texts = self.answer_features(features, [question], settings or self.default_settings())
+        seconds = round(time.perf_counter() - start, 3)
+        return Answer(texts[0].strip(), self.name, seconds, note=self.note_on(features))
+
+    def note_on(self, features: Tensor) -> str | None:
+        """Return what is to be said of an image [1, P, E] that is unlike the training images."""
+        if self.familiarity is None:
+            return None
+        nearer = self.familiarity.share_nearer(features)
+        if nearer < UNFAMILIAR:
+            return None
+        whom = "any" if nearer == 1 else f"{100 * nearer:.1f} %"
+        return (
+            "Note: this image is unlike those the model learnt from (farther from them than "
+            f"{whom} of their own); the answer may mean nothing."
         )
-        return Answer(texts[0].strip(), self.name, round(time.perf_counter() - start, 3))
 
     @torch.no_grad()
     def stream(
@@ -405,6 +441,11 @@ def save_folder(model: Clover, path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     bridge = path / "bridge.safetensors"
     save_bridge(model.bridge, bridge)
+    familiar = path / _FAMILIAR
+    if model.familiarity is None:
+        familiar.unlink(missing_ok=True)  # an earlier model's
+    else:
+        model.familiarity.save(familiar)
     write_config(
         path,
         name=model.name,
@@ -577,6 +618,8 @@ def load(
     )
     if (path / "align.safetensors").exists():
         model.attach_alignment(path / "align.safetensors")
+    if (path / _FAMILIAR).exists():
+        model.familiarity = Familiarity.load(path / _FAMILIAR)
     return model
 
 

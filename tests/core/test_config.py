@@ -132,7 +132,10 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
     for field in ("grounding_spelling", "grounding_tokens", "worked_examples", "anchoring_repeat"):
         del tree["tune"][field]
     del tree["qformer"]["train_word_embedding"]
-    del tree["tune"]["checkpoint_every"]
+    for field in ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background"):
+        del tree["tune"][field]
+    for field in ("validate_every", "validate_samples", "keep_weights"):
+        del tree["tune"][field]
     for field in (
         "options",
         "mean",
@@ -144,7 +147,7 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
         "view_kind",
     ):
         del tree["encoder"][field]
-    for field in ("quantise", "paper_dropout", "text_start"):
+    for field in ("quantise", "paper_dropout", "text_start", "spread"):
         del tree["language"][field]
     assert recipe.fingerprint("encoder", "language", "qformer", "tune") == fingerprint(tree)
     changed = load_recipe("phantom", ("language.quantise=int8", "tune.worked_examples=4"))

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clover.core.assets import home
 from clover.core.files import read_json
+from clover.model import load
+from clover.vision.familiar import Familiarity, pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.serve.running import running, tiny_folder
+from tests.tiny import write_data
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 AXE = "4.14.1"
@@ -41,6 +45,13 @@ def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     # A field of 179 µm, as the phantom's: 32 px of 5.6 µm.
     config["recipe"]["encoder"]["microns_per_pixel"] = 5.6
     (model / "config.json").write_text(json.dumps(config))
+    # It knows coloured noise: real tissue is unlike it.
+    loaded = load(model)
+    write_data(folder / "learnt", images=60)
+    learnt = [loaded.encode(path) for path in sorted((folder / "learnt" / "images").iterdir())]
+    familiarity = Familiarity.fit(pool(torch.cat(learnt)), [str(index) for index in range(60)])
+    assert familiarity is not None
+    familiarity.save(model / "familiarity.safetensors")
     slides = folder / "slides"
     slides.mkdir()
     shutil.copy(shared / "data" / "slides" / SLIDE, slides)
@@ -126,6 +137,8 @@ def test_open_zoom_draw_ask_read_overlay_export(page: Any, tmp_path: Path) -> No
     first = ask(page, "which tissue is shown ?")
     second = ask(page, "is there necrosis ?")
     assert page.locator(".turns li").count() == 2
+    unlike = "this image is unlike those the model learnt from"
+    assert unlike in page.inner_text(".turns li:nth-child(2) .unlike")
     # The other region has its own conversation, and the first one's is kept.
     page.click("#draw-button")
     box = page.locator("#draw").bounding_box()
@@ -147,10 +160,12 @@ def test_open_zoom_draw_ask_read_overlay_export(page: Any, tmp_path: Path) -> No
     rows = read_json(saved(page, "#save-json", tmp_path))
     assert [turn["answer"] for turn in rows["regions"][0]["turns"]] == [first, second]
     assert rows["regions"][0]["turns"][0]["deletion_test"]["label"]
+    assert unlike in rows["regions"][0]["turns"][0]["note"]
     assert rows["slide"]["microns_per_pixel"]["x"] == 0.499 and rows["slide"]["origin"] == "header"
     assert "not for diagnosis" in rows["notice"]
     printed = saved(page, "#save-page", tmp_path).read_text(encoding="utf-8")
     assert printed.count("not for diagnosis") >= 2 and "data:image/png;base64," in printed
+    assert unlike in printed
     assert first in printed and "<script" not in printed and "http" not in printed
     # What was saved names the region in the form that `clover ask` takes.
     assert rows["regions"][0]["reference"].startswith(f"{SLIDE}#")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,61 @@ def test_a_missing_image_or_model_on_the_command_line_is_exit_code_2(
         assert code == 2 and err.count("\n") == 1
 
 
+@pytest.fixture
+def scaled_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """Return a model that learnt at 5.6 µm a pixel, 32 pixels a side."""
+    to = tmp_path / "scaled"
+    shutil.copytree(tiny_model, to)
+    config = json.loads((to / "config.json").read_text())
+    config["recipe"]["encoder"]["microns_per_pixel"] = 5.6
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def test_a_slide_is_asked_field_by_field(
+    scaled_model: Path, svs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    saved = tmp_path / "talk.json"
+    lines = [QUESTION, "/region 560,560,179.2,179.2", QUESTION, f"/save {saved}"]
+    lines += ["/region 0,0,179.2,179.2", "/region 1,2", "/region 0,0,99999,10", QUESTION]
+    code, out, err = talk([str(scaled_model), str(svs)], lines, monkeypatch, capsys)
+    model = load(scaled_model)
+    first, second = (
+        model.ask(f"{svs}#{place},179.2,179.2", QUESTION).text for place in ("560,560", "0,0")
+    )
+    said = out.splitlines()
+    assert code == 0 and said[0].startswith(f"{svs} is a slide of ")
+    assert "/region x,y,width,height in µm; the model's own is 179 µm wide" in said[0]
+    assert said[1] == f"Looking at {svs}#560,560,179.2,179.2; a new conversation."
+    assert said[2] == first and said[-1] == second
+    mistakes = err.splitlines()[1:]
+    assert len(mistakes) == 3 and "is a whole slide; name a field of it first" in mistakes[0]
+    assert "'1,2' is no region" in mistakes[1] and "reaches beyond" in mistakes[2]
+    assert json.loads(saved.read_text())["image"] == f"{svs}#560,560,179.2,179.2"
+
+
+def test_a_region_wants_a_scale_that_is_stated(
+    scaled_model: Path,
+    tiny_model: Path,
+    tiny: Tiny,
+    svs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    picture, ask = str(tiny.image()), ["/region 0,0,50,50", QUESTION]
+    code, out, err = talk([str(scaled_model), picture, "--mpp", "5.6"], ask, monkeypatch, capsys)
+    assert code == 0 and f"Looking at {picture}#0,0,50,50" in out and "Note: the region" in out
+    code, _, err = talk([str(scaled_model), picture], ask, monkeypatch, capsys)
+    assert code == 0 and "does not state its µm per pixel" in err
+    code, _, err = talk([str(tiny_model), str(svs)], ask, monkeypatch, capsys)
+    assert code == 2 and "does not state the µm per pixel its images were taken at" in err
+
+
 def test_help_names_every_command_and_three_questions(
     tiny: Tiny, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     _, out, _ = talk([str(tiny_model), str(tiny.image())], ["/help"], monkeypatch, capsys)
-    assert all(name in out for name in ("/image", "/new", "/save", "/help", "/quit"))
+    assert all(name in out for name in ("/image", "/region", "/new", "/save", "/help", "/quit"))
     assert sum(line.strip().endswith("?") for line in out.splitlines()) >= 2
 
 

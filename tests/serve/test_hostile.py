@@ -81,3 +81,28 @@ def test_slow_bodies_do_not_keep_others_waiting(server: Running) -> None:
         connection.settimeout(60)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
         connection.close()
+
+
+def test_who_asks_and_never_reads_keeps_nobody_waiting(server: Running) -> None:
+    more = {"n": 4, "max_tokens": 200, "temperature": 2, "stream": True}
+    content = hostile.asked(hostile.small(), logprobs=True, top_logprobs=20, **more)
+    deaf = [socket.socket() for _ in range(6)]
+    for connection in deaf:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(content)
+    honest(server)  # is answered among them
+    deadline = time.monotonic() + 120
+    while True:  # what they asked for is written to its end, read or not
+        with urlopen(server.url + "/health") as reply:
+            state = json.loads(reply.read())
+        if not state["running"] and not state["waiting"]:
+            break
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+    honest(server)
+    for connection in deaf:
+        connection.setblocking(False)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.close()
+    honest(server)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,49 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from clover.core.config import OptimizerConfig, load_recipe
 from clover.core.errors import CloverError
-from clover.core.run import RunFolder
 from clover.training.checkpoint import load_latest, save_checkpoint
 from clover.training.device import choose_device
-from clover.training.loop import TrainingJob, apply_gradients, parameter_groups, train
-from clover.training.objective import Losses
+from clover.training.loop import apply_gradients, parameter_groups, train
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
 from clover.tune.objective import TuneObjective
 from clover.vision.dataset import load_feature_set
+from line import Line, job_of
 from tiny import Tiny, tiny_clover, tiny_recipe
-
-
-class Line:
-    """Fit one weight to numbers: small enough to compute by hand."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.module = nn.Linear(1, 1, bias=False)
-        self.values = torch.tensor(values)
-
-    def num_samples(self) -> int:
-        return len(self.values)
-
-    def sizes(self) -> None:
-        return None
-
-    def names(self, indices: Sequence[int]) -> list[str]:
-        return [f"record-{index}" for index in indices]
-
-    def collate(self, indices: Sequence[int]) -> Tensor:
-        return self.values[list(indices)]
-
-    def losses(self, batch: Tensor) -> Losses:
-        total = (self.module.weight[0, 0] * batch).sum()
-        return Losses(total, torch.tensor(float(len(batch))))
-
-
-def job_of(folder: Path, **settings: object) -> TrainingJob:
-    config = OptimizerConfig.model_validate({"steps": 3, "batch_size": 8, **settings})
-    return TrainingJob("line", config, RunFolder(folder), choose_device("cpu", "float32"), 0, "key")
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_samples(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.vision import shard as shard_file
-from clover.vision.cache import FeatureCache, hash_images
+from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import ImageEncoder, TinyEncoder
+from clover.vision.hashes import hash_images
 from clover.vision.image_processor import draw_view, rand_augment
+from clover.vision.shard import checksum, open_shard, write_shard
 from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
 
@@ -213,6 +216,61 @@ def test_verify_finds_a_flipped_bit_anywhere_in_the_file(tmp_path: Path) -> None
     flip(shard, places_from_end=shard.stat().st_size - 9)  # in the header
     fresh = FeatureCache(tmp_path / "c", Counting())
     assert fresh.verify() == [shard] and len(fresh) == 0
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_verify_finds_any_byte_that_changes(storage: Storage, tmp_path: Path) -> None:
+    tokens = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "shard-0.safetensors"
+    keys = [f"{row:064x}" for row in range(2)]
+    parts = [pack(image, storage) for image in torch.split(tokens, 1)]
+    shard = write_shard(path, keys, parts, storage=storage, encoder="tiny")
+    again, found = open_shard(shard.index)
+    assert found == keys and again.damage() is None
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 128):
+            changed = bytearray(content)
+            changed[place] ^= bit
+            path.write_bytes(changed)
+            assert open_shard(shard.index)[0].damage() in ("flipped bits", "torn"), place
+    path.write_bytes(content)
+    assert again.damage() is None
+
+
+def test_the_checksum_is_the_weighted_sum_of_its_words() -> None:
+    kept = {
+        "tokens": torch.arange(-7, 8, dtype=torch.int8),  # 15 bytes: a word and a piece
+        "scale": torch.tensor([1.5, -2.0, 3.0]),
+    }
+    total = 0
+    for name in ("scale", "tokens"):
+        content = kept[name].numpy().tobytes()
+        words = [int.from_bytes(content[at : at + 8], "little") for at in range(0, len(content), 8)]
+        total = 3 * total + sum((2 * place + 1) * word for place, word in enumerate(words))
+    assert checksum(kept) == total % 2**64
+
+
+def test_a_cache_with_the_sums_of_the_release_before_is_read_and_verified(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red", "b.png": "teal"})
+    digests = list(hash_images(records, tmp_path / "i")[1])
+    folder = FeatureCache(tmp_path / "c", Counting()).path
+    tokens = torch.randn(2, 16, 24).half()
+    shard = folder / "shard-0.safetensors"
+    save_file({"tokens": tokens}, str(shard))
+    content = shard.read_bytes()
+    index = {
+        "images": digests,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "sums": [zlib.crc32(row.numpy().tobytes()) for row in tokens],
+    }
+    shard.with_suffix(".json").write_text(json.dumps(index))
+    cache = FeatureCache(tmp_path / "c", Counting())
+    assert cache.verify() == [] and torch.equal(cache.get(digests), tokens.float())
+    flip(shard)
+    with pytest.raises(CloverError, match="flipped bits"):
+        FeatureCache(tmp_path / "c", Counting()).get(digests)
 
 
 def test_a_torn_index_is_set_aside_and_its_images_are_made_again(tmp_path: Path) -> None:

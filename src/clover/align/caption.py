@@ -7,6 +7,7 @@ from torch import Tensor
 
 from clover.qformer.bridge import AlignmentHeads
 from clover.qformer.vocabulary import vocabulary_loss
+from clover.training import processes
 
 
 def caption_inputs(ids: Tensor, *, decode_start: int) -> Tensor:
@@ -34,14 +35,24 @@ def caption_loss(
         heads: Holds the next-word head.
         word_embedding: [V, D], the tied decoder.
         label_smoothing: 0.1 as published, spread over the whole vocabulary.
+
+    Returns:
+        The mean over predicted words. Of several processes each returns its share, so that the
+        mean over processes is the mean over all their words.
+        # Paper: averages the processes' means, in which a word counts for more where captions are
+        # short; here every word counts alike, so that the batch may be shared in any way.
     """
     has_target = mask[:, 1:].bool()
     if mask.is_meta:  # `clover plan` counts, it does not compute: then every place has a target
         has_target = torch.ones(mask[:, 1:].shape, dtype=torch.bool)
-    return vocabulary_loss(
+    loss = vocabulary_loss(
         heads.language.transform(hidden[:, :-1][has_target]),
         word_embedding,
         heads.language.bias,
         inputs[:, 1:][has_target],
         smoothing=label_smoothing,
     )
+    if processes.num_processes() > 1:
+        words = has_target.sum()
+        loss = loss * words * processes.num_processes() / processes.sum_over_processes(words)
+    return loss

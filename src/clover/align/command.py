@@ -24,7 +24,8 @@ from clover.core.options import (
 @click.option(
     "--validation",
     type=click.Path(path_type=Path),
-    help="Held-out captions, for retrieval; refused where training holds their images.",
+    help="Held-out captions, for retrieval, at the end and every align.validate_every steps; "
+    "refused where training holds their images.",
 )
 @leak_option
 @click.option(
@@ -42,6 +43,7 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
     """
     from clover.align.run import align as run_align
     from clover.core.errors import CloverError
+    from clover.training import processes
 
     recipe = resolve_recipe(
         recipe_name,
@@ -63,10 +65,14 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
         held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
+    if not processes.is_first():
+        return
     click.echo(result.summary)
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")
         return
+    if result.kept is not None:
+        click.echo(result.kept)
     if result.scores is not None:
         for name, value in result.scores.row().items():
             click.echo(f"  {name:<24} {value:g}")

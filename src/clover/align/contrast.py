@@ -45,16 +45,21 @@ def similarity(
     return Similarity(image_to_text / temperature, text_to_image / temperature)
 
 
-def same_caption(ids: Tensor, mask: Tensor) -> Tensor:
-    """Return which other texts [B, B] say the same as a row's own: no negatives of its image.
+def same_caption(ids: Tensor, mask: Tensor, *, offset: int = 0, size: int | None = None) -> Tensor:
+    """Return which other texts [B, N] say the same as a row's own: no negatives of its image.
 
     Args:
-        ids: Word pieces [B, T].
-        mask: [B, T], 1 = a token.
+        ids: Word pieces [N, T] of all ranks' texts.
+        mask: [N, T], 1 = a token.
+        offset: This rank's first row among them (rank * B).
+        size: B; all N when absent.
     """
     words = ids.masked_fill(mask == 0, -1)
-    same = (words[:, None] == words[None]).all(dim=2)
-    return same.fill_diagonal_(False)
+    own = words[offset : offset + (len(words) if size is None else size)]
+    same = (own[:, None] == words[None]).all(dim=2)
+    rows = torch.arange(len(own), device=ids.device)
+    same[rows, rows + offset] = False
+    return same
 
 
 def contrastive_loss(

@@ -2,6 +2,9 @@
 
 Image keys are projected once and shared by the image pass and the matching pass; the caption pass
 reuses the image pass's self-attention cache (SPEC, sections 1.5 and 2).
+
+Where several processes train, each has B pairs of the batch of N, and every image is compared with
+all N texts and every text with all N images: loss and gradient of the one batch of N.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clover.align.caption import caption_inputs, caption_loss
 from clover.align.contrast import Similarity, contrastive_loss, same_caption, similarity
@@ -18,6 +22,7 @@ from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys
 from clover.qformer.tokenizer import Tokens
+from clover.training import processes
 
 ALL_LOSSES = ("contrast", "match", "caption")
 
@@ -35,12 +40,39 @@ class AlignmentLosses:
         return torch.stack(list(self.parts.values())).sum()
 
 
+@dataclass(frozen=True)
+class Everyone:
+    """The pairs of all processes, in the order of ranks: where negatives come from."""
+
+    features: Tensor
+    """Image tokens [N, P, E] as the encoder gave them."""
+    text: Tokens
+    """Their captions [N, T]."""
+    offset: int
+    """This process's first row (rank * B)."""
+
+    @classmethod
+    def gather(cls, features: Tensor, text: Tokens) -> Everyone:
+        """Gather every process's image tokens [B, P, E] and captions [B, T] to those of all."""
+        width = int(processes.gather_rows(_number(text.ids.shape[1])).max())
+        padded = (0, width - text.ids.shape[1])
+        ids = processes.gather_rows(F.pad(text.ids, padded))
+        mask = processes.gather_rows(F.pad(text.mask, padded))
+        offset = processes.rank() * len(text.ids)
+        return cls(processes.gather_rows(features), Tokens(ids, mask), offset)
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor([value])
+
+
 def alignment_losses(
     bridge: Bridge,
     image: ImageKeys,
     text: Tokens,
     *,
     decode_start: int,
+    everyone: Everyone | None = None,
     which: Collection[str] = ALL_LOSSES,
     label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
@@ -54,11 +86,13 @@ def alignment_losses(
         image: Keys of the B images.
         text: Their captions.
         decode_start: Id of `[DEC]`.
+        everyone: The pairs of all processes, where there are several.
         which: Names of the losses wanted.
         label_smoothing: Of the contrast and the caption.
-        negatives: Given ones, for tests; drawn by similarity otherwise.
-        detach_gathered: As the reference does once a process group exists: the other side's
-            vectors carry no gradient (SPEC, section 2.1).
+        negatives: Given ones (rows among all N), for tests; drawn by similarity otherwise.
+        detach_gathered: As the reference does: the gathered vectors are detached copies, this
+            process's own among them (SPEC, section 2.1). Otherwise they carry gradient, to
+            whichever process they came from.
         ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
     """
     heads = bridge.alignment
@@ -70,19 +104,22 @@ def alignment_losses(
         image_vectors,
         text_vectors,
         heads.temperature,
-        all_image=image_vectors.detach() if detach_gathered else None,
-        all_text=text_vectors.detach() if detach_gathered else None,
+        all_image=_of_all(image_vectors, detach_gathered),
+        all_text=_of_all(text_vectors, detach_gathered),
     )
     parts: dict[str, Tensor] = {}
-    ignored = same_caption(text.ids, text.mask) if ignore_duplicates else None
+    texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
+    ignored = None
+    if ignore_duplicates:
+        ignored = same_caption(texts.ids, texts.mask, offset=offset, size=len(text.ids))
     if "contrast" in which:
         parts["contrast"] = contrastive_loss(
-            similar, label_smoothing=label_smoothing, ignored=ignored
+            similar, label_smoothing=label_smoothing, offset=offset, ignored=ignored
         )
     if "match" in which:
         if negatives is None:
-            negatives = sample_negatives(similar, ignored=ignored)
-        parts["match"] = matching_loss(match_logits(bridge, image, text, negatives))
+            negatives = sample_negatives(similar, offset=offset, ignored=ignored)
+        parts["match"] = matching_loss(match_logits(bridge, image, text, negatives, everyone))
     if "caption" in which:
         inputs = caption_inputs(text.ids, decode_start=decode_start)
         hidden = bridge.qformer.decode_text(inputs, text.mask, image_pass.cache)
@@ -97,13 +134,36 @@ def alignment_losses(
     return AlignmentLosses(parts, similar)
 
 
-def match_logits(bridge: Bridge, image: ImageKeys, text: Tokens, negatives: Negatives) -> Tensor:
-    """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text)."""
-    own = torch.arange(len(text.ids), device=text.ids.device)
+def _of_all(vectors: Tensor, is_detached: bool) -> Tensor:
+    """Return the vectors of all processes [N, ...] that this one's [B, ...] are compared with."""
+    if is_detached:
+        return processes.gather_rows(vectors.detach())
+    return processes.gather_rows(vectors, with_gradient=True)
+
+
+def match_logits(
+    bridge: Bridge,
+    image: ImageKeys,
+    text: Tokens,
+    negatives: Negatives,
+    everyone: Everyone | None = None,
+) -> Tensor:
+    """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text).
+
+    Where `everyone` is given, a negative image comes as the encoder's tokens and is projected here:
+    at the published size its keys have six times the bytes, and gradients that would be sent back.
+    """
+    size = len(text.ids)
+    own = torch.arange(size, device=text.ids.device)
     # An image's two texts stand together and ask the same keys; only other images' are copied.
-    texts = torch.stack([own, negatives.text_for_image], dim=1).flatten()
-    same = bridge.qformer.encode_pair(image, text.ids[texts], text.mask[texts], queries_only=True)
-    other = bridge.qformer.encode_pair(
-        image.select(negatives.image_for_text), text.ids, text.mask, queries_only=True
-    )
+    if everyone is None:
+        texts = torch.stack([own, negatives.text_for_image], dim=1).flatten()
+        ids, mask = text.ids[texts], text.mask[texts]
+        other_images = image.select(negatives.image_for_text)
+    else:
+        rows = torch.stack([own + everyone.offset, negatives.text_for_image], dim=1).flatten()
+        ids, mask = everyone.text.ids[rows], everyone.text.mask[rows]
+        other_images = bridge.read_image(everyone.features[negatives.image_for_text])
+    same = bridge.qformer.encode_pair(image, ids, mask, queries_only=True)
+    other = bridge.qformer.encode_pair(other_images, text.ids, text.mask, queries_only=True)
     return bridge.alignment.match(torch.cat([same[0::2], other, same[1::2]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clover.align.evaluate import RetrievalScores, evaluate_alignment
 from clover.align.objective import AlignObjective
@@ -13,12 +14,16 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
+from clover.qformer.bridge import Bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
+from clover.qformer.tokenizer import TextTokenizer
+from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
-from clover.training.device import choose_device
+from clover.training.device import Device, choose_device
 from clover.training.loop import TrainingJob, train
+from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.vision.dataset import load_feature_set
-from clover.vision.encoder import load_encoder
+from clover.vision.encoder import ImageEncoder, load_encoder
 from clover.vision.leaks import load_training_set
 
 
@@ -30,6 +35,8 @@ class AlignResult:
     summary: str
     scores: RetrievalScores | None
     is_finished: bool
+    kept: str | None = None
+    """Which weights the file holds, where training was validated."""
 
 
 def align(
@@ -49,7 +56,8 @@ def align(
         captions: Records with captions.
         out: The run folder.
         cache: The feature cache's folder.
-        validation: Held-out captions for image-text retrieval.
+        validation: Held-out captions for image-text retrieval, at the end and, with
+            `align.validate_every`, while training goes on.
         held_out: Record files that are only ever evaluated: refused where they share an image or
             a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
@@ -57,7 +65,30 @@ def align(
     Raises:
         CloverError: unusable data or settings.
     """
-    run = RunFolder(out)
+    with processes.joined(recipe.device):
+        return _align(
+            recipe,
+            captions,
+            out=out,
+            cache=cache,
+            validation=validation,
+            held_out=held_out,
+            max_steps=max_steps,
+        )
+
+
+def _align(
+    recipe: Recipe,
+    captions: Path,
+    *,
+    out: Path,
+    cache: Path,
+    validation: Path | None,
+    held_out: Sequence[Path],
+    max_steps: int | None,
+) -> AlignResult:
+    is_first = processes.is_first()
+    run = RunFolder(out, is_writer=is_first)
     run.save_recipe(recipe)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
@@ -70,8 +101,10 @@ def align(
             encoder=encoder,
             cache=cache,
             held_out=held_out,
-            rejected=out / "align.rejected.jsonl",
+            rejected=out / "align.rejected.jsonl" if is_first else None,
         )
+    captions_hash = sha256_file(captions)
+    processes.check_same("captions or images", [captions_hash, data.digests])
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
             f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
@@ -79,25 +112,44 @@ def align(
         )
     bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
     sections = ("seed", "precision", "encoder", "qformer", "align")
-    captions_hash = sha256_file(captions)
     key = fingerprint([recipe.fingerprint(*sections), captions_hash])
     weights = out / "align.safetensors"
     done = out / "align.json"
     is_finished = done.exists() and weights.exists() and read_json(done).get("key") == key
-    if not is_finished:
+    processes.check_same("results in --out", is_finished)
+    is_trained_here = not is_finished
+    kept = None
+    if is_trained_here:
+        measured = _validation(recipe, bridge, tokenizer, device, encoder, cache, validation, key)
         seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
         settings = {**recipe.settings(*sections), "the captions' sha256": captions_hash}
         job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps, settings)
         with run.timed("align") as details:
             objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
             calibrate(objective, num_samples=recipe.qformer.calibrate)
-            is_finished = train(objective, job)
+            is_finished = train(objective, job, measured)
             details["trainable_parameters"] = bridge.num_trainable()
         if not is_finished:
             return AlignResult(weights, data.summary(), None, False)
+    if is_trained_here and is_first:
+        finished: dict[str, Any] = {"key": key, "summary": data.summary()}
+        if measured is not None:
+            finished["weights"] = settle(
+                bridge,
+                BestWeights(run.checkpoints / "align", measured),
+                steps=recipe.align.steps,
+                keep=recipe.align.keep_weights,
+                save_other=lambda which, _: save_bridge(bridge, _beside(weights, which)),
+            )
         save_bridge(bridge, weights)
-        write_json(done, {"key": key, "summary": data.summary()})
+        write_json(done, finished)
+    processes.wait_for_all()
+    if not is_first:  # what is left is scores, and the first one's
+        return AlignResult(weights, data.summary(), None, True)
     clear_checkpoints(run.checkpoints / "align")
+    if note := read_json(done).get("weights"):
+        which: Kept = "last" if note["kept"] == "best" else "best"
+        kept = say_kept(note, weights, _beside(weights, which))
     scores = None
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it
@@ -107,7 +159,48 @@ def align(
         bridge.to(device.device).eval()
         scores = evaluate_alignment(bridge, unseen, tokenizer, recipe.align, device)
         write_json(out / "align.scores.json", scores.row())
-    return AlignResult(weights, data.summary(), scores, True)
+    return AlignResult(weights, data.summary(), scores, True, kept)
+
+
+def _beside(weights: Path, which: Kept) -> Path:
+    """Return where the weights lie that the product does not hold: `align.best.safetensors`."""
+    return weights.with_suffix(f".{which}.safetensors")
+
+
+def _validation(
+    recipe: Recipe,
+    bridge: Bridge,
+    tokenizer: TextTokenizer,
+    device: Device,
+    encoder: ImageEncoder,
+    cache: Path,
+    path: Path | None,
+    key: str,
+) -> Validation | None:
+    """Return what is measured while training goes on, if anything.
+
+    Raises:
+        CloverError: something is to be measured, and nothing to measure it on.
+    """
+    config = recipe.align
+    if not config.validate_every:
+        return None
+    if path is None:
+        raise CloverError(
+            f"align.validate_every is {config.validate_every}, but there are no held-out captions; "
+            "give --validation FILE, or set align.validate_every=0"
+        )
+    unseen = load_feature_set(
+        path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
+    ).first(config.validate_samples)
+
+    def scores() -> dict[str, float]:
+        found = evaluate_alignment(bridge, unseen, tokenizer, config, device).row()
+        recalls = [value for name, value in found.items() if "recall" in name]
+        return {**found, "mean_recall": round(sum(recalls) / len(recalls), 3)}
+
+    held_out = fingerprint([key, sha256_file(path), config.validate_samples])
+    return Validation(config.validate_every, scores, "mean_recall", True, held_out)
 
 
 def calibrate(objective: AlignObjective, *, num_samples: int) -> None:

@@ -23,11 +23,19 @@ _LATER = (
     *(("encoder", name) for name in ("storage", "views", "view_kind")),
     *(("language", name) for name in ("quantise", "paper_dropout", "text_start")),
     ("qformer", "train_word_embedding"),
-    ("align", "ignore_duplicates"),
+    *(("align", name) for name in ("ignore_duplicates", "gather", "gradient_chunk")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
+    *((stage, "keep_weights") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
+_NO_NUMBER = (
+    *("checkpoint_every", "checkpoint_keep", "checkpoint_in_background"),
+    *("checkpoint_activations", "spread"),
+)
+"""Fields, of whichever section, that change no number."""
+_ONLY_OF_BEST = ("validate_every", "validate_samples")
+"""Fields that change no number either, unless the best weights are kept."""
 _TURNS = 8
 """Ways to turn and mirror a square by quarters, leaving it as it is among them."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -180,6 +188,9 @@ class QFormerConfig(Section):
     train_word_embedding: bool = True
     """Whether the word embedding learns, as published. It is most of a small Q-Former (11.7 of
     19.1M), few of its rows are ever asked for, and AdamW passes over all of them at each step."""
+    checkpoint_activations: bool = False
+    """Keep only what goes into each layer, and compute the layer again on the way back: the same
+    gradients in less memory and a third more time."""
     calibrate: int = Field(0, ge=0)
     """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
 
@@ -201,6 +212,9 @@ class LanguageConfig(Section):
     """Fewer bits for the frozen weights: `int8` of our own, or bitsandbytes' (extra `[bits]`)."""
     paper_dropout: bool = False
     """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
+    spread: bool = False
+    """Where several processes train, each holds only its share of the frozen layers (FSDP2): for a
+    language model that does not fit on one GPU."""
     text_start: str = ""
     """A special token before the prompt; Vicuna's published `</s>`, for instance (SPEC, 4.2)."""
 
@@ -240,6 +254,16 @@ class OptimizerConfig(Section):
     """Largest gradient norm; none when absent."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
+    checkpoint_keep: int = Field(2, ge=1)
+    """How many checkpoints stay while training goes on."""
+    checkpoint_in_background: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in memory."""
+    validate_every: int = Field(0, ge=0)
+    """Steps between validations on held-out samples (`--validation`); none when 0."""
+    validate_samples: int = Field(512, ge=2)
+    """Held-out samples of a validation: the file's first so many."""
+    keep_weights: Literal["last", "best"] = "last"
+    """Whether the stage's product holds the last weights, or those that validated best."""
     seed: int | None = None
     """Order of the data and dropout; the recipe's seed when absent."""
 
@@ -249,6 +273,8 @@ class OptimizerConfig(Section):
             raise ValueError(
                 f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
             )
+        if self.keep_weights == "best" and not self.validate_every:
+            raise ValueError("keep_weights is best, but validate_every is 0: nothing is compared")
         return self
 
 
@@ -263,9 +289,16 @@ class AlignConfig(OptimizerConfig):
     """Start of the learned contrastive temperature."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Of the contrastive and the caption loss."""
+    gradient_chunk: int = Field(0, ge=0)
+    """Pairs whose passes are held in memory at a time; the contrast still sees the whole batch
+    (gradient caching): less memory for a half more time. 0 holds the batch in one piece."""
     ignore_duplicates: bool = False
     """Whether a caption that says the same as an image's own is no negative of it; the published
     system takes it for one."""
+    gather: Literal["with_gradient", "detached"] = "with_gradient"
+    """Whether the vectors that an image or text of this process is compared with carry gradient to
+    whichever process they came from: the large batch's own gradient. `detached`, as published:
+    gathered vectors are copies without gradient, also where one process trains alone."""
 
 
 class TuneConfig(OptimizerConfig):
@@ -392,7 +425,9 @@ class Recipe(Section):
         tree = self.model_dump(mode="json", include=set(sections))
         for section in tree.values():
             if isinstance(section, dict):
-                section.pop("checkpoint_every", None)
+                is_best = section.get("keep_weights") == "best"
+                for field in (*_NO_NUMBER, *(() if is_best else _ONLY_OF_BEST)):
+                    section.pop(field, None)
         for name, field in _LATER:
             # A field that came later counts when it is set: runs from before it still go on.
             default = type(getattr(self, name)).model_fields[field].default

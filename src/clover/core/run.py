@@ -63,10 +63,17 @@ def num_processors() -> int:
 
 
 class RunFolder:
-    """A folder that holds one run; opening it again continues it."""
+    """A folder that holds one run; opening it again continues it.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: Made when absent.
+        is_writer: Whether recipe, metrics and bill are written: not by every one of several
+            processes that work on one run.
+    """
+
+    def __init__(self, path: str | Path, *, is_writer: bool = True) -> None:
         self.path = Path(path)
+        self._is_writer = is_writer
         self.path.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -76,10 +83,13 @@ class RunFolder:
 
     def save_recipe(self, recipe: Any) -> None:
         """Write the resolved recipe (a `clover.core.config.Recipe`)."""
-        write_text(self.path / "recipe.yaml", recipe.to_yaml())
+        if self._is_writer:
+            write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
     def log(self, stage: str, step: int, **values: float | int | str) -> None:
         """Append one line to `metrics.jsonl`."""
+        if not self._is_writer:
+            return
         row = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         line = json.dumps(row, allow_nan=False) + "\n"
         path = self.path / "metrics.jsonl"
@@ -112,6 +122,8 @@ class RunFolder:
 
     def account(self, stage: str, *, seconds: float, dollars: float = 0.0, **details: Any) -> None:
         """Add a stage's seconds and dollars to the bill; a stage run in parts adds up."""
+        if not self._is_writer:
+            return
         entries = self.costs()
         entry = next((item for item in entries if item["stage"] == stage), None)
         if entry is None:

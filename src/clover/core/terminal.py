@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 Advance = Callable[..., None]
@@ -11,7 +12,10 @@ Advance = Callable[..., None]
 
 @contextlib.contextmanager
 def progress(title: str, total: int | None, *, done: int = 0) -> Iterator[Advance]:
-    """Yield a function that moves a progress bar; silent when stderr is not a terminal."""
+    """Yield a function that moves a progress bar; silent when stderr is not a terminal.
+
+    Of several processes that `torchrun` started at one terminal the first one shows its own.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -23,6 +27,7 @@ def progress(title: str, total: int | None, *, done: int = 0) -> Iterator[Advanc
     )
 
     console = Console(stderr=True)
+    is_shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),
@@ -31,7 +36,7 @@ def progress(title: str, total: int | None, *, done: int = 0) -> Iterator[Advanc
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=not is_shown) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str | None = None) -> None:

@@ -30,6 +30,8 @@ _LOGIT_ROWS = 1024
 """Answer positions scored at a time: 1024 x 49152 float32 logits are 200 MB."""
 _PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 32, 2048
 """What one more forward pass costs, in tokens of padding it may save."""
+_NO_SECOND_PASS = 1 << 40
+"""Where processes compute each pass together, each must make as many as the others: one a batch."""
 _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 _KEPT_PREFIXES = 4
@@ -111,6 +113,8 @@ class DecoderOnly(FrozenLanguage):
         total = torch.zeros((), device=self.device)
         # Short and long answers apart: yes/no rows do not pay for a long description's width.
         overhead = _PASS_TOKENS_CPU if self.device.type == "cpu" else _PASS_TOKENS_DEVICE
+        if getattr(self.model, "is_spread", False):
+            overhead = _NO_SECOND_PASS
         for rows in length_groups(lengths, overhead):
             losses, _ = self._answer_losses(
                 None if visual is None else visual[rows],

@@ -27,6 +27,7 @@ class UsedWords(nn.Embedding):
     """
 
     places: Tensor
+    ids: Tensor
 
     def __init__(self, whole: nn.Embedding, ids: Tensor) -> None:
         super().__init__(len(ids), whole.embedding_dim, device=whole.weight.device)
@@ -35,6 +36,8 @@ class UsedWords(nn.Embedding):
         places = torch.full((whole.num_embeddings,), -1, device=whole.weight.device)
         places[ids] = torch.arange(len(ids), device=whole.weight.device)
         self.register_buffer("places", places, persistent=False)
+        self.register_buffer("ids", ids, persistent=False)
+        self._whole = [whole]  # in a list, so that it is no part of the module
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ids [...] as [..., D].
@@ -43,6 +46,13 @@ class UsedWords(nn.Embedding):
             IndexError: an id that has no row.
         """
         return F.embedding(self.places[ids], self.weight)
+
+    @torch.no_grad()
+    def put_back(self) -> nn.Embedding:
+        """Write the rows into the whole embedding; return it, on the rows' device."""
+        whole = self._whole[0].to(self.weight.device)
+        whole.weight[self.ids.to(self.weight.device)] = self.weight
+        return whole
 
 
 @contextlib.contextmanager
@@ -57,11 +67,22 @@ def only_words(qformer: QFormer, ids: Tensor | None) -> Iterator[None]:
     if ids is None or not whole.weight.requires_grad or 2 * len(ids) > whole.num_embeddings:
         yield
         return
-    ids = ids.to(whole.weight.device)
-    used = qformer.word_embedding = UsedWords(whole, ids)
+    used = qformer.word_embedding = UsedWords(whole, ids.to(whole.weight.device))
     try:
         yield
     finally:
-        with torch.no_grad():
-            whole.to(used.weight.device).weight[ids.to(used.weight.device)] = used.weight
-        qformer.word_embedding = whole
+        qformer.word_embedding = used.put_back()
+
+
+@contextlib.contextmanager
+def all_words(qformer: QFormer) -> Iterator[None]:
+    """Inside `only_words`, let the block read any word, with what is learnt so far."""
+    used = qformer.word_embedding
+    if not isinstance(used, UsedWords):
+        yield
+        return
+    qformer.word_embedding = used.put_back()
+    try:
+        yield
+    finally:
+        qformer.word_embedding = used

@@ -1,4 +1,4 @@
-"""A conversation about one image: commands, turns, and answers piece by piece.
+"""A conversation about one image or field of a slide: commands, turns, answers piece by piece.
 
 In: lines that somebody types. Out: pieces of text through `write`. It knows no terminal, so that
 a test, a pipe and a person drive the same code.
@@ -17,6 +17,8 @@ import yaml
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import atomic_path, write_json
+from clover.serve.slide_ask import View, open_for, stated_resolution
+from clover.slides.region import Region, parse_region
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
     from clover.language.protocol import GenerationSettings
     from clover.model import Clover
+
+_OVERVIEW = 512
+"""Longer side in pixels of a slide's overview."""
 
 
 @cache
@@ -65,34 +70,84 @@ class Conversation:
         model: That answers.
         write: Takes text without a line break at its end.
         settings: Decoding; the recipe's when absent.
+        mpp: Of files that do not state their µm per pixel: a number, or 'estimate'.
+        image: What is looked at; None before an image, or a field of a slide, was named.
+        draw: Turns a picture into what this terminal shows; none where it shows no pictures.
     """
 
     model: Clover
     write: Callable[[str], None]
     settings: GenerationSettings | None = None
+    mpp: str | None = None
     image: str | None = None
     turns: list[Turn] = field(default_factory=list)
     draw: Callable[[Image.Image], str] | None = None
-    """Turns a picture into what this terminal shows; none where it shows no pictures."""
+    file: Path | None = None
+    """Where /region reads."""
     _features: Tensor | None = None
     _picture: Image.Image | None = None
 
     def look_at(self, path: str) -> None:
-        """Read an image and begin anew.
+        """Read an image, a field ``slide.svs#x,y,w,h``, or open a whole slide, and begin anew.
+
+        Of a whole slide nothing is asked before /region names a field.
 
         Raises:
             CloverError: it cannot be read; the conversation is as it was.
         """
         from clover.model import open_image
+        from clover.slides.picture import is_whole_slide
+        from clover.slides.region import split_reference
 
         name = path.strip().strip("'\"")
         if not name:
             raise CloverError("/image wants a path, for instance /image slide-17.png")
-        picture = open_image(Path(name).expanduser())
+        file, region = split_reference(Path(name).expanduser())
+        if region is not None:
+            self._look_at_region(file, region)
+        elif is_whole_slide(file):
+            self._open_slide(file)
+        else:
+            self._begin(name, open_image(file), file)
+
+    def _begin(self, name: str, picture: Image.Image, file: Path) -> None:
         self._features = self.model.encode(picture)
-        self.image, self.turns, self._picture = name, [], picture
+        self.image, self.turns, self._picture, self.file = name, [], picture, file
         if self.draw is not None:
             self.write(self.draw(picture))
+        if (note := self.model.note_on(self._features)) is not None:
+            self.write(note + "\n")
+
+    def _open_slide(self, file: Path) -> None:
+        """Say how large a slide is; the fields of it are what is asked about."""
+        with open_for(file, self.mpp) as slide:
+            extent = slide.extent
+            if self.draw is not None:
+                self.write(self.draw(slide.overview(_OVERVIEW)))
+        learnt, side = self._resolution()
+        self.image, self.turns, self._picture, self._features = None, [], None, None
+        self.file = file
+        self.write(
+            f"{file} is a slide of {extent.width:.0f} x {extent.height:.0f} µm. Name the field to "
+            f"ask about: /region x,y,width,height in µm; the model's own is {learnt * side:.0f} µm "
+            "wide.\n"
+        )
+
+    def _look_at_region(self, file: Path, region: Region) -> None:
+        learnt, side = self._resolution()
+        with open_for(file, self.mpp) as slide:
+            view = View(slide.read(region, learnt), region, learnt, side)
+        self._begin(f"{file}#{region}", view.picture, file)
+        if (note := view.note()) is not None:
+            self.write(note + "\n")
+
+    def _say_what_is_seen(self) -> None:
+        if self.image is not None:
+            self.write(f"Looking at {self.image}; a new conversation.\n")
+
+    def _resolution(self) -> tuple[float, int]:
+        recipe = self.model.recipe.model_dump(mode="json")
+        return stated_resolution({"name": self.model.name, "recipe": recipe})
 
     def take(self, line: str) -> bool:
         """Do what a line says; return whether the conversation goes on.
@@ -105,9 +160,14 @@ class Conversation:
             return True
         if line.startswith("/") and not (self.image is None and Path(line).is_file()):
             return self._command(line)
+        if self.image is None and self.file is not None and not Path(line).expanduser().is_file():
+            raise CloverError(
+                f"{self.file} is a whole slide; name a field of it first, for instance "
+                "/region 1200,800,180,180"
+            )
         if self.image is None:
             self.look_at(line)
-            self.write(f"Looking at {self.image}.\n")
+            self._say_what_is_seen()
         else:
             self._answer(line)
         return True
@@ -118,7 +178,12 @@ class Conversation:
             return False
         if name == "/image":
             self.look_at(rest)
-            self.write(f"Looking at {self.image}; a new conversation.\n")
+            self._say_what_is_seen()
+        elif name == "/region":
+            if self.file is None:
+                raise CloverError("/region wants a slide first; open one with /image slide.svs")
+            self._look_at_region(self.file, parse_region(rest))
+            self._say_what_is_seen()
         elif name == "/new":
             self.turns = []
             self.write("A new conversation about the same image.\n")

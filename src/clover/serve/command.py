@@ -103,6 +103,7 @@ def ask(model: Path, image: Path, question: str | None, as_json: bool, **options
             "model": answer.model,
             "seconds": answer.seconds,
             "notice": answer.notice,
+            **({} if answer.note is None else {"note": answer.note}),
             **({} if view is None else view.row()),
         }
         click.echo(json.dumps(row, ensure_ascii=False))
@@ -110,30 +111,41 @@ def ask(model: Path, image: Path, question: str | None, as_json: bool, **options
         click.echo(answer.text)
         if view is not None and (note := view.note()) is not None:
             click.echo(note, err=True)
+        if answer.note is not None:
+            click.echo(answer.note, err=True)
         click.secho(answer.notice, dim=True, err=True)
 
 
 @click.command(epilog="Example: clover chat clover-demo/model image.png")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("image", required=False)
+@click.option(
+    "--mpp",
+    metavar="UM",
+    help="µm per pixel, for a file that does not state it; 'estimate' takes the objective's usual "
+    "one.",
+)
 @_model_options
-def chat(model: Path, image: str | None, **options: Any) -> None:
-    """Talk with MODEL (a model folder) about IMAGE.
+def chat(model: Path, image: str | None, mpp: str | None, **options: Any) -> None:
+    """Talk with MODEL (a model folder) about IMAGE: a field of view, or a slide.
 
     Answers appear as they are written; Ctrl-C stops one, Ctrl-D leaves. Commands: /image PATH,
-    /why [FILE], /new, /save FILE, /help, /quit. A terminal that can shows the picture. Questions
-    may also be piped in, one a line. Research use only, not for diagnosis.
+    /region X,Y,W,H (a field of a slide, in µm), /why [FILE], /new, /save FILE, /help, /quit. A
+    terminal that can shows the picture. Questions may also be piped in, one a line. Research use
+    only, not for diagnosis.
     """
     from clover.model import NOTICE, open_image, read_config
     from clover.serve.chat import Conversation, help_text
+    from clover.slides.picture import is_whole_slide
 
     read_config(model)
-    if image is not None:
+    if image is not None and not is_whole_slide(image):
         open_image(Path(image).expanduser())
     loaded, settings = _load(model, options)
     from clover.serve.overlay import drawer
 
-    conversation = Conversation(loaded, _write, settings, draw=drawer(sys.stdout.isatty()))
+    draw = drawer(sys.stdout.isatty())
+    conversation = Conversation(loaded, _write, settings, mpp=mpp, draw=draw)
     click.secho(NOTICE, dim=True, err=True)
     if image is not None:
         conversation.look_at(image)
@@ -235,7 +247,7 @@ def _write(text: str) -> None:
 def _converse(conversation: Conversation) -> None:
     """Read lines until the end of input or /quit; a mistake is one line, and it goes on."""
     is_terminal = sys.stdin.isatty()
-    if conversation.image is None:
+    if conversation.image is None and conversation.file is None:
         _write("Which image? Type its path.\n")
     while True:
         prompt = "image> " if conversation.image is None else "you> "

@@ -246,7 +246,7 @@ async def _whole(running: Running, begun: Begun, body: ChatRequest) -> dict[str,
         scored = scores[index] if body.logprobs else None
         choices.append(choice(index, texts[index].strip(), reasons[index], scored))
     usage = usage_body(begun.prompt_tokens, begun.reused_tokens, written)
-    return Reply(body.model).whole(choices, usage)
+    return Reply(body.model, begun.note).whole(choices, usage)
 
 
 async def _stream(
@@ -257,7 +257,7 @@ async def _stream(
     seconds: float,
 ) -> AsyncIterator[bytes]:
     """Yield server-sent events; a client that leaves, or reads too slowly, ends the writing."""
-    reply, written = Reply(body.model), 0
+    reply, written = Reply(body.model, begun.note), 0
     try:
         async with asyncio.timeout(seconds):
             for index in range(len(running.question.seeds)):

@@ -26,28 +26,30 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.language.chat import chat_ids
-from clover.language.constraint import CompiledSchema, Schema, SchemaCompiler, SchemaConstraint
+from clover.language.constraint import CompiledSchema, Schema, SchemaCompiler
 from clover.language.decoder_only import DecoderOnly
 from clover.language.frozen import FrozenLanguage
 from clover.language.generation import next_token
 from clover.language.rows import RowBatch, can_share_a_batch
 from clover.serve.kept import FeatureStore, KeptPrompt, PromptStore, Symbol, shared_length
 from clover.serve.request import Begun, BusyError, Event, Picture, Question, Served, Ticket
+from clover.serve.row import Row, fresh_writing, may_go_on, rows_of
 from clover.serve.settings import ServeSettings
-from clover.serve.writing import Piece, Writing, score
+from clover.serve.writing import Piece, score
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 256, 2048
 """Prompt tokens read between two steps: the rows that are writing wait for so long."""
+_NOTES = 10_000
+"""Images whose notes are remembered."""
 _WORTHWHILE = 8
 """A row waits for its neighbour's prompt when that saves it so many tokens."""
 
@@ -68,26 +70,6 @@ class Counts:
     steps: int = 0
     step_rows: int = 0
     answer_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class _Row:
-    """One answer of one request."""
-
-    ticket: Ticket
-    served: Served
-    number: int
-    prompt_ids: list[int]
-    symbols: list[Symbol]
-    writing: Writing
-    generator: torch.Generator
-    constraint: SchemaConstraint | None
-    arrived: float = field(default_factory=time.monotonic)
-    base: KeptPrompt | None = None
-
-    @property
-    def question(self) -> Question:
-        return self.ticket.question
 
 
 class Engine:
@@ -126,8 +108,10 @@ class Engine:
             self._batch = RowBatch(self._language, settings.max_batch)
         self._held: dict[tuple[Symbol, ...], int] = {}
         """Constant beginnings by the number under which the batch holds them."""
-        self._rows: list[_Row] = []
-        self._waiting: list[_Row] = []
+        self._notes: dict[tuple[str, str], str | None] = {}
+        """On images by model and SHA-256."""
+        self._rows: list[Row] = []
+        self._waiting: list[Row] = []
         self._compiler: SchemaCompiler | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | Ticket | None] = queue.SimpleQueue()
         self._num_waiting, self._lock = 0, threading.Lock()
@@ -207,7 +191,7 @@ class Engine:
         Raises:
             CloverError: it is longer than the model's limit.
         """
-        row = self._rows_of(Ticket(question, lambda _: None))[0]
+        row = rows_of(Ticket(question, lambda _: None), self.models[question.model])[0]
         has_picture = question.picture is not None
         visual = self._prefixes(row.served, [question])[0] if has_picture else None
         return self._embeds(row, 0, visual)
@@ -256,47 +240,11 @@ class Engine:
     def _take(self, ticket: Ticket) -> None:
         """Make rows of a request; a mistake in it is its own answer."""
         try:
-            self._waiting += self._rows_of(ticket)
+            self._waiting += rows_of(ticket, self.models[ticket.question.model])
         except Exception as error:
             with self._lock:
                 self._num_waiting -= len(ticket.question.seeds)
             self._fail(ticket, error)
-
-    def _rows_of(self, ticket: Ticket) -> list[_Row]:
-        question = ticket.question
-        served = self.models[question.model]
-        language = served.language
-        symbols: list[Symbol] = []
-        if question.picture is None:
-            assert isinstance(language, DecoderOnly), "the API checked that it can chat"
-            ids = chat_ids(language, question.messages)
-            symbols += ids
-        else:
-            assert served.clover is not None, "the API checked that it sees"
-            symbols += language.prefix_ids
-            symbols += visual_symbols(served, question)
-            ids = language.text_ids(_text(served, question))
-            symbols += ids
-        longest = getattr(language, "max_positions", 1 << 30)
-        if len(symbols) + question.settings.max_tokens > longest:
-            raise CloverError(
-                f"the prompt has {len(symbols)} tokens and the answer may have "
-                f"{question.settings.max_tokens}, together more than the model's {longest}; "
-                "shorten the prompt or max_tokens"
-            )
-        return [
-            _Row(
-                ticket,
-                served,
-                number,
-                ids,
-                symbols,
-                _fresh_writing(served, question),
-                torch.Generator(language.device).manual_seed(seed % (1 << 63)),
-                question.schema.begin() if question.schema is not None else None,
-            )
-            for number, seed in enumerate(question.seeds)
-        ]
 
     def _forget_cancelled(self) -> None:
         for place in reversed(range(len(self._rows))):
@@ -340,9 +288,9 @@ class Engine:
                 except Exception as own:
                     self._fail(row.ticket, own)
 
-    def _next_group(self) -> tuple[list[_Row], list[tuple[KeptPrompt | None, int]]]:
+    def _next_group(self) -> tuple[list[Row], list[tuple[KeptPrompt | None, int]]]:
         """Return rows to read in one pass, each with the kept prompt it begins with."""
-        group: list[_Row] = []
+        group: list[Row] = []
         plans: list[tuple[KeptPrompt | None, int]] = []
         on_cpu = self._language.device.type == "cpu"
         budget = _PASS_TOKENS_CPU if on_cpu else _PASS_TOKENS_DEVICE
@@ -366,7 +314,7 @@ class Engine:
             plans.append((kept, shared))
         return group, plans
 
-    def _has_room_for(self, rows: Sequence[_Row]) -> bool:
+    def _has_room_for(self, rows: Sequence[Row]) -> bool:
         """Return whether the rows' keys and values stay within bounds; one row alone always may."""
         config = self._language.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -378,7 +326,7 @@ class Engine:
         needed = len(rows) * longest * token_bytes
         return len(rows) == 1 or needed <= self.settings.row_bytes
 
-    def _read(self, group: list[_Row], plans: list[tuple[KeptPrompt | None, int]]) -> None:
+    def _read(self, group: list[Row], plans: list[tuple[KeptPrompt | None, int]]) -> None:
         """Read the prompts of new rows as one pass, and write their first tokens."""
         assert self._batch is not None, "only rows that share a batch are read"
         visual = self._visual(group, plans)
@@ -393,6 +341,7 @@ class Engine:
             # What the batch holds once for all rows is not copied into this one's slot.
             begun.append(parts if base is None else parts[1:])
             bases.append(base)
+        notes = [self.note_of(row.question) for row in group]
         first = len(self._rows)
         logits = self._batch.admit(begun, rest, bases)
         self._rows += group
@@ -407,10 +356,10 @@ class Engine:
                 self._batch.remove(place)
             del self._rows[first:]
             raise
-        for row, (_, shared) in zip(group, plans, strict=True):
+        for row, (_, shared), note in zip(group, plans, notes, strict=True):
             self.counts.prompt_tokens += len(row.symbols)
             self.counts.reused_tokens += shared
-            row.ticket.emit(Begun(len(row.symbols), shared))
+            row.ticket.emit(Begun(len(row.symbols), shared, note))
         self._write(logits, range(first, len(self._rows)))
 
     def _keep(self, place: int, length: int) -> None:
@@ -422,7 +371,7 @@ class Engine:
         self.prompts.put(symbols, row.base, self._batch.copy_out(place, start, length))
 
     def _visual(
-        self, group: list[_Row], plans: list[tuple[KeptPrompt | None, int]]
+        self, group: list[Row], plans: list[tuple[KeptPrompt | None, int]]
     ) -> list[Tensor | None]:
         """Return the visual tokens `[Q, H]` of the rows that have still to read them."""
         found: list[Tensor | None] = [None] * len(group)
@@ -463,7 +412,19 @@ class Engine:
         self.features.put(key, features)
         return features
 
-    def _embeds(self, row: _Row, shared: int, visual: Tensor | None) -> Tensor:
+    def note_of(self, question: Question) -> str | None:
+        """Return what is to be said of a question's image; for `call`."""
+        served, picture = self.models[question.model], question.picture
+        if picture is None or served.clover is None or served.clover.familiarity is None:
+            return None
+        key = (served.name, picture.sha256)
+        if key not in self._notes:
+            if len(self._notes) >= _NOTES:
+                self._notes.clear()
+            self._notes[key] = served.clover.note_on(self.features_of(served, picture))
+        return self._notes[key]
+
+    def _embeds(self, row: Row, shared: int, visual: Tensor | None) -> Tensor:
         """Return the embeddings `[T, H]` of a row's prompt from place `shared` on."""
         language = row.served.language
         words = language.word_embeddings(torch.tensor(row.prompt_ids, device=language.device))
@@ -512,7 +473,7 @@ class Engine:
         for place in reversed(ended):
             self._leave(place)
 
-    def _write_row(self, row: _Row, logits: Tensor) -> None:
+    def _write_row(self, row: Row, logits: Tensor) -> None:
         scores: tuple[Any, ...] = ()
         raw = logits.clone() if row.question.num_top is not None else logits
         token = next_token(
@@ -533,7 +494,7 @@ class Engine:
         """Free a row's place; the last row moves into it."""
         assert self._batch is not None, "rows only stand in the batch"
         row = self._rows[place]
-        if _may_go_on(row) and self._batch.lengths[place] > len(row.symbols):
+        if may_go_on(row) and self._batch.lengths[place] > len(row.symbols):
             self._keep(place, self._batch.lengths[place])
         last = self._batch.remove(place)
         self._rows[place] = self._rows[last]
@@ -546,7 +507,7 @@ class Engine:
         ticket.cancel()
         ticket.emit(error)
 
-    def _answer_alike(self, first: _Row) -> None:
+    def _answer_alike(self, first: Row) -> None:
         """Answer waiting rows of one model and equal settings as a batch, from begin to end."""
         rows = [
             row
@@ -564,13 +525,13 @@ class Engine:
                 self._fail(rows[0].ticket, error)
                 return
             for row in rows:
-                row.writing = _fresh_writing(row.served, row.question)
+                row.writing = fresh_writing(row.served, row.question)
                 try:
                     self._generate([row])
                 except Exception as own:
                     self._fail(row.ticket, own)
 
-    def _generate(self, rows: list[_Row]) -> None:
+    def _generate(self, rows: list[Row]) -> None:
         first = rows[0]
         language, settings = first.served.language, first.question.settings
         has_picture = first.question.picture is not None
@@ -581,7 +542,7 @@ class Engine:
         prompts = [row.prompt_ids for row in rows]
         for row in rows:
             self.counts.prompt_tokens += len(row.symbols)
-            row.ticket.emit(Begun(len(row.symbols), 0))
+            row.ticket.emit(Begun(len(row.symbols), 0, self.note_of(row.question)))
         if settings.num_beams > 1:
             # The best beam is known only at the end: there is nothing to show before.
             written = language.generate_from_ids(visual, prompts, settings, prefix=prefix)
@@ -602,7 +563,7 @@ class Engine:
             for index, token in pairs:
                 self._write_all(rows[index], [token])
 
-    def _write_all(self, row: _Row, ids: Sequence[int]) -> None:
+    def _write_all(self, row: Row, ids: Sequence[int]) -> None:
         """Append tokens that were chosen elsewhere, up to the answer's end."""
         texts, count = [], 0
         for token in ids:
@@ -633,38 +594,3 @@ class Engine:
                 self._batch.remove(0)
                 if self._batch.can_share:
                     self._held[tuple(ids)] = self._batch.hold(read)
-
-
-def visual_symbols(served: Served, question: Question) -> list[Symbol]:
-    """Return what stands for the visual tokens: all that they are computed from."""
-    clover, picture = served.clover, question.picture
-    assert clover is not None and picture is not None, "only pictures have visual tokens"
-    read = question.question if clover.recipe.tune.instruction_aware else None
-    count = clover.bridge.config.num_queries
-    return [(served.name, picture.sha256, read, index) for index in range(count)]
-
-
-def _fresh_writing(served: Served, question: Question) -> Writing:
-    """Return the beginning of an answer."""
-    return Writing(
-        served.language.tokens, max_tokens=question.settings.max_tokens, stops=question.stops
-    )
-
-
-def _text(served: Served, question: Question) -> str:
-    """Return the text after the image."""
-    turns, last = list(question.turns), question.question
-    if question.system:
-        if turns:
-            turns[0] = (f"{question.system}\n{turns[0][0]}", turns[0][1])
-        else:
-            last = f"{question.system}\n{last}"
-    return served.language.prompt.conversation(turns, last)[1]
-
-
-def _may_go_on(row: _Row) -> bool:
-    """Return whether a later turn can begin with this one's prompt and answer."""
-    clover = row.served.clover
-    return (
-        row.question.picture is None or clover is None or not clover.recipe.tune.instruction_aware
-    )

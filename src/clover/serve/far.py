@@ -86,22 +86,23 @@ class FarRunning(Running):
         if far.num_requests >= far.max_requests:
             raise BusyError(f"{far.num_requests} answers wait at the language endpoint", 2)
         embeds = await asyncio.wrap_future(self.engine.call(self.engine.prompt_embeds, question))
-        self._task = asyncio.create_task(self._follow(embeds))
+        note = await asyncio.wrap_future(self.engine.call(self.engine.note_of, question))
+        self._task = asyncio.create_task(self._follow(embeds, note))
 
-    async def _follow(self, embeds: Tensor) -> None:
+    async def _follow(self, embeds: Tensor, note: str | None) -> None:
         self._far.num_requests += 1
         try:
-            await self._read(embeds)
+            await self._read(embeds, note)
         except Exception as error:
             self.events.put_nowait(_told(error, self._far.url))
         finally:
             self._far.num_requests -= 1
 
-    async def _read(self, embeds: Tensor) -> None:
+    async def _read(self, embeds: Tensor, note: str | None) -> None:
         stream: Any = await self._far.client.completions.create(
             **self._body(await self._far.model(), embeds)
         )
-        self.events.put_nowait(Begun(len(embeds), 0))
+        self.events.put_nowait(Begun(len(embeds), 0, note))
         open_answers = set(range(len(self.question.seeds)))
         async with stream:
             async for chunk in stream:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,11 @@ _STRONGEST = 0.65
 """Share of heat in the hottest place: tissue stays visible under it."""
 _COLUMNS = 48
 _KITTY_CHUNK = 4096
+_SIXEL_TERMINALS = ("sixel", "mlterm", "foot", "contour", "wezterm", "yaft")
+"""Parts of names by which terminals that draw sixels call themselves."""
+_SIXEL_WIDTH = 448
+"""Pixels at most; a terminal does not scale sixels."""
+_SIXEL_COLOURS = 256
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -50,6 +56,9 @@ def drawer(
         return None
     if "kitty" in environment.get("TERM", "") or environment.get("KITTY_WINDOW_ID"):
         return kitty
+    names = (environment.get("TERM", ""), environment.get("TERM_PROGRAM", "").lower())
+    if any(known in name for name in names for known in _SIXEL_TERMINALS):
+        return sixel
     if environment.get("COLORTERM") in ("truecolor", "24bit"):
         return half_blocks
     return None
@@ -84,3 +93,42 @@ def kitty(image: Image.Image) -> str:
         head = f"a=T,f=100,c={_COLUMNS},m={more}" if number == 0 else f"m={more}"
         text.append(f"\x1b_G{head};{piece}\x1b\\")
     return "".join(text) + "\n"
+
+
+def sixel(image: Image.Image) -> str:
+    """Return an image in DEC's sixels: bands of six rows, in each a pass for every colour.
+
+    At most 448 px wide, in 256 colours of its own.
+
+    Source: DEC VT330/VT340 Programmer Reference Manual, chapter 14.
+    """
+    if image.width > _SIXEL_WIDTH:
+        height = max(1, round(image.height * _SIXEL_WIDTH / image.width))
+        image = image.resize((_SIXEL_WIDTH, height), Image.Resampling.BOX)
+    reduced = image.convert("RGB").quantize(_SIXEL_COLOURS)
+    places = np.asarray(reduced)  # [height, width], indices of colours
+    palette = np.asarray(reduced.getpalette(), dtype=int).reshape(-1, 3)
+    height, width = places.shape
+    text = [f'\x1bPq"1;1;{width};{height}']
+    for colour in np.unique(places):
+        red, green, blue = np.round(palette[colour] * 100 / 255).astype(int)  # in percent
+        text.append(f"#{colour};2;{red};{green};{blue}")
+    for top in range(0, height, 6):
+        band = places[top : top + 6]
+        weights = 1 << np.arange(len(band))[:, None]
+        passes = []
+        for colour in np.unique(band):
+            signs = ((band == colour) * weights).sum(axis=0) + 63
+            passes.append(f"#{colour}{_run_lengths(signs)}")
+        text.append("$".join(passes) + "-")  # $ goes back to the band's left, - to the next band
+    return "".join(text) + "\x1b\\\n"
+
+
+def _run_lengths(signs: NDArray[np.integer]) -> str:
+    """Return sixels with runs of more than three written as a count."""
+    cuts = np.flatnonzero(np.diff(signs)) + 1
+    parts = []
+    for run in np.split(signs, cuts):
+        sign, count = chr(run[0]), len(run)
+        parts.append(f"!{count}{sign}" if count > 3 else sign * count)
+    return "".join(parts)

@@ -84,6 +84,8 @@ class Begun:
     prompt_tokens: int
     reused_tokens: int
     """Of these, so many had been read before."""
+    note: str | None = None
+    """On an image that is unlike those the model learnt from."""
 
 
 Event = Begun | Piece | Exception

@@ -189,8 +189,8 @@ def error_body(
 class Reply:
     """Builds the JSON of one chat completion, whole or in chunks."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str, note: str | None = None) -> None:
+        self._model, self._note = model, note
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -210,6 +210,7 @@ class Reply:
             "model": self._model,
             "system_fingerprint": None,
             "notice": NOTICE,
+            **({} if self._note is None else {"image_note": self._note}),
         }
 
 

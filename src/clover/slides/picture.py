@@ -69,14 +69,18 @@ def _looked_over(region: Region, slide: Slide) -> float:
     return max(max(region.width, region.height) / _OVERVIEW, slide.scale.mean)
 
 
+def is_whole_slide(path: str | Path) -> bool:
+    """Return whether a file is by its name a scanner's: no field of view, but a slide of many."""
+    return Path(path).suffix.lower() in SLIDE_SUFFIXES - {".tif", ".tiff"}
+
+
 def check_is_no_slide(path: str | Path) -> None:
     """Refuse a whole slide where a field of view is wanted.
 
     Raises:
         CloverError: the file is a scanner's.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix in SLIDE_SUFFIXES - {".tif", ".tiff"}:
+    if is_whole_slide(path):
         raise CloverError(
             f"{path} is a whole slide; name a region with --region x,y,width,height (µm), or go "
             "over all of its tissue with --tour"

@@ -1,6 +1,9 @@
 """The one loop: objective -> losses as (sum, count) -> backward -> clip -> step -> log.
 
 Same seed, same machine, same result; stopped anywhere, the same call continues to the same result.
+
+Several processes (`processes`) share each batch: every one computes its part's losses as they are
+in the whole batch, gradients and counts are summed, and all make the same step.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ from clover.core.config import OptimizerConfig
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder, seed_everything
 from clover.core.terminal import progress
-from clover.training.checkpoint import clear_unfinished, load_latest, save_checkpoint
+from clover.training import processes
+from clover.training.background import BackgroundWriter
+from clover.training.checkpoint import (
+    clear_unfinished,
+    load_latest,
+    save_checkpoint,
+    start_own_random,
+)
 from clover.training.device import Device, keep_freed_memory
 from clover.training.objective import Losses, Objective
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
+from clover.training.validation import BestWeights, Validation
 
 _NAMED = 8
 """Samples of a bad batch that its error names."""
@@ -113,8 +124,14 @@ def apply_gradients(
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(objective: Objective, job: TrainingJob) -> bool:
+def train(objective: Objective, job: TrainingJob, validation: Validation | None = None) -> bool:
     """Train `objective.module` for `job.config.steps` steps, or what is left of them.
+
+    Args:
+        objective: What is learnt.
+        job: Where and how.
+        validation: What is measured meanwhile; its scores go into the metrics, and the weights
+            with the best of them into the checkpoints (`BestWeights`).
 
     Returns:
         Whether all steps are done; False when `max_steps` ended it early.
@@ -125,6 +142,7 @@ def train(objective: Objective, job: TrainingJob) -> bool:
     """
     config, module = job.config, objective.module.to(job.device.device)
     seed_everything(job.seed)
+    start_own_random()
     optimizer = make_optimizer(
         module,
         learning_rate=config.learning_rate,
@@ -137,15 +155,24 @@ def train(objective: Objective, job: TrainingJob) -> bool:
         seed=job.seed,
         sizes=objective.sizes(),
     )
+    processes.check_divides(sampler.batch_size, job.stage)
     if job.device.device.type == "cpu":
         keep_freed_memory()
     folder = job.run.checkpoints / job.stage
-    clear_unfinished(folder)
+    if processes.is_first():
+        clear_unfinished(folder)
     start = load_latest(
         folder, module=module, optimizer=optimizer, key=job.key, settings=job.settings
     )
+    processes.check_same("checkpoints", start)
+    processes.take_from_first(module)
+    best = BestWeights(folder, validation) if validation is not None else None
     module.train()
-    with progress(job.stage, config.steps, done=start) as advance, _stop_flag() as stopped:
+    with (
+        progress(job.stage, config.steps, done=start) as advance,
+        _stop_flag() as stopped,
+        BackgroundWriter() as writer,
+    ):
         log = _Log(job)
         stop = min(config.steps, job.max_steps or config.steps)
         for step in range(start, stop):
@@ -155,7 +182,13 @@ def train(objective: Objective, job: TrainingJob) -> bool:
             note = log.add(step, losses)
             advance(1, note)
             done = step + 1
-            if done % config.checkpoint_every == 0 or done == stop or stopped.is_set():
+            if best is not None and best.validation.is_due(done, config.steps):
+                with log.interrupted():
+                    scores = best.validation.measure(module)
+                    job.run.log(f"{job.stage}-validation", done, **scores)
+                    best.offer(done, scores, module)
+            is_stopped = processes.any_process(stopped.is_set())
+            if done % config.checkpoint_every == 0 or done == stop or is_stopped:
                 save_checkpoint(
                     folder,
                     step=done,
@@ -163,8 +196,10 @@ def train(objective: Objective, job: TrainingJob) -> bool:
                     optimizer=optimizer,
                     key=job.key,
                     settings=job.settings,
+                    keep=config.checkpoint_keep,
+                    writer=writer if config.checkpoint_in_background else None,
                 )
-            if stopped.is_set():  # also after the last step: another stage may come next
+            if is_stopped:  # also after the last step: another stage may come next
                 raise Interrupted(f"{job.stage} stopped after step {done}")
     module.eval()
     return max(start, stop) >= config.steps
@@ -182,7 +217,7 @@ def _step(
     all_losses: list[Losses] = []
     total = torch.zeros((), device=job.device.device)
     for part in range(config.accumulate):
-        indices = sampler.batch(step * config.accumulate + part)
+        indices = processes.own_part(sampler.batch(step * config.accumulate + part))
         with job.device.autocast():
             losses = objective.losses(objective.collate(indices))
         if not torch.isfinite(losses.sum):
@@ -199,7 +234,9 @@ def _step(
                 {name: value.detach() for name, value in losses.parts.items()},
             )
         )
-    apply_gradients(optimizer, total, clip_norm=config.clip_norm)
+    learning = [item for group in optimizer.param_groups for item in group["params"]]
+    processes.sum_gradients(learning)
+    apply_gradients(optimizer, processes.sum_over_processes(total), clip_norm=config.clip_norm)
     return all_losses
 
 
@@ -210,7 +247,7 @@ def _named(objective: Objective, indices: Sequence[int]) -> str:
 
 
 class _Log:
-    """Means over the last steps, written every `_LOG_EVERY` steps."""
+    """Means over the last steps and all processes, written every `_LOG_EVERY` steps."""
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
@@ -229,6 +266,8 @@ class _Log:
                 self._parts.setdefault(name, []).append(value)
         if (step + 1) % _LOG_EVERY and step + 1 != self._job.config.steps:
             return None
+        if processes.num_processes() > 1:
+            self._take_in_others()
         loss = float(self._sum / self._count)
         seconds = (time.perf_counter() - self._since) / self._steps
         values = {name: float(torch.stack(parts).mean()) for name, parts in self._parts.items()}
@@ -245,17 +284,38 @@ class _Log:
         self._parts, self._steps, self._since = {}, 0, time.perf_counter()
         return f"loss {loss:.3f}"
 
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Leave the time that the block takes out of the seconds a step."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def _take_in_others(self) -> None:
+        """Replace sums by those over all processes, parts by their means."""
+        means = [torch.stack(parts).mean() for parts in self._parts.values()]
+        sums = (torch.as_tensor(item) for item in (self._sum, self._count, *means))
+        own = torch.stack([item.float() for item in sums])
+        everyone = processes.sum_over_processes(own)
+        self._sum, self._count = everyone[0], everyone[1]
+        means = list(everyone[2:] / processes.num_processes())
+        self._parts = {name: [mean] for name, mean in zip(self._parts, means, strict=True)}
+
 
 @contextlib.contextmanager
 def _stop_flag() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one stops at once."""
+    """Turn the first SIGINT or SIGTERM into a flag; the second one stops at once.
+
+    Not where several processes train: `torchrun` passes on what the terminal or Slurm has sent to
+    each of them already, so that one wish arrives twice.
+    """
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if flag.is_set():
+        if flag.is_set() and processes.num_processes() == 1:
             raise KeyboardInterrupt
         flag.set()
 

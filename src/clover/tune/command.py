@@ -49,7 +49,8 @@ from clover.core.options import (
 @click.option(
     "--validation",
     type=click.Path(path_type=Path),
-    help="What will be evaluated; refused where training holds its images.",
+    help="What will be evaluated, and every tune.validate_every steps is; refused where training "
+    "holds its images.",
 )
 @leak_option
 @click.option(
@@ -84,9 +85,12 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
       clover tune --from model/ --data patches/ --shots 1,2,4,8,16,32 --out few-shot/
     """
     from clover.core.errors import CloverError
+    from clover.training import processes
     from clover.tune.run import tune as run_tune
 
     if options["shots"] is not None:
+        if processes.num_started() > 1:
+            raise CloverError("--shots runs in one process; start it without torchrun")
         _few_shot(out, options)
         return
     if recipe_name is None:
@@ -115,13 +119,18 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
         run=run,
         cache=options["cache"],
         start=start,
+        validation=options["validation"] or recipe.data.validation,
         held_out=held_out(recipe, options),
         max_steps=options["max_steps"],
     )
+    if not processes.is_first():
+        return
     click.echo(result.summary)
     if not result.is_finished:
         click.echo(f"stopped after {options['max_steps']} steps; the same command continues")
         return
+    if result.kept is not None:
+        click.echo(result.kept)
     click.echo(f'{out}/; next: clover ask {out} IMAGE "What tissue is this?"')
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,16 +25,23 @@ from clover.model import (
     load_tokenizer,
 )
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
-from clover.qformer.used_words import only_words
+from clover.qformer.used_words import all_words, only_words
+from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
+from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
 from clover.tune.objective import TuneObjective
 from clover.tune.spelling import Spelling
+from clover.tune.validate import FIGURE, AnswerLoss
+from clover.vision.dataset import load_feature_set
 from clover.vision.encoder import load_encoder
+from clover.vision.familiar import describe
 from clover.vision.leaks import load_training_set
+
+_DATA, _STAGE_1 = "the instructions' sha256", "stage 1's sha256"
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class TuneResult:
     model: Path
     summary: str
     is_finished: bool
+    kept: str | None = None
+    """Which weights the folder holds, where training was validated."""
 
 
 def tune(
@@ -52,6 +63,7 @@ def tune(
     run: Path,
     cache: Path,
     start: Path | None = None,
+    validation: Path | None = None,
     held_out: Sequence[Path] = (),
     max_steps: int | None = None,
 ) -> TuneResult:
@@ -64,11 +76,39 @@ def tune(
         run: The run folder, for metrics and checkpoints.
         cache: The feature cache's folder.
         start: Stage 1's `align.safetensors`; without it the Q-Former starts from BERT.
+        validation: Held-out questions, for `tune.validate_every`.
         held_out: Record files that are only ever evaluated: refused where they share an image or
             a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
     """
-    folder = RunFolder(run)
+    with processes.joined(recipe.device):
+        return _tune(
+            recipe,
+            instructions,
+            out=out,
+            run=run,
+            cache=cache,
+            start=start,
+            validation=validation,
+            held_out=held_out,
+            max_steps=max_steps,
+        )
+
+
+def _tune(
+    recipe: Recipe,
+    instructions: Path,
+    *,
+    out: Path,
+    run: Path,
+    cache: Path,
+    start: Path | None,
+    validation: Path | None,
+    held_out: Sequence[Path],
+    max_steps: int | None,
+) -> TuneResult:
+    is_first = processes.is_first()
+    folder = RunFolder(run, is_writer=is_first)
     folder.save_recipe(recipe)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
@@ -81,18 +121,21 @@ def tune(
             encoder=encoder,
             cache=cache,
             held_out=held_out,
-            rejected=run / "tune.rejected.jsonl",
+            rejected=run / "tune.rejected.jsonl" if is_first else None,
         )
     sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
     files = {
-        "the instructions' sha256": sha256_file(instructions),
-        "stage 1's sha256": None if start is None else sha256_file(start),
+        _DATA: sha256_file(instructions),
+        _STAGE_1: None if start is None else sha256_file(start),
     }
     key = fingerprint([recipe.fingerprint(*sections), *files.values()])
     settings = recipe.settings(*sections) | {name: str(value) for name, value in files.items()}
-    if (out / "config.json").exists() and read_json(out / "config.json").get("key") == key:
+    config = out / "config.json"
+    is_finished = config.exists() and read_json(config).get("key") == key
+    processes.check_same("data, images or results", [key, data.digests, is_finished])
+    if is_finished:
         _clear(folder)
-        return TuneResult(out, data.summary(), True)
+        return TuneResult(out, data.summary(), True, _said(out, run))
     language = load_frozen_language(recipe.language, recipe.prompt, device)
     if recipe.tune.worked_examples:
         recipe = with_examples(recipe, data.records, language)
@@ -101,6 +144,7 @@ def tune(
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
     model = Clover(recipe, encoder, bridge, language, tokenizer, device, name=recipe.name)
+    measured = _validation(model, validation, cache, key)
     seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
     job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps, settings)
     with folder.timed("tune") as details:
@@ -110,20 +154,84 @@ def tune(
         with only_words(bridge.qformer, words):
             if recipe.tune.grounding_steps:
                 ground(objective, job)
-            is_finished = train(objective, job)
+            is_finished = train(objective, job, measured)
+            model.details = {
+                "key": key,
+                "data": {"instructions_sha256": files[_DATA], "summary": data.summary()},
+                "stage_1": files[_STAGE_1],
+            }
+            if is_finished and is_first:
+                model.familiarity = describe(data)
+                if measured is not None:
+                    model.details["weights"] = settle(
+                        bridge,
+                        BestWeights(folder.checkpoints / "tune", measured),
+                        steps=recipe.tune.steps,
+                        keep=recipe.tune.keep_weights,
+                        save_other=partial(_save_other, model, run),
+                    )
         details["trainable_parameters"] = bridge.num_trainable()
-    if is_finished:
-        model.details = {
-            "key": key,
-            "data": {"instructions_sha256": sha256_file(instructions), "summary": data.summary()},
-            "stage_1": sha256_file(start) if start is not None else None,
-        }
+    if is_finished and is_first:
         model.save(out)
         _clear(folder)
-    return TuneResult(out, data.summary(), is_finished)
+    processes.wait_for_all()
+    return TuneResult(out, data.summary(), is_finished, _said(out, run) if is_finished else None)
+
+
+def _beside(run: Path, which: Kept) -> Path:
+    """Return where the model lies whose weights the product does not hold: `RUN/tune-best`."""
+    return run / f"tune-{which}"
+
+
+def _save_other(model: Clover, run: Path, which: Kept, note: dict[str, Any]) -> None:
+    """Write the model as it is into a folder of its own, with all its words."""
+    before = model.details
+    model.details = {**before, "weights": note}
+    with all_words(model.bridge.qformer):
+        model.save(_beside(run, which))
+    model.details = before
+
+
+def _said(out: Path, run: Path) -> str | None:
+    """Return which weights a finished model folder holds, where training was validated."""
+    if not processes.is_first():
+        return None
+    note = read_json(out / "config.json").get("weights")
+    if note is None:
+        return None
+    return say_kept(note, out, _beside(run, "last" if note["kept"] == "best" else "best"))
+
+
+def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Validation | None:
+    """Return what is measured while training goes on, if anything.
+
+    Raises:
+        CloverError: something is to be measured, and nothing to measure it on.
+    """
+    config = model.recipe.tune
+    if not config.validate_every:
+        return None
+    if path is None:
+        raise CloverError(
+            f"tune.validate_every is {config.validate_every}, but there are no held-out questions; "
+            "give --validation FILE, name data.validation, or set tune.validate_every=0"
+        )
+    unseen = load_feature_set(
+        path,
+        needs="question",
+        encoder=model.encoder,
+        cache=cache,
+        images=model.recipe.data.images,
+    ).first(config.validate_samples)
+    share = config.batch_size // config.accumulate // processes.num_processes()
+    scores = AnswerLoss(model, unseen, max(1, share))
+    held_out = fingerprint([key, sha256_file(path), config.validate_samples])
+    return Validation(config.validate_every, scores, FIGURE, False, held_out)
 
 
 def _clear(run: RunFolder) -> None:
+    if not processes.is_first():
+        return
     for stage in ("ground", "anchor", "tune"):
         clear_checkpoints(run.checkpoints / stage)
 

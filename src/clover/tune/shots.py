@@ -363,6 +363,7 @@ def _save(model: Clover, taught: Taught, folder: Path) -> None:
     assert projection is not None, "this bridge was built without a language model"
     projection.weight.add_(torch.from_numpy(taught.change / PRIOR).to(projection.weight))
     projection.bias.add_(torch.from_numpy(taught.shift / PRIOR).to(projection.bias))
+    model.familiarity = None  # the shots are not among what it describes
     model.details = {**model.details, "key": fingerprint([model.details.get("key"), "few-shot"])}
     model.save(folder)
 

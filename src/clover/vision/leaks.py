@@ -92,12 +92,12 @@ class Pictured(Protocol):
     """Records on images that are known by their hashes."""
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> Sequence[Record]:
         """The records."""
         ...
 
     @property
-    def digests(self) -> list[str]:
+    def digests(self) -> Sequence[str]:
         """SHA-256 of each record's image bytes."""
         ...
 
@@ -256,7 +256,7 @@ def load_training_set(
     encoder: ImageEncoder,
     cache: Path,
     held_out: Sequence[Path],
-    rejected: Path,
+    rejected: Path | None,
 ) -> FeatureSet:
     """Read what a stage learns from, and refuse what will be evaluated.
 
@@ -267,7 +267,7 @@ def load_training_set(
         encoder: Of the images.
         cache: The feature cache's folder.
         held_out: Record files that training must share no image and no group with.
-        rejected: Where what was set aside is listed.
+        rejected: Where what was set aside is listed; None for a process that writes nothing.
 
     Raises:
         CloverError: nothing usable is left, or a held-out file shares something.
@@ -282,7 +282,8 @@ def load_training_set(
         views=recipe.encoder.views,
         view_kind=recipe.encoder.view_kind,
     )
-    write_rejected(rejected, data.rejected)
+    if rejected is not None:
+        write_rejected(rejected, data.rejected)
     for other in held_out:
         asked = load_image_set(other, recipe.data.images)
         refuse_leaks(data, asked, cache=cache, what=f"{path} and {other}")

@@ -63,9 +63,10 @@ export async function getDataUri(url) {
 /**
  * Ask, and hand over the answer piece by piece.
  *
+ * `onNote` gets what the server says of an image unlike those the model learnt from.
  * The first question of a conversation carries the picture; this is OpenAI's form.
  */
-export async function streamAnswer({ model, picture, turns, question, signal, onPiece }) {
+export async function streamAnswer({ model, picture, turns, question, signal, onPiece, onNote }) {
   const messages = [];
   const said = (text) => (messages.length
     ? text
@@ -95,6 +96,7 @@ export async function streamAnswer({ model, picture, turns, question, signal, on
       if (!data || data === "[DONE]") continue;
       const row = JSON.parse(data);
       if (row.error) throw new Error(row.error.message);
+      if (row.image_note) onNote(row.image_note);
       const piece = row.choices?.[0]?.delta?.content;
       if (piece) onPiece(piece);
     }

@@ -40,6 +40,7 @@ export function rows(content, regions, model) {
         answer: turn.answer,
         seconds: turn.seconds,
         ...(turn.isStopped ? { stopped: true } : {}),
+        ...(turn.note ? { note: turn.note } : {}),
         ...(turn.why?.yes != null ? { probability_of_yes: turn.why.yes } : {}),
         ...(turn.why?.deletion ? { deletion_test: turn.why.deletion } : {}),
       })),
@@ -71,7 +72,7 @@ function turnPart(region, turn) {
        <figcaption>${test ? `${escaped(test.label)}: ${escaped(deletionText(test))}` : "Where it looked; not tested."}</figcaption></figure>`
     : "";
   return `<div class="turn"><p class="asked">${escaped(turn.question)}</p>
-    <p class="said">${escaped(turn.answer)}</p>${chance}${map}</div>`;
+    <p class="said">${escaped(turn.answer)}</p>${turn.note ? `<p class="small">${escaped(turn.note)}</p>` : ""}${chance}${map}</div>`;
 }
 
 /** Save one self-contained page that prints. */

@@ -256,13 +256,16 @@ function showTurns() {
 
 function turnElement(turn) {
   turn.said = element("p", { class: "said" });
+  turn.unlike = element("p", { class: "unlike", hidden: true });
   turn.after = element("div", { class: "after" });
-  return element("li", {}, element("p", { class: "asked" }, turn.question), turn.said, turn.after);
+  return element("li", {}, element("p", { class: "asked" }, turn.question), turn.said, turn.unlike, turn.after);
 }
 
 function showTurn(turn) {
   turn.said.className = `said${turn.isWriting ? " is-writing" : ""}${turn.error ? " is-error" : ""}`;
   turn.said.textContent = turn.error ?? turn.answer;
+  turn.unlike.textContent = turn.note ?? "";
+  turn.unlike.hidden = !turn.note;
   turn.after.replaceChildren();
   if (turn.isWriting || turn.error) return;
   const looked = element("button", {
@@ -323,6 +326,7 @@ async function ask(question) {
     await streamAnswer({
       model: state.model.name, picture: region.picture, turns: before, question: text, signal: stop.signal,
       onPiece: (piece) => { turn.answer += piece; showTurn(turn); },
+      onNote: (note) => { turn.note = note; },
     });
   } catch (error) {
     if (error.name === "AbortError") turn.isStopped = true;
@@ -337,7 +341,7 @@ async function ask(question) {
   show();
   showTurn(turn);
   turn.element.scrollIntoView({ block: "nearest" });
-  say(turn.error ?? `Answer: ${turn.answer}`);
+  say(turn.error ?? `Answer: ${turn.answer}${turn.note ? ` ${turn.note}` : ""}`);
   if (/^(yes|no)\b/i.test(turn.answer) && !turn.isStopped && !turn.error) {
     await explain(region, turn, state.model.name, false);
     showTurn(turn);
