@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,37 @@ def test_a_failing_block_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
         raise RuntimeError
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_living_one_writes_stays(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.txt"
+    script = (
+        "import sys, time\n"
+        "from clover.core.files import atomic_path\n"
+        f"with atomic_path({str(path)!r}) as partial:\n"
+        "    partial.write_text('half')\n"
+        "    print(partial, flush=True); time.sleep(600)\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        dead, alive = [Path(writer.stdout.readline().strip()) for writer in writers]  # type: ignore[union-attr]
+        writers[0].kill()
+        writers[0].wait()
+        other = tmp_path / ".b.txt.abc.part"  # of another file, whose writer looks after it
+        other.write_text("half")
+        assert dead.exists() and alive.exists()
+        write_text(path, "new")
+        assert not dead.exists() and alive.exists() and other.exists()
+        assert path.read_text() == "new"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:

@@ -8,13 +8,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from clover.core.errors import CloverError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 Line = TypeVar("Line")
+
+_HALF_WRITTEN = ".part"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -24,7 +33,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it only when the block succeeds.
 
-    A reader sees the old file or the new one, never half of either.
+    A reader sees the old file or the new one, never half of either. What a killed process had
+    half written of the same file is removed.
 
     Raises:
         CloverError: the disk is full or the folder cannot be written.
@@ -32,13 +42,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
-        )
-        os.close(handle)
+        _clear_dead(target)
+        handle, partial = _own_sibling(target)
     except OSError as error:
         raise CloverError(f"cannot write {target}: {error.strerror or error}") from error
-    partial = Path(name)
     try:
         yield partial
         # mkstemp makes the file private; give it what a plain open() would have given.
@@ -53,6 +60,48 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise disk_refused(target, reason) from error
     finally:
         partial.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _own_sibling(target: Path) -> tuple[int | None, Path]:
+    """Make a temporary file beside `target`; while its handle is open, a lock says it is ours."""
+    while True:
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=_HALF_WRITTEN
+        )
+        if fcntl is None:  # Windows replaces no file that is open
+            os.close(handle)
+            return None, Path(name)
+        # Before it was locked somebody may have taken it for a dead one's: once more, then.
+        if not _lock(handle) or os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _clear_dead(target: Path) -> None:
+    """Remove siblings that nobody is writing any more: the lock goes with the process."""
+    for entry in os.scandir(target.parent):
+        if not entry.name.startswith(f".{target.name}.") or not entry.name.endswith(_HALF_WRITTEN):
+            continue
+        with contextlib.suppress(OSError):  # another process was first
+            handle = os.open(entry.path, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    os.unlink(entry.path)
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Return whether a file is locked by us now; not where the system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -163,12 +212,19 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex; of a folder that of all in it."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        return fingerprint([(str(file.relative_to(path)), sha256_file(file)) for file in files])
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) else str(value)
+
+
 def fingerprint(value: Any) -> str:
     """Return a short stable hash of a JSON-able value: the key of a finished piece of work."""
-    text = json.dumps(value, sort_keys=True, default=str)
+    text = json.dumps(value, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
