@@ -192,7 +192,7 @@ def _validation(
         )
     unseen = load_feature_set(
         path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
-    ).first(config.validate_samples)
+    ).evenly(config.validate_samples)
 
     def scores() -> dict[str, float]:
         found = evaluate_alignment(bridge, unseen, tokenizer, config, device).row()

@@ -222,7 +222,7 @@ def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Vali
         encoder=model.encoder,
         cache=cache,
         images=model.recipe.data.images,
-    ).first(config.validate_samples)
+    ).evenly(config.validate_samples)
     share = config.batch_size // config.accumulate // processes.num_processes()
     scores = AnswerLoss(model, unseen, max(1, share))
     held_out = fingerprint([key, sha256_file(path), config.validate_samples])
