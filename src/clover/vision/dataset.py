@@ -55,7 +55,7 @@ class FeatureSet:
         return replace(
             self,
             records=[self.records[row] for row in rows],
-            digests=[self.digests[row] for row in rows],
+            digests=Digests(self.digests.values[list(rows)]),
         )
 
     def summary(self) -> str:
