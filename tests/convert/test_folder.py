@@ -233,6 +233,26 @@ def test_options_bring_the_parts_one_by_one(
     check_answers(theirs[kind], tmp_path / "out")
 
 
+def test_evas_own_file_has_a_block_and_a_head_more_which_are_left_out(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source, model = theirs["instructblip-llama"]
+    whole = write_trained_part(source, tmp_path)
+    start = "visual_encoder."
+    eva = {n.removeprefix(start): t for n, t in whole.items() if n.startswith(start)}
+    eva |= {n.replace("blocks.2.", "blocks.3."): t + 1 for n, t in eva.items() if "blocks.2." in n}
+    torch.save(eva | {"norm.weight": torch.ones(48), "head.bias": torch.ones(9)}, tmp_path / "eva")
+    model.language_model.save_pretrained(tmp_path / "language")
+    write_language_tokenizer("llama", tmp_path / "language")
+    parts = ["--encoder", tmp_path / "eva", "--language", tmp_path / "language", "--heads", "4"]
+    parts += ["--tokenizer", source / "qformer_tokenizer" / "tokenizer.json"]
+    done = convert(tmp_path / "stage2.pth", tmp_path / "out", *map(str, parts))
+    assert "runs 3 blocks and drops the last" in done.output
+    note = json.loads((tmp_path / "out" / "convert.json").read_text())["left_out"]
+    assert "head.bias" in note and "blocks.3.mlp.fc1.weight" in note
+    check_answers(theirs["instructblip-llama"], tmp_path / "out")
+
+
 def test_a_recipe_with_another_language_model_or_encoder_is_one_line(
     theirs: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:

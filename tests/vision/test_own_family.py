@@ -77,7 +77,7 @@ def test_the_pages_own_family_fills_a_cache_trains_and_answers(written: Path, ti
     assert "my own" in (written / "model" / "README.md").read_text()
     planned = clover("plan", "mine.yaml", "--set", f"language.weights={tiny.folder / 'llama'}")
     assert planned.returncode == 0, planned.stderr[-800:]
-    assert "mine/patches, 13,696 parameters" in planned.stdout
+    assert "mine/patches, 41,856 parameters" in planned.stdout
 
 
 def test_its_code_is_part_of_its_revision(written: Path) -> None:
