@@ -137,7 +137,8 @@ def test_samples_are_taken_evenly_from_the_file(tiny: Tiny) -> None:
     chosen = data.evenly(5)
     assert [record.id for record in chosen.records] == ["o0", "y4", "y9", "o14", "o19"]
     assert len(set(chosen.digests)) == 5
-    assert data.evenly(48).records == data.evenly(500).records == data.records
+    for number in (48, 500):
+        assert [record.id for record in data.evenly(number).records] == [r.id for r in data.records]
 
 
 @pytest.mark.parametrize(
