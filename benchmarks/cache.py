@@ -23,7 +23,6 @@ from clover.vision.storage import STORAGES, Storage, pack
 
 _SHAPES = {"lite0": (196, 272), "eva-g": (257, 1408)}
 _SHARD = 128
-_BATCH = 32
 
 
 def _write_shards(folder: Path, tokens: Tensor, storage: Storage) -> list[Shard]:
@@ -31,7 +30,7 @@ def _write_shards(folder: Path, tokens: Tensor, storage: Storage) -> list[Shard]
         write_shard(
             folder / f"shard-{start:06d}.safetensors",
             [f"{row:064x}" for row in range(start, min(start + _SHARD, len(tokens)))],
-            [pack(part, storage) for part in tokens[start : start + _SHARD].split(_BATCH)],
+            [pack(image, storage) for image in tokens[start : start + _SHARD].split(1)],
             storage=storage,
             encoder="benchmark",
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,40 @@ def test_a_failing_block_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
         raise RuntimeError
     assert path.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_living_one_writes_stays(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.txt"
+    script = (
+        "import sys, time\n"
+        "from clover.core.files import atomic_path\n"
+        f"with atomic_path({str(path)!r}) as partial:\n"
+        "    partial.write_text('half')\n"
+        "    print(partial, flush=True); time.sleep(600)\n"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        dead, alive = [Path(writer.stdout.readline().strip()) for writer in writers]  # type: ignore[union-attr]
+        writers[0].kill()
+        writers[0].wait()
+        assert (dead.name, alive.name) == (".a.txt.part", ".a.txt.1.part")
+        dead.write_text("much longer than what comes")
+        write_text(path, "new")
+        assert not dead.exists() and alive.exists() and path.read_text() == "new"
+        with atomic_path(path) as first, atomic_path(path) as second:  # and of one's own
+            assert (first.name, second.name) == (".a.txt.part", ".a.txt.2.part")
+            first.write_text("one")
+            second.write_text("two")
+        assert path.read_text() == "one" and [*tmp_path.glob(".a.*")] == [alive]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_coverage_broken_and_duplicate_images_are_counted_and_listed(folder: Pat
         "1 lines set aside: duplicate id",
         "1 lines set aside: not a JSON object",
         "captions: 8; words: 3 in the middle, 9 in 10 at most 40, longest 40",
+        "6 captions repeat one before, word for word: false negatives of each other in stage 1 "
+        "(align.ignore_duplicates)",
         "licences: CC0 (8)",
     ]
     listed = [(row["reason"], row["content"]) for row in rows_of(out)]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from safetensors.torch import save_file
 
 from clover.cli import cli
 from clover.core.config import EncoderConfig
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.vision import shard as shard_file
-from clover.vision.cache import FeatureCache, hash_images
+from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
-from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder, TinyEncoder
+from clover.vision.hashes import hash_images
+from clover.vision.image_processor import draw_view, rand_augment
+from clover.vision.shard import checksum, open_shard, write_shard
 from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
 
@@ -214,6 +218,61 @@ def test_verify_finds_a_flipped_bit_anywhere_in_the_file(tmp_path: Path) -> None
     assert fresh.verify() == [shard] and len(fresh) == 0
 
 
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_verify_finds_any_byte_that_changes(storage: Storage, tmp_path: Path) -> None:
+    tokens = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "shard-0.safetensors"
+    keys = [f"{row:064x}" for row in range(2)]
+    parts = [pack(image, storage) for image in torch.split(tokens, 1)]
+    shard = write_shard(path, keys, parts, storage=storage, encoder="tiny")
+    again, found = open_shard(shard.index)
+    assert found == keys and again.damage() is None
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in (1, 128):
+            changed = bytearray(content)
+            changed[place] ^= bit
+            path.write_bytes(changed)
+            assert open_shard(shard.index)[0].damage() in ("flipped bits", "torn"), place
+    path.write_bytes(content)
+    assert again.damage() is None
+
+
+def test_the_checksum_is_the_weighted_sum_of_its_words() -> None:
+    kept = {
+        "tokens": torch.arange(-7, 8, dtype=torch.int8),  # 15 bytes: a word and a piece
+        "scale": torch.tensor([1.5, -2.0, 3.0]),
+    }
+    total = 0
+    for name in ("scale", "tokens"):
+        content = kept[name].numpy().tobytes()
+        words = [int.from_bytes(content[at : at + 8], "little") for at in range(0, len(content), 8)]
+        total = 3 * total + sum((2 * place + 1) * word for place, word in enumerate(words))
+    assert checksum(kept) == total % 2**64
+
+
+def test_a_cache_with_the_sums_of_the_release_before_is_read_and_verified(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "i", {"a.png": "red", "b.png": "teal"})
+    digests = list(hash_images(records, tmp_path / "i")[1])
+    folder = FeatureCache(tmp_path / "c", Counting()).path
+    tokens = torch.randn(2, 16, 24).half()
+    shard = folder / "shard-0.safetensors"
+    save_file({"tokens": tokens}, str(shard))
+    content = shard.read_bytes()
+    index = {
+        "images": digests,
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "sums": [zlib.crc32(row.numpy().tobytes()) for row in tokens],
+    }
+    shard.with_suffix(".json").write_text(json.dumps(index))
+    cache = FeatureCache(tmp_path / "c", Counting())
+    assert cache.verify() == [] and torch.equal(cache.get(digests), tokens.float())
+    flip(shard)
+    with pytest.raises(CloverError, match="flipped bits"):
+        FeatureCache(tmp_path / "c", Counting()).get(digests)
+
+
 def test_a_torn_index_is_set_aside_and_its_images_are_made_again(tmp_path: Path) -> None:
     records = write_images(tmp_path / "i", {"a.png": "red"})
     cache = fill(tmp_path / "c", Counting(), records, tmp_path / "i")
@@ -295,6 +354,31 @@ def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) 
     more = FeatureCache(tmp_path / "c", encoder, views=4)
     assert digests[0] in more and not more.is_whole(digests[0])
     assert cache.is_whole(digests[0])
+
+
+def test_augmented_views_are_the_published_training_processor(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 4)
+    paths = hash_images(records, tmp_path / "i")[1]
+    caches = {}
+    for kind in ("crop", "augment"):
+        caches[kind] = FeatureCache(tmp_path / "c", Counting(), views=3, view_kind=kind)
+        assert caches[kind].fill(paths) == []
+    changed = 0
+    for digest, path in paths.items():
+        for view in (1, 2):
+            random = np.random.default_rng([int(digest[:16], 16), view])
+            with Image.open(path) as image:
+                drawn = draw_view(image, 32, random)
+            encoder = Counting()
+            tokens = {
+                kind: encoder.encode(encoder.prepare(picture)[None])[0]
+                for kind, picture in (("crop", drawn), ("augment", rand_augment(drawn, random)))
+            }
+            for kind, expected in tokens.items():
+                found = caches[kind].get([digest], [view])[0]
+                assert torch.allclose(found, expected, atol=1e-3), kind
+            changed += not torch.equal(tokens["crop"], tokens["augment"])
+    assert changed >= 2, "some draw does something"
 
 
 def test_turned_views_are_the_seven_ways_to_turn_and_mirror_an_image(tmp_path: Path) -> None:
@@ -426,7 +510,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
-    monkeypatch.setattr("clover.vision.digests._SETTLED_NS", -1)
+    monkeypatch.setattr("clover.core.digests._SETTLED_NS", -1)
     memory = DigestMemory(tmp_path / "m.sqlite")
     first = memory.digest(path)
     memory.save()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clover.align.cached import backward_in_chunks
 from clover.align.losses import Everyone, alignment_losses
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
@@ -50,6 +51,9 @@ class AlignObjective:
     def losses(self, batch: tuple[Tensor, Tokens]) -> Losses:
         """Return the summed losses of a batch, weighted by its pairs."""
         features, text = batch
+        count = torch.tensor(float(len(features)), device=features.device)
+        if self.config.gradient_chunk:
+            return self._losses_in_chunks(features, text, count)
         everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
         found = alignment_losses(
             self.module,
@@ -62,5 +66,22 @@ class AlignObjective:
             detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
         )
-        count = torch.tensor(float(len(features)), device=features.device)
         return Losses(found.total * count, count, found.parts)
+
+    def _losses_in_chunks(self, features: Tensor, text: Tokens, count: Tensor) -> Losses:
+        """The same losses, whose gradients are in the weights already when this returns."""
+        found = backward_in_chunks(
+            self.module,
+            features,
+            text,
+            chunk=self.config.gradient_chunk,
+            decode_start=self.tokenizer.decode_start,
+            which=self.config.losses,
+            label_smoothing=self.config.label_smoothing,
+            detach_gathered=self.config.gather == "detached",
+            ignore_duplicates=self.config.ignore_duplicates,
+            scale=len(features),
+        )
+        # The loop goes back through what it is given: through this, nothing is added.
+        nothing = 0 * self.module.alignment.temperature
+        return Losses(found.total * count + nothing, count, found.parts)

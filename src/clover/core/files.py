@@ -8,13 +8,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from clover.core.errors import CloverError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 Line = TypeVar("Line")
+
+_HALF_WRITTEN = ".part"
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -24,7 +33,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it only when the block succeeds.
 
-    A reader sees the old file or the new one, never half of either.
+    A reader sees the old file or the new one, never half of either. What a killed process had
+    half written of the same file is removed.
 
     Raises:
         CloverError: the disk is full or the folder cannot be written.
@@ -32,18 +42,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
-        )
-        os.close(handle)
+        handle, partial = _own_sibling(target)
     except OSError as error:
         raise CloverError(f"cannot write {target}: {error.strerror or error}") from error
-    partial = Path(name)
+    is_whole = False
     try:
         yield partial
-        # mkstemp makes the file private; give it what a plain open() would have given.
+        # A file of one's own is private; give it what a plain open() would have given.
         partial.chmod(0o666 & ~_umask())
         partial.replace(target)
+        is_whole = True
     except CloverError:
         raise
     except Exception as error:
@@ -52,7 +60,56 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise disk_refused(target, reason) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not is_whole:  # else the name may be another process's by now
+            partial.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _own_sibling(target: Path) -> tuple[int | None, Path]:
+    """Return a temporary file beside `target`; while its handle is open, a lock says it is ours.
+
+    The first of `.name.part`, `.name.1.part`, ... that nobody who lives is writing: what a killed
+    process left is written over, and no folder of thousands is listed to find it.
+    """
+    number = 0
+    while fcntl is not None:
+        partial = target.with_name(f".{target.name}{f'.{number}' if number else ''}{_HALF_WRITTEN}")
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        is_ours = _lock(handle)
+        if is_ours and _is_file_of(partial, handle):
+            os.ftruncate(handle, 0)
+            return handle, partial
+        os.close(handle)
+        if is_ours is None:  # a file system without locks
+            partial.unlink(missing_ok=True)
+            break
+        # A lock of what is not there any more: its writer has just finished; once more.
+        number += not is_ours
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=_HALF_WRITTEN
+    )
+    os.close(handle)
+    return None, Path(name)
+
+
+def _is_file_of(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: int) -> bool | None:
+    """Return whether a file is locked by us now; None where there are no locks."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextlib.contextmanager
@@ -163,12 +220,19 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex; of a folder that of all in it."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        return fingerprint([(str(file.relative_to(path)), sha256_file(file)) for file in files])
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) else str(value)
+
+
 def fingerprint(value: Any) -> str:
     """Return a short stable hash of a JSON-able value: the key of a finished piece of work."""
-    text = json.dumps(value, sort_keys=True, default=str)
+    text = json.dumps(value, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -165,17 +165,23 @@ def _problem(record: Record, needs: Needs) -> str | None:
             return "empty question"
         if not (record.answer or "").strip():
             return "empty answer"
-        if record.answer_type == "closed" and _first_word(record.answer or "") not in ("yes", "no"):
+        if record.answer_type == "closed" and is_unusable_closed(record.answer or ""):
             return "closed question answered with prose"
     return None
 
 
-def _first_word(text: str) -> str:
-    words = text.strip().lower().split()
-    return words[0].strip(".,;:!") if words else ""
+def is_unusable_closed(answer: str) -> bool:
+    """Return whether the answer to a closed question begins with neither yes nor no."""
+    words = answer.strip().lower().split()
+    return not words or words[0].strip(".,;:!") not in ("yes", "no")
 
 
-def _check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
+def check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
+    """Refuse a file without the columns that are needed.
+
+    Raises:
+        CloverError: with the nearest of those it has.
+    """
     if needs == "any":
         return
     wanted = ("caption",) if needs == "caption" else ("question", "answer")
@@ -220,7 +226,7 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
         else:
             reasons[item.reason] += 1
         yield line, item
-    _check_columns(path, list(columns), needs)
+    check_columns(path, list(columns), needs)
     if not good:
         listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")

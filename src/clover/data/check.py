@@ -24,6 +24,10 @@ from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look
 
 _SHOWN = 5
+_NOT_HISTOLOGY = frozenset({"not_histology", "non_histology", "is_not_histology"})
+_HISTOLOGY = frozenset({"histology", "is_histology"})
+_TRUE = frozenset({"1", "1.0", "true", "yes"})
+_FALSE = frozenset({"0", "0.0", "false", "no"})
 
 
 @dataclass
@@ -39,6 +43,12 @@ class Findings:
     rejected: Counter[str] = field(default_factory=Counter)
     """By line: what is no record, ids given twice."""
     num_duplicates: int = 0
+    num_grey: int = 0
+    """Whole images with next to no colour."""
+    flagged: Counter[str] = field(default_factory=Counter)
+    """Records that their table says are no histology, by its column."""
+    num_repeated: int = 0
+    """Captions that say what one before them says, word for word."""
     straddling: list[str] = field(default_factory=list)
     caption_words: Counter[int] = field(default_factory=Counter)
     licences: Counter[str] = field(default_factory=Counter)
@@ -66,7 +76,13 @@ class Findings:
             lines.append(f"{self.num_duplicates:,} images have the bytes of another")
         lines += [f"{count:,} lines set aside: {why}" for why, count in self.rejected.items()]
         lines += self.census.lines()
-        lines += _caption_lines(self.caption_words) + self._answer_lines()
+        lines += _caption_lines(self.caption_words)
+        if self.num_repeated:
+            lines.append(
+                f"{self.num_repeated:,} captions repeat one before, word for word: false negatives "
+                "of each other in stage 1 (align.ignore_duplicates)"
+            )
+        lines += self._answer_lines() + self._histology_lines()
         named = ", ".join(f"{name} ({count:,})" for name, count in self.licences.most_common(5))
         lines.append(f"licences: {named}")
         if self.straddling:
@@ -74,6 +90,18 @@ class Findings:
                 f"{len(self.straddling):,} groups straddle splits: {_some(self.straddling)}"
             )
         return lines + self._leak_lines()
+
+    def _histology_lines(self) -> list[str]:
+        lines = [
+            f"{count:,} records are no histology by their column {column}"
+            for column, count in self.flagged.items()
+        ]
+        if self.num_grey:
+            lines.append(
+                f"{self.num_grey:,} images without colour: blank, or not stained tissue "
+                "(radiology, a drawing, print)"
+            )
+        return lines
 
     def _answer_lines(self) -> list[str]:
         yes, no = self.closed_answers["yes"], self.closed_answers["no"]
@@ -198,6 +226,7 @@ class _Check:
         self._bad: dict[str, str] = {}
         self._splits: dict[str, str] = {}
         self._astride: dict[str, None] = {}
+        self._captions = Tally()
 
     def run(self, second: _Second | None, listed: IO[str] | None) -> None:
         """Fill the findings, and write the list where one is asked for."""
@@ -212,7 +241,7 @@ class _Check:
         if second is not None:
             self.findings.against = second.sentence()
         self._look_at_images(second, listed)
-        if listed is not None and (self._bad or self._astride):
+        if listed is not None and (self._bad or self._astride or self.findings.flagged):
             self._list_records(listed)
 
     def _records(self) -> Iterator[Record | Rejection]:
@@ -234,7 +263,11 @@ class _Check:
         found.census.add(record)
         found.licences[record.licence or "none named"] += 1
         if record.caption:
-            found.caption_words[len(record.caption.split())] += 1
+            words = record.caption.split()
+            found.caption_words[len(words)] += 1
+            found.num_repeated += not self._captions.is_new(" ".join(words).lower())
+        if column := not_histology(record):
+            found.flagged[column] += 1
         if record.answer_type == "closed":
             found.closed_answers[(record.answer or "").strip().lower().rstrip(".")] += 1
         if record.image:
@@ -256,6 +289,12 @@ class _Check:
                     found.problems[picture.problem] += 1
                     continue
                 found.num_pairs += uses
+                if picture.is_grey:
+                    found.num_grey += 1
+                    content = {"image": name}
+                    _write(
+                        listed, Rejection(str(self.path), 0, "image without colour", content).row()
+                    )
                 twin = first_with.setdefault(picture.digest, name) if picture.digest else name
                 if twin != name:
                     found.num_duplicates += 1
@@ -273,9 +312,25 @@ class _Check:
             reason = self._bad.get(item.image or "")
             if reason is None and (item.group or item.image) in self._astride:
                 reason = "group straddles splits"
+            if reason is None and not_histology(item):
+                reason = "no histology by its table"
             if reason is not None:
                 content = {"id": item.id, "image": item.image, "group": item.group}
                 _write(listed, Rejection(str(self.path), line, reason, content).row())
+
+
+def not_histology(record: Record) -> str | None:
+    """Return the column in which a record's table says that it shows no histology, if it does.
+
+    Quilt-1M has such a column; other tables name it in their own way.
+    """
+    for column, value in (record.model_extra or {}).items():
+        name = column.lower().replace("-", "_").replace(" ", "_")
+        if name in _NOT_HISTOLOGY and str(value).strip().lower() in _TRUE:
+            return column
+        if name in _HISTOLOGY and str(value).strip().lower() in _FALSE:
+            return column
+    return None
 
 
 def _write(listed: IO[str] | None, row: dict[str, Any]) -> None:

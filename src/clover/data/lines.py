@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from clover.core.errors import CloverError
+from clover.core.parquet import parquet_rows
 from clover.data.unpickle import read_pickle
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".pkl", ".pickle")
@@ -21,8 +22,6 @@ KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".pkl", ".pic
 _IN_FOLDER = ("*.parquet", "*_qa.pkl", "*_vqa.pkl", "*.jsonl", "*.json", "*.csv")
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SPLITS["test"] = "test"
-_PARQUET_ROWS = 256
-"""Rows read at a time: with images inside, 256 of them are some 50 MB."""
 
 
 class Line(NamedTuple):
@@ -82,7 +81,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         elif kind == ".json":
             yield from _json_list(path)
         elif kind == ".parquet":
-            yield from _parquet_rows(path)
+            yield from enumerate(parquet_rows(path), start=1)
         elif kind in (".pkl", ".pickle"):
             yield from enumerate(_as_list(path, read_pickle(path)), start=1)
         else:
@@ -137,22 +136,3 @@ def _as_list(path: Path, value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     raise CloverError(f"{path} holds a {type(value).__name__}; a list of rows is needed")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise CloverError(
-            f"{path} is Parquet, which needs the extra: pip install 'clover-pathology[parquet]'"
-        ) from error
-    number = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except ArrowException as error:
-        raise CloverError(f"{path} is not readable Parquet: {str(error)[:120]}") from error

@@ -14,10 +14,12 @@ Axes: B batch, Q queries, T text tokens, P image tokens, D width, E encoder widt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clover.core.config import QFormerConfig
 from clover.qformer.attention import Attention, FeedForward, KeyValue, join_keys
@@ -258,9 +260,11 @@ class QFormer(nn.Module):
         image_layers = iter(image.layers) if image is not None else iter(())
         cache: list[KeyValue] = []
         last = len(self.layers) - 1
+        run = _again if self.config.checkpoint_activations and self.training else _call
         for index, layer in enumerate(self.layers):
             has_image = num_queries > 0 and layer.cross_attention is not None
-            x, keys = layer(
+            x, keys = run(
+                layer,
                 x,
                 num_queries=num_queries,
                 mask=mask,
@@ -270,3 +274,12 @@ class QFormer(nn.Module):
             )
             cache.append(keys)
         return x, tuple(cache)
+
+
+def _call(layer: nn.Module, *values: Any, **options: Any) -> Any:
+    return layer(*values, **options)
+
+
+def _again(layer: nn.Module, *values: Any, **options: Any) -> Any:
+    """Run a layer whose inside is computed again on the way back, with the same dropout."""
+    return checkpoint(layer, *values, use_reentrant=False, **options)

@@ -66,6 +66,7 @@ def _sections(run: Run, index: int) -> dict[str, Any]:
         "has_scores": bool(run.scores),
         "tiles": outcome.tiles(run),
         "verdict": run.details.get("verdict"),
+        "unfamiliar": (run.details.get("unfamiliar") or {}).get("sentence"),
         "charges": charges(run.details),
         "controls": [
             {"title": name, "chart": outcome.control_chart(run, kind), "caption": ""}

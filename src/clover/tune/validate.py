@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ class AnswerLoss:
         return right / tokens, wrong / tokens
 
 
-def other_images(digests: list[str]) -> list[int]:
+def other_images(digests: Sequence[str]) -> list[int]:
     """Return for each record the next one, round and round, that is about another image.
 
     Where all are about one image, the next one.

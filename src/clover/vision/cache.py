@@ -9,38 +9,41 @@ time.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, sha256_file
-from clover.core.record import Record, Rejection
+from clover.core.files import fingerprint
+from clover.core.record import Rejection
 from clover.core.terminal import progress
-from clover.slides.picture import is_region, read_region, region_digest
+from clover.slides.picture import is_region, read_region
 from clover.vision.claim import Claims
-from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder
-from clover.vision.image_processor import draw_view, turn_view
+from clover.vision.image_processor import draw_view, rand_augment, turn_view
+from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
 from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
-ViewKind = Literal["crop", "turn"]
-_VIEWS: dict[ViewKind, str] = {"crop": "crop1", "turn": "turn1"}
+ViewKind = Literal["crop", "augment", "turn"]
+_VIEWS: dict[ViewKind, str] = {"crop": "crop2", "augment": "augment1", "turn": "turn1"}
 """How views are made, as a part of the key: crop and flip (SPEC, section 3.3: `blip2_image_train`),
-or quarter turns and mirror images."""
+these and RandAugment (`blip_image_train`), or quarter turns and mirror images."""
 
 
 @dataclass
@@ -54,7 +57,7 @@ class _Job:
     keys: list[str] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
     parts: list[dict[str, Tensor]] = field(default_factory=list)
-    """Packed tokens of each batch."""
+    """Packed tokens of each image."""
 
 
 class FeatureCache:
@@ -65,7 +68,8 @@ class FeatureCache:
         encoder: Names the subfolder.
         storage: Number format of what is written; another one is another subfolder.
         views: Views an image: the image as it is, and others made of it.
-        view_kind: How the others are made: random crops, or quarter turns and mirror images.
+        view_kind: How the others are made: random crops, with RandAugment or without, or quarter
+            turns and mirror images.
 
     Attributes:
         path: The subfolder.
@@ -95,38 +99,46 @@ class FeatureCache:
         self.num_encoded = 0
         self._encoder = encoder
         self._storage: Storage = storage
-        self._where: dict[str, tuple[Shard, int]] = {}
+        self._shards: list[Shard] = []
+        self._places = Places()
         self._known: set[str] = set()
         self._side = 0
         self.refresh()
 
     def __len__(self) -> int:
         """Number of images in the cache."""
-        return sum("@" not in key for key in self._where)
+        return self._places.count(view=0)
 
     def __contains__(self, digest: object) -> bool:
         """Return whether the image with this hash is in the cache."""
-        return digest in self._where
+        return isinstance(digest, str) and not self.missing([digest])
 
     def refresh(self) -> None:
         """Take up what other processes have written; set torn shards aside."""
-        for index in sorted(self.path.glob("shard-*.json")):
-            if index.name in self._known or not index.exists():  # another set it aside meanwhile
+        names = {
+            entry.name
+            for entry in os.scandir(self.path)
+            if entry.name.startswith("shard-") and entry.name.endswith(".json")
+        }
+        for name in sorted(names - self._known):
+            index = self.path / name
+            if not index.exists():  # another set it aside meanwhile
                 continue
-            shard = open_shard(index)
+            shard, keys = open_shard(index)
             if shard.is_torn():
                 self.set_aside.append(shard.set_aside())
             else:
-                self._register(shard)
+                self._register(shard, keys)
 
-    def _register(self, shard: Shard) -> None:
+    def _register(self, shard: Shard, keys: Sequence[str]) -> None:
         self._known.add(shard.index.name)
-        for row, key in enumerate(shard.keys):
-            self._where[key] = (shard, row)
+        packed, rows = _packed(keys, self._view_kind)
+        self._places.add(len(self._shards), packed, rows)
+        self._shards.append(shard)
 
-    def _forget(self, shard: Shard) -> None:
-        self._known.discard(shard.index.name)
-        self._where = {key: place for key, place in self._where.items() if place[0] is not shard}
+    def _forget(self, number: int) -> None:
+        self._known.discard(self._shards[number].index.name)
+        self._places.drop(number)
 
     def _key(self, digest: str, view: int) -> str:
         """Return a row's key; the image as it is has its digest alone."""
@@ -134,7 +146,14 @@ class FeatureCache:
 
     def is_whole(self, digest: str) -> bool:
         """Return whether all views of an image are in the cache."""
-        return all(self._key(digest, view) in self._where for view in range(self.views))
+        return bool(self.are_whole(digest_array([bytes.fromhex(digest)]))[0])
+
+    def are_whole(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """Return which images [N] are in the cache with all views, by their SHA-256 [N, 32]."""
+        whole = np.ones(len(digests), bool)
+        for view in range(self.views):
+            whole &= self._places.find(make_keys(digests, view))[0] >= 0
+        return whole
 
     def get(self, digests: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """Return tokens [B, P, E], float32, of images by hash; all must be in the cache.
@@ -145,12 +164,21 @@ class FeatureCache:
 
         Raises:
             CloverError: a shard has flipped bits; it is set aside and named.
+            KeyError: an image is not in the cache.
         """
         chosen = views if views is not None else [0] * len(digests)
-        places = [self._where[self._key(*pair)] for pair in zip(digests, chosen, strict=True)]
-        return torch.stack([shard.read(row) for shard, row in places])
+        keys = [self._key(*pair) for pair in zip(digests, chosen, strict=True)]
+        shards, rows = self._places.find(_packed(keys, self._view_kind)[0])
+        if lost := [key for key, shard in zip(keys, shards.tolist(), strict=True) if shard < 0]:
+            raise KeyError(lost[0])
+        return torch.stack(
+            [
+                self._shards[shard].read(row)
+                for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
+            ]
+        )
 
-    def fill(self, images: dict[str, Path]) -> list[Rejection]:
+    def fill(self, images: Mapping[str, Path]) -> list[Rejection]:
         """Encode the images that are missing; images that others encode are waited for.
 
         Args:
@@ -162,12 +190,11 @@ class FeatureCache:
         Raises:
             CloverError: the disk is full; the shards before are kept.
         """
-        keys = [self._key(digest, view) for view in range(self.views) for digest in images]
-        missing = sum(key not in self._where for key in keys)
-        if not missing:
-            return []
         # Cut by what is asked for, not by what is missing: every process cuts alike.
-        chunks = [keys[start : start + _SHARD] for start in range(0, len(keys), _SHARD)]
+        chunks = [chunk for chunk in self._chunks(images) if self.missing(chunk)]
+        if not chunks:
+            return []
+        missing = sum(len(self.missing(chunk)) for chunk in chunks)
         with (
             progress("features", missing) as advance,
             Claims(self.path / "claims.lock") as claims,
@@ -182,6 +209,12 @@ class FeatureCache:
             finally:
                 pool.shutdown(cancel_futures=True)
         return list(run.rejected.values())
+
+    def _chunks(self, images: Iterable[str]) -> Iterator[list[str]]:
+        """Yield a shard's worth of keys at a time: first the images as they are."""
+        keys = (self._key(digest, view) for view in range(self.views) for digest in images)
+        while chunk := list(itertools.islice(keys, _SHARD)):
+            yield chunk
 
     def decode(self, path: Path, key: str) -> Tensor | Rejection:
         """Return one view of an image as the encoder wants it [3, S, S], or why not."""
@@ -211,13 +244,18 @@ class FeatureCache:
         if self._view_kind == "turn":
             return self._encoder.prepare(turn_view(image, number))
         random = np.random.default_rng([int(digest[:16], 16), number])
-        return self._encoder.prepare(draw_view(image, self._side, random))
+        drawn = draw_view(image, self._side, random)
+        if self._view_kind == "augment":
+            drawn = rand_augment(drawn, random)
+        return self._encoder.prepare(drawn)
 
-    def encode(self, pixels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """[3, S, S] of B images -> packed tokens of B images."""
-        packed = pack(self._encoder.encode(torch.stack(list(pixels))), self._storage)
+    def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """[3, S, S] of B images -> packed tokens of each."""
+        tokens = self._encoder.encode(torch.stack(list(pixels)))
         self.num_encoded += len(pixels)
-        return packed
+        # One by one: what is made on the way stays in the processor's cache, and no batch of
+        # EVA-g's tokens is copied together again.
+        return [pack(image, self._storage) for image in torch.split(tokens, 1)]
 
     def write(self, keys: list[str], parts: Sequence[dict[str, Tensor]]) -> Shard:
         """Write a shard; it is registered by the caller."""
@@ -236,20 +274,20 @@ class FeatureCache:
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Return those that are not in the cache."""
-        return [key for key in keys if key not in self._where]
+        shards, _ = self._places.find(_packed(keys, self._view_kind)[0])
+        return [key for key, shard in zip(keys, shards.tolist(), strict=True) if shard < 0]
 
     def verify(self) -> list[Path]:
         """Read every shard through; return those that are damaged, after setting them aside."""
-        shards = {shard.path: shard for shard, _ in self._where.values()}
         broken = []
-        for path, shard in sorted(shards.items()):
-            if shard.damage() is not None:
+        for number, shard in enumerate(self._shards):
+            if shard.index.name in self._known and shard.damage() is not None:
                 shard.set_aside()
-                self._forget(shard)
-                broken.append(path)
+                self._forget(number)
+                broken.append(shard.path)
         torn = [path.parents[1] / path.name for path in self.set_aside]
         self.set_aside = []
-        return torn + broken
+        return torn + sorted(broken)
 
 
 class _Fill:
@@ -258,7 +296,7 @@ class _Fill:
     def __init__(
         self,
         cache: FeatureCache,
-        images: dict[str, Path],
+        images: Mapping[str, Path],
         claims: Claims,
         pool: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
@@ -269,7 +307,7 @@ class _Fill:
         self.rejected: dict[Path, Rejection] = {}
         self._cache, self._images, self._claims = cache, images, claims
         self._pool, self._writer, self._advance = pool, writer, advance
-        self._written: Future[tuple[Shard, int]] | None = None
+        self._written: Future[tuple[Shard, _Job]] | None = None
 
     def claimed(
         self, chunks: Sequence[list[str]], *, wait: bool = False
@@ -313,7 +351,7 @@ class _Fill:
                 job.keys.append(key)
                 job.pixels.append(found)
             if job.pixels and (len(job.pixels) == cache.batch_size or not job.left):
-                job.parts.append(cache.encode(job.pixels))
+                job.parts += cache.encode(job.pixels)
                 self._advance(len(job.pixels))
                 job.pixels = []
             if not job.left:
@@ -326,61 +364,32 @@ class _Fill:
         if not job.keys:
             self._claims.give_back(job.number)
             return
-        self._written = self._writer.submit(
-            lambda: (self._cache.write(job.keys, job.parts), job.number)
-        )
+        self._written = self._writer.submit(lambda: (self._cache.write(job.keys, job.parts), job))
 
     def _finish_writing(self) -> None:
         if self._written is None:
             return
-        shard, number = self._written.result()
+        shard, job = self._written.result()
         self._written = None
-        self._cache._register(shard)
-        self._claims.give_back(number)
+        self._cache._register(shard, job.keys)
+        self._claims.give_back(job.number)
 
 
-def hash_images(
-    records: Sequence[Record],
-    folder: Path,
-    *,
-    microns_per_pixel: float | None = None,
-    memory: DigestMemory | None = None,
-) -> tuple[dict[str, str], dict[str, Path], list[Rejection]]:
-    """Hash the images of records.
+def _packed(keys: Sequence[str], kind: ViewKind) -> tuple[Bytes, Integers]:
+    """Return keys as `places` has them, and which of the given ones they are.
 
-    Args:
-        records: Their images are paths, or regions of slides.
-        folder: Where relative paths start.
-        microns_per_pixel: At which the encoder reads regions; a part of their hash.
-        memory: Hashes of files that have not changed since; without it every file is read.
-
-    Returns:
-        image name -> SHA-256; SHA-256 -> one path with these bytes; missing images, and regions
-        that name no place.
+    A view of another kind is left out: a miss.
     """
-    digests: dict[str, str] = {}
-    paths: dict[str, Path] = {}
-    rejected: list[Rejection] = []
-    failed: set[str] = set()
-    for record in records:
-        name = record.image
-        if name is None or name in digests or name in failed:
-            continue
-        path = folder / name
-        try:
-            if not is_region(path):
-                digest = memory.digest(path) if memory is not None else sha256_file(path)
-            elif microns_per_pixel is None:
-                raise CloverError("region of a slide, but encoder.microns_per_pixel is not set")
-            else:
-                digest = region_digest(path, microns_per_pixel)
-        except (OSError, CloverError) as error:
-            failed.add(name)
-            reason = "missing image" if isinstance(error, OSError) else str(error)
-            rejected.append(Rejection(str(path), 0, reason))
-            continue
-        digests[name] = digest
-        paths.setdefault(digest, path)
-    if memory is not None:
-        memory.save()
-    return digests, paths, rejected
+    packed = bytearray()
+    rows = array("i")
+    for row, key in enumerate(keys):
+        digest, _, view = key.partition("@")
+        number = 0
+        if view:
+            how, _, digits = view.rpartition(".")
+            if how != _VIEWS[kind] or not digits.isdigit() or int(digits) > LAST_VIEW:
+                continue
+            number = int(digits)
+        packed += bytes.fromhex(digest) + number.to_bytes(2, "big")
+        rows.append(row)
+    return np.frombuffer(bytes(packed), KEY), np.frombuffer(rows, np.int32)

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.record import Needs, Record, Rejection, read_records, set_aside
-from clover.vision.cache import FeatureCache, ViewKind, hash_images
-from clover.vision.digests import DigestMemory
+from clover.core.record_file import open_records, select
+from clover.vision.cache import FeatureCache, ViewKind
 from clover.vision.encoder import ImageEncoder
+from clover.vision.hashes import Digests, ImageHashes, ImagePaths, hash_images
 from clover.vision.storage import Storage
 
 
@@ -29,8 +31,8 @@ class FeatureSet:
         images: The folder that image paths start from.
     """
 
-    records: list[Record]
-    digests: list[str]
+    records: Sequence[Record]
+    digests: Digests
     cache: FeatureCache
     rejected: list[Rejection]
     images: Path
@@ -46,13 +48,19 @@ class FeatureSet:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
         return self.cache.get([self.digests[index] for index in indices], views)
 
-    def first(self, number: int) -> FeatureSet:
-        """Return the first so many records alone."""
-        return replace(self, records=self.records[:number], digests=self.digests[:number])
+    def evenly(self, number: int) -> FeatureSet:
+        """Return at most so many records, evenly spaced: files are often sorted by image."""
+        size = len(self.records)
+        rows = [place * size // number for place in range(number)] if number < size else range(size)
+        return replace(
+            self,
+            records=[self.records[row] for row in rows],
+            digests=Digests(self.digests.values[list(rows)]),
+        )
 
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
-        images = len(set(self.digests))
+        images = self.digests.num_distinct()
         return f"{len(self.records):,} records on {images:,} images{set_aside(self.rejected)}"
 
 
@@ -69,8 +77,10 @@ def load_feature_set(
 ) -> FeatureSet:
     """Read records, encode the images that are not cached yet, and join the two.
 
+    A million records of JSON Lines need some 100 bytes each: they are parsed when they are used.
+
     Args:
-        path: The records.
+        path: The records: a file, or a folder of JSON Lines or Parquet files.
         needs: Which columns each must fill.
         encoder: Of the images.
         cache: The folder of caches.
@@ -82,26 +92,28 @@ def load_feature_set(
     Raises:
         CloverError: nothing usable is left.
     """
-    found = read_records(path, needs=needs)
-    folder = images if images is not None else found.folder
+    path = Path(path)
+    folder = images if images is not None else path if path.is_dir() else path.parent
     features = FeatureCache(cache, encoder, storage=storage, views=views, view_kind=view_kind)
-    digests, paths, missing = hash_images(
-        found.records,
+    hashes = ImageHashes(
         folder,
         microns_per_pixel=encoder.microns_per_pixel,
         memory=DigestMemory(Path(cache) / "digests.sqlite"),
     )
-    broken = features.fill(paths)
-    rejected = [*found.rejected, *missing, *broken]
-    records = [
-        record
-        for record in found.records
-        if record.image in digests and features.is_whole(digests[record.image])
-    ]
-    if not records:
+    found, rejected = open_records(
+        path, needs=needs, visit=hashes.add, unpacked=Path(cache) / "records"
+    )
+    digests, is_there = hashes.values()
+    records, digests = select(found, is_there), digests[is_there]
+    rejected += hashes.rejected
+    if not features.are_whole(digests).all():
+        rejected += features.fill(ImagePaths(records, digests, folder))
+        is_whole = features.are_whole(digests)
+        records, digests = select(records, is_whole), digests[is_whole]
+    if not len(records):
         reason = rejected[-1].reason if rejected else "no record names an image"
         raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
-    return FeatureSet(records, [digests[str(r.image)] for r in records], features, rejected, folder)
+    return FeatureSet(records, Digests(digests), features, rejected, folder)
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,12 @@ class Pictured(Protocol):
     """Records on images that are known by their hashes."""
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> Sequence[Record]:
         """The records."""
         ...
 
     @property
-    def digests(self) -> list[str]:
+    def digests(self) -> Sequence[str]:
         """SHA-256 of each record's image bytes."""
         ...
 

@@ -14,9 +14,6 @@ _LARGEST = 127
 
 def pack(tokens: Tensor, storage: Storage) -> dict[str, Tensor]:
     """Return tokens [N, P, E] as they are written: `tokens`, and of int8 `scale` [N, P]."""
-    if len(tokens) > 1:  # one by one: what is made on the way stays in the processor's cache
-        images = [pack(image, storage) for image in torch.split(tokens, 1)]
-        return {name: torch.cat([image[name] for image in images]) for name in images[0]}
     if storage != "int8":
         return {"tokens": tokens.to(getattr(torch, storage)).contiguous()}
     tokens = tokens.float()

@@ -1,0 +1,339 @@
+"""Records in any number: kept as the places where their lines begin, parsed when asked for.
+
+In: a file of JSON Lines or Parquet, or a folder of such files. Out: a `RecordFile`, which is a
+sequence of `Record`s at 12 bytes each, and what was set aside. Parquet, whose rows have no place of
+their own, is written as JSON Lines once. CSV and JSON lists are read whole, as
+`record.read_records` does.
+"""
+
+from __future__ import annotations
+
+import array
+import bisect
+import json
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from clover.core.errors import CloverError
+from clover.core.files import fingerprint, write_jsonl
+from clover.core.parquet import parquet_rows
+from clover.core.record import (
+    Needs,
+    Record,
+    Rejection,
+    check_columns,
+    is_unusable_closed,
+    read_records,
+    read_row,
+)
+
+Integers = npt.NDArray[np.int64]
+
+_LINES = (".jsonl", ".ndjson")
+_PARQUET = ".parquet"
+_MARK = b"\xef\xbb\xbf"
+_CHUNK = 16384
+"""Records that are looked up together."""
+_decode = json.JSONDecoder().raw_decode
+_TEXTS = frozenset(Record.model_fields)
+
+Visit = Callable[[Sequence[str | None]], None]
+"""Is given the image names of the next records."""
+
+
+class RecordFile(Sequence[Record]):
+    """The good records of a file or folder, in order.
+
+    The files must not change while they are read; a record that has become another raises.
+
+    Args:
+        files: JSON Lines.
+        starts: First byte of each record's line, counted through all files.
+        lines: Its number within its file.
+        needs: What each filled when the places were found.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], starts: Integers, lines: npt.NDArray[np.uint32], needs: Needs
+    ) -> None:
+        self._files = list(files)
+        self._starts, self._lines, self._needs = starts, lines, needs
+        self._ends = np.cumsum([path.stat().st_size for path in files]).tolist()
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """Parse one record, or some.
+
+        Raises:
+            CloverError: the file is another one than it was.
+        """
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        start = int(self._starts[index])
+        number = bisect.bisect_right(self._ends, start)
+        path = self._files[number]
+        at = start - (self._ends[number - 1] if number else 0)
+        mapped = self._map(number)
+        end = mapped.find(b"\n", at)
+        line = int(self._lines[index])
+        item = read_row(path, line, _parsed(mapped[at : end if end >= 0 else None]), self._needs)
+        if isinstance(item, Rejection):
+            raise CloverError(f"{path} changed while it was read: line {line} is {item.reason} now")
+        return item
+
+    def __iter__(self) -> Iterator[Record]:
+        """Parse all records in order, one at a time."""
+        return (self[index] for index in range(len(self)))
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> RecordFile:
+        """Return those of the records that are chosen [N]."""
+        return RecordFile(self._files, self._starts[chosen], self._lines[chosen], self._needs)
+
+    def _map(self, number: int) -> mmap.mmap:
+        if number not in self._maps:
+            with self._files[number].open("rb") as handle:
+                self._maps[number] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[number]
+
+
+def select(records: Sequence[Record], chosen: npt.NDArray[np.bool_]) -> Sequence[Record]:
+    """Return those of the records that are chosen [N]; of a `RecordFile` without parsing one."""
+    if isinstance(records, RecordFile):
+        return records.select(chosen)
+    return [record for record, is_chosen in zip(records, chosen, strict=True) if is_chosen]
+
+
+def open_records(
+    path: str | Path,
+    *,
+    needs: Needs = "any",
+    visit: Visit | None = None,
+    unpacked: Path | None = None,
+) -> tuple[Sequence[Record], list[Rejection]]:
+    """Find the good records of a file, or of a folder of JSON Lines or Parquet files.
+
+    Args:
+        path: `.jsonl`, `.parquet`, or a folder of one of them; `.json`, `.csv` and `.tsv` are read
+            into memory.
+        needs: Which columns each record must fill.
+        unpacked: The folder for Parquet files as JSON Lines; without one Parquet is refused.
+        visit: Is given the image names of all good records in order, some thousands at a time.
+
+    Returns:
+        The records, and every line that was set aside with its reason.
+
+    Raises:
+        CloverError: no such file, no such column, or not one good record.
+    """
+    path = Path(path)
+    files = _files(path)
+    kind = files[0].suffix.lower()
+    if not path.exists() or kind not in (*_LINES, _PARQUET):
+        found = read_records(path, needs=needs)
+        if visit is not None:
+            visit([record.image for record in found.records])
+        return found.records, found.rejected
+    scan = _Scan(needs, visit)
+    lines = []
+    for file in files:
+        lines.append(_as_lines(file, unpacked) if kind == _PARQUET else file)
+        scan.read(lines[-1], source=file)
+    scan.finish(path)
+    return RecordFile(lines, scan.starts(), scan.lines(), needs), scan.rejected
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the file itself, or a folder's files of one kind: JSON Lines before Parquet."""
+    if not path.is_dir():
+        return [path]
+    for kinds in (_LINES, (_PARQUET,)):
+        if found := sorted(chain(*(path.rglob(f"*{kind}") for kind in kinds))):
+            return found
+    raise CloverError(f"{path} holds no file of records ({', '.join((*_LINES, _PARQUET))})")
+
+
+def _as_lines(path: Path, folder: Path | None) -> Path:
+    """Return a Parquet file's rows as a file of JSON Lines, which is made once.
+
+    Raises:
+        CloverError: not readable, or it holds what JSON cannot: images.
+    """
+    if folder is None:
+        raise CloverError(
+            f"{path} is Parquet; write records first: clover data import records {path} --out F"
+        )
+    found = path.stat()
+    key = fingerprint([str(path.absolute()), found.st_size, found.st_mtime_ns])
+    made = folder / f"{path.stem}-{key}.jsonl"
+    if not made.exists():
+        try:
+            write_jsonl(made, parquet_rows(path))
+        except TypeError as error:
+            raise CloverError(
+                f"{path} holds more than text and numbers ({error}); write its images out first: "
+                f"clover data import records {path} --out F"
+            ) from error
+    return made
+
+
+class _Scan:
+    """One pass over the lines of some files."""
+
+    def __init__(self, needs: Needs, visit: Visit | None) -> None:
+        self.rejected: list[Rejection] = []
+        self._needs: Needs = needs
+        self._visit = visit
+        self._starts = array.array("q")
+        self._lines = array.array("I")
+        self._columns: dict[str, None] = {}
+        self._offset = 0
+        self._seen: list[Integers] = []
+        """Hashes of ids, sorted, each array at least twice as long as the next."""
+        # Of the records since the last look at the ids.
+        self._ids: list[str] = []
+        self._names: list[str | None] = []
+        self._path = Path()
+
+    def starts(self) -> Integers:
+        return np.frombuffer(self._starts, np.int64)
+
+    def lines(self) -> npt.NDArray[np.uint32]:
+        return np.frombuffer(self._lines, np.uint32)
+
+    def read(self, path: Path, *, source: Path) -> None:
+        """Look at every line of one file; `source` is what a person calls it."""
+        self._path = source
+        needs, ids, names = self._needs, self._ids, self._names
+        starts, lines = self._starts.append, self._lines.append
+        offset = self._offset
+        with path.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                start = offset
+                offset += len(line)
+                if not line.removeprefix(_MARK).strip():
+                    continue
+                row = _parsed(line)
+                if _is_plain(row, needs) and b"\\ud" not in line:  # half a sign is no text
+                    ids.append(row["id"])
+                    names.append(row["image"])
+                else:
+                    item = self._slowly(source, number, row)
+                    if item is None:
+                        continue
+                    ids.append(item.id)
+                    names.append(item.image)
+                starts(start)
+                lines(number)
+                if len(ids) == _CHUNK:
+                    self._look()
+        self._offset = offset
+        self._look()
+
+    def _slowly(self, path: Path, number: int, row: Any) -> Record | None:
+        """Read a row that is not in the plain form; None where it is set aside."""
+        if isinstance(row, dict):
+            self._columns.update(dict.fromkeys(row))
+        item = read_row(path, number, row, self._needs)
+        if isinstance(item, Rejection):
+            self.rejected.append(item)
+            return None
+        return item
+
+    def _look(self) -> None:
+        """Set aside ids that were there before; hand the images' names on.
+
+        Ids are compared by 64 bits of their hash: of a million, two are taken for one with a
+        probability of 3e-8.
+        """
+        hashes = np.fromiter(map(hash, self._ids), np.int64, len(self._ids))
+        is_first = np.zeros(len(hashes), bool)
+        is_first[np.unique(hashes, return_index=True)[1]] = True
+        is_new = is_first
+        for seen in self._seen:
+            is_new &= ~_is_among(hashes, seen)
+        if not is_new.all():
+            base = len(self._starts) - len(hashes)
+            for place in np.flatnonzero(~is_new):
+                content = {"id": self._ids[place], "image": self._names[place]}
+                line = self._lines[base + int(place)]
+                self.rejected.append(Rejection(str(self._path), line, "duplicate id", content))
+            for kept in (self._starts, self._lines):
+                new = np.asarray(kept[base:])[is_new]
+                del kept[base:]
+                kept.extend(new.tolist())
+        self._seen.append(np.sort(hashes))
+        while len(self._seen) > 1 and len(self._seen[-2]) < 2 * len(self._seen[-1]):
+            self._seen[-2:] = [np.sort(np.concatenate(self._seen[-2:]), kind="stable")]
+        if self._visit is not None:
+            self._visit([name for name, new in zip(self._names, is_new, strict=True) if new])
+        self._ids.clear()
+        self._names.clear()
+
+    def finish(self, path: Path) -> None:
+        """Complain where not one record was good."""
+        if not self._starts:
+            check_columns(path, list(self._columns), self._needs)
+            reasons = Counter(item.reason for item in self.rejected)
+            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
+
+
+def _is_among(values: Integers, known: Integers) -> npt.NDArray[np.bool_]:
+    """Return which values [N] are among known ones [M], which are sorted."""
+    if not len(known):
+        return np.zeros(len(values), bool)
+    found: npt.NDArray[np.bool_] = (
+        known[np.searchsorted(known, values).clip(max=len(known) - 1)] == values
+    )
+    return found
+
+
+def _parsed(line: bytes) -> Any:
+    """Return a line's row, or its own text where it is not JSON."""
+    try:
+        text = line.removeprefix(_MARK).decode("utf-8", "replace").strip()
+        row, end = _decode(text)
+        return row if end == len(text) else text[:200]
+    except (ValueError, RecursionError):
+        return line.decode("utf-8", "replace")[:200]
+
+
+def _is_plain(row: Any, needs: Needs) -> bool:
+    """Return whether a row is a good record beyond doubt, in our own columns.
+
+    A quarter of the time of `read_row`, which decides on all others.
+    """
+    if type(row) is not dict or not row.get("id") or not row.get("image"):
+        return False
+    for name, value in row.items():
+        if name in _TEXTS and type(value) is not str and value is not None:
+            return False
+    if row.get("answer_type") not in (None, "open", "closed"):
+        return False
+    return _fills(row, needs)
+
+
+def _fills(row: Mapping[str, Any], needs: Needs) -> bool:
+    if needs == "caption":
+        return bool((row.get("caption") or "").strip())
+    if needs == "question":
+        answer = (row.get("answer") or "").strip()
+        if not answer or not (row.get("question") or "").strip():
+            return False
+        return row.get("answer_type") != "closed" or not is_unusable_closed(answer)
+    return True

@@ -1,0 +1,163 @@
+"""Records found by where their lines begin are those that reading the whole file gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clover.core import record_file
+from clover.core.errors import CloverError
+from clover.core.record import Needs, read_records
+from clover.core.record_file import RecordFile, open_records, select
+
+GOOD: dict[str, Any] = {
+    "image": "a/b.png",
+    "caption": "Glands – 40×",
+    "question": "Is there fat?",
+    "answer": "Yes.",
+    "answer_type": "closed",
+}
+# Each changes a good row into one that some reader must rename, refuse, or take as it is.
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"id": 7},
+    {"id": None},
+    {"id": 1.5},
+    {"image": None, "img": "c.png"},
+    {"image": ""},
+    {"image": 3},
+    {"caption": "  "},
+    {"caption": None, "text": "Fat"},
+    {"caption": ["Fat"]},
+    {"answer": "There is fat."},
+    {"answer": "no, none", "answer_type": "CLOSED"},
+    {"answer_type": "maybe"},
+    {"answer_type": ""},
+    {"question": None, "sent": "Where?", "answer_type": "open"},
+    {"licence": None, "license": "CC-BY"},
+    {"site": "skin", "magnification": 3},
+    {"caption": "half a sign: \ud83d"},
+    {"id": "twice"},
+    {"id": "twice", "caption": "another"},
+]
+RAW = ["", "   ", "null", "[1, 2]", '{"id": 1, "torn', '"text"', '{"id": "x"} trailing', "nan"]
+
+
+def write(path: Path, *, seed: int, num_lines: int) -> Path:
+    draw = random.Random(seed)
+    lines = []
+    for number in range(num_lines):
+        if draw.random() < 0.2:
+            lines.append(draw.choice(RAW))
+        else:
+            row = {"id": f"r{number}", **GOOD, **draw.choice(CHANGES)}
+            lines.append(json.dumps(row, ensure_ascii=draw.random() < 0.5 or "half" in str(row)))
+    text = draw.choice(["\n", "\r\n"]).join(lines) + draw.choice(["", "\n"])
+    path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
+    return path
+
+
+@pytest.mark.parametrize("needs", ["any", "caption", "question"])
+@pytest.mark.parametrize("seed", range(5))
+def test_messy_lines_give_the_same_records_and_the_same_rejections(
+    seed: int, needs: Needs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_file, "_CHUNK", 7)
+    path = write(tmp_path / "c.jsonl", seed=seed, num_lines=100)
+    expected = read_records(path, needs=needs)
+    names: list[str | None] = []
+    records, rejected = open_records(path, needs=needs, visit=names.extend)
+    assert isinstance(records, RecordFile) and len(records) == len(expected.records) > 20
+    assert list(records) == expected.records
+    assert names == [record.image for record in expected.records]
+    told = {(item.source, item.line, item.reason) for item in rejected}
+    assert told == {(item.source, item.line, item.reason) for item in expected.rejected}
+    assert len(rejected) == len(expected.rejected)
+
+
+def test_a_folder_of_shards_is_one_set_and_an_id_of_two_shards_is_given_once(
+    tmp_path: Path,
+) -> None:
+    for part, ids in {"b/2": "cd", "a/1": "ab", "b/3": "", "b/4": "be"}.items():
+        path = tmp_path / f"{part}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"id": i, "image": f"{i}.png"}) + "\n" for i in ids))
+    names: list[str | None] = []
+    records, rejected = open_records(tmp_path, visit=names.extend)
+    assert [record.id for record in records] == ["a", "b", "c", "d", "e"]
+    assert names == ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    assert [(item.source, item.line, item.reason) for item in rejected] == [
+        (str(tmp_path / "b/4.jsonl"), 1, "duplicate id")
+    ]
+    assert [r.id for r in records[1:4]] == ["b", "c", "d"] and records[-1].id == "e"
+    chosen = select(records, np.array([True, False, False, True, False]))
+    assert [record.id for record in chosen] == ["a", "d"]
+    assert [r.id for r in select(list(records), np.arange(5) == 2)] == ["c"]
+
+
+def test_parquet_is_the_same_records_by_itself_and_as_shards(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"id": f"r{i}", "image": f"{i}.png", "caption": f"case {i} – 40×"} for i in range(9)]
+    rows[4]["caption"] = " "
+    (tmp_path / "shards").mkdir()
+    whole = tmp_path / "whole.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), whole)
+    for part in range(3):
+        table = pyarrow.Table.from_pylist(rows[3 * part : 3 * part + 3])
+        parquet.write_table(table, tmp_path / "shards" / f"{part}.parquet")
+    expected = [row for row in rows if row is not rows[4]]
+    for path, line, source in (
+        (whole, 5, whole),
+        (tmp_path / "shards", 2, tmp_path / "shards" / "1.parquet"),
+    ):
+        for _ in range(2):  # the second time from what was unpacked
+            records, rejected = open_records(path, needs="caption", unpacked=tmp_path / "u")
+            assert [record.row() for record in records] == expected
+            told = [(item.source, item.line, item.reason) for item in rejected]
+            assert told == [(str(source), line, "empty caption")]
+    assert len(list((tmp_path / "u").iterdir())) == 4
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), whole)  # another file by that name
+    assert len(open_records(whole, unpacked=tmp_path / "u")[0]) == 2
+    table = pyarrow.Table.from_pylist([{"id": "1", "image": {"bytes": b"1", "path": "1.png"}}])
+    parquet.write_table(table, whole)
+    with pytest.raises(CloverError, match="clover data import records"):
+        open_records(whole, unpacked=tmp_path / "u")
+
+
+def test_a_file_that_changes_under_us_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    rows = [{"id": str(i), "image": "a.png", "caption": "Glands"} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records, _ = open_records(path, needs="caption")
+    with path.open("r+b") as handle:
+        handle.seek(5)
+        handle.write(b"}")
+    with pytest.raises(CloverError, match=r"c\.jsonl changed while it was read: line 1 is") as said:
+        records[0]
+    assert "\n" not in str(said.value) and records[1].id == "1"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no file"), ("", "the file is empty"), ('{"id": "1"}\n', "has no 'caption' column")],
+)
+def test_nothing_usable_is_said_as_for_small_files(
+    content: str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(CloverError, match=words) as ours:
+        open_records(path, needs="caption")
+    with pytest.raises(CloverError) as theirs:
+        read_records(path, needs="caption")
+    assert str(ours.value) == str(theirs.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CloverError, match="holds no file of records"):
+        open_records(tmp_path / "empty")
