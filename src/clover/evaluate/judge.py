@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -212,6 +213,7 @@ _employed: list[Judge] = []
 
 
 def _employ(names: Sequence[str], training: TrainingAnswers | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by who employs
     gc.disable()
     _employed.append(Judge(find_protocols(names), training))
 
