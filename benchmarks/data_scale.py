@@ -30,10 +30,10 @@ from PIL import Image
 
 from benchmarks.figure import print_figure
 from clover.core.config import EncoderConfig
+from clover.core.digests import DigestMemory
 from clover.training.sampler import Sampler
 from clover.vision.cache import FeatureCache
 from clover.vision.dataset import load_feature_set
-from clover.vision.digests import DigestMemory
 from clover.vision.encoder import TinyEncoder
 from clover.vision.shard import write_shard
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clover import __version__
 from clover.aligned import Aligned
-from clover.core.assets import resolve
+from clover.core.assets import resolve, stamp
 from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
@@ -49,6 +49,8 @@ ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 _FAMILIAR = "familiarity.safetensors"
+_DETAILS = ("key", "data", "stage_1", "converted_from", "weights")
+"""Entries of `config.json` that a model keeps when it is saved again."""
 _BESIDE = "beside:"
 """Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
 
@@ -62,14 +64,20 @@ def load_frozen_language(
     """
     parsed = Prompt.from_config(prompt)
     is_spread = config.spread and processes.num_processes() > 1
-    weights = _language_weights(config.kind, config.weights, config.quantise, device, is_spread)
+    if config.weights:
+        resolve(config.weights)  # before the stamp: what is fetched now would change it
+    now = stamp(config.weights) if config.weights else ""
+    weights = _language_weights(
+        config.kind, config.weights, config.quantise, device, now, is_spread
+    )
     return drive(weights, config, parsed)
 
 
 @lru_cache(maxsize=2)
 def _language_weights(
-    kind: str, weights: str, quantise: str, device: Device, is_spread: bool
+    kind: str, weights: str, quantise: str, device: Device, now: str, is_spread: bool
 ) -> Weights:
+    """Load once a process; `now` is another one when other files lie at the same place."""
     config = LanguageConfig.model_validate({"kind": kind, "weights": weights, "quantise": quantise})
     if not is_spread:
         return load_weights(config, device=device.device, dtype=device.dtype)
@@ -499,6 +507,8 @@ def write_config(
 
 def _card(config: dict[str, Any]) -> str:
     encoder, language = config["encoder"], config["language"]
+    places = [config["recipe"][part].get("weights") or "" for part in ("encoder", "language")]
+    sees, speaks = ("" if p.startswith(_BESIDE) else ", not in this folder" for p in places)
     note = encoder.get("licence_note")
     said = (
         f"\n**The image encoder's licence {note}. This model was trained on them.**\n"
@@ -511,8 +521,8 @@ def _card(config: dict[str, Any]) -> str:
 
 | part | what | licence |
 |---|---|---|
-| image encoder, frozen, not in this folder | {encoder["id"]} | {encoder["licence"]} |
-| language model, frozen, not in this folder | {language["id"]} | {language["licence"]} |
+| image encoder, frozen{sees} | {encoder["id"]} | {encoder["licence"]} |
+| language model, frozen{speaks} | {language["id"]} | {language["licence"]} |
 | bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
 {said}
     clover ask FOLDER image.png "Is there necrosis?"
@@ -581,16 +591,15 @@ def load(
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     where = choose_device(device, precision)  # type: ignore[arg-type]
-    if beside is not None and beside.recipe.encoder == recipe.encoder:
+    said = config["encoder"]["revision"]
+    is_shared = beside is not None and beside.recipe.encoder == recipe.encoder
+    if beside is not None and is_shared and _is_named(beside.encoder, said):
         encoder = beside.encoder
     else:
         encoder = load_encoder(recipe.encoder)
-    # The revision holds the weights' place; a file in the folder itself is the one that was meant.
-    own = path.resolve() / Path(recipe.encoder.weights or "").name
-    is_own = recipe.encoder.weights == str(own)
-    if not is_own and encoder.revision != config["encoder"]["revision"]:
+    if not _is_named(encoder, said):
         raise CloverError(
-            f"{path} was trained on encoder revision {config['encoder']['revision']}, here it is "
+            f"{path} was trained on encoder revision {said}, here it is "
             f"{encoder.revision}: other weights or another token map"
         )
     tokenizer = load_tokenizer(recipe)
@@ -603,9 +612,7 @@ def load(
     )
     load_bridge(bridge, path / "bridge.safetensors", sha256=config.get("bridge_sha256"))
     bridge.to(where.device).eval().requires_grad_(False)
-    kept: dict[str, Any] = {
-        name: config[name] for name in ("key", "data", "stage_1", "weights") if name in config
-    }
+    kept: dict[str, Any] = {name: config[name] for name in _DETAILS if name in config}
     model = Clover(
         recipe, encoder, bridge, language, tokenizer, where, name=config["name"], details=kept
     )
@@ -614,6 +621,11 @@ def load(
     if (path / _FAMILIAR).exists():
         model.familiarity = Familiarity.load(path / _FAMILIAR)
     return model
+
+
+def _is_named(encoder: ImageEncoder, revision: str) -> bool:
+    """Return whether a folder that states this revision means this encoder."""
+    return revision in (encoder.revision, encoder.named_revision)
 
 
 def save_bridge(bridge: Bridge, path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +216,14 @@ class Evil:
         ("code", "asks for"),
         ("cut off", "is torn, or holds more than tensors"),
         ("other", "is no BLIP-2 checkpoint: it begins with a.weight"),
+        ("raw pickle", "nothing was run"),
         ("missing", "it lacks ln_vision.weight"),
+        ("missing one", "1 of 154 tensors are missing, for instance Qformer.bert.encoder.layer.1."),
+        ("missing vision", "missing, for instance visual_encoder.blocks.1.mlp.fc1.weight"),
+        ("missing language", "missing, for instance language_model.model.layers.1.mlp.up_proj"),
+        ("mis-shaped", "layer.1.intermediate_query.dense.weight is [3, 5], its other tensors want"),
+        ("mis-shaped vision", "blocks.1.mlp.fc1.weight is [5, 7], its other tensors want [96, 48]"),
+        ("mis-shaped language", "layers.1.mlp.up_proj.weight is [5, 7], its other tensors want"),
         ("architecture", "holds a GPT2LMHeadModel; convert reads InstructBlip"),
         ("shard", "model-00002-of-00002.safetensors is missing (1 of 2 files"),
         ("no encoder", "carries no image encoder"),
@@ -235,6 +244,19 @@ def test_a_checkpoint_that_is_none_is_one_line(
         torch.save({"a.weight": torch.zeros(2)}, path)
     elif damage == "missing":
         torch.save({n: t for n, t in state.items() if n != "ln_vision.weight"}, path)
+    elif damage == "raw pickle":
+        path.write_bytes(pickle.dumps({"model": Evil()}))
+    elif damage.startswith(("missing ", "mis-shaped")):
+        name = {
+            "vision": "visual_encoder.blocks.1.mlp.fc1.weight",
+            "language": "llm_model.model.layers.1.mlp.up_proj.weight",
+        }.get(damage.split()[-1], "Qformer.bert.encoder.layer.1.intermediate_query.dense.weight")
+        if damage.startswith("missing"):
+            del state[name]
+        else:
+            state[name] = torch.zeros(5, 7) if " " in damage else torch.zeros(3, 5)
+        torch.save({"model": state}, path)
+        shutil.copyfile(tmp_path / "full.pth.json", f"{path}.json")
     elif damage in ("architecture", "shard"):
         path = tmp_path / "folder"
         path.mkdir()

@@ -21,6 +21,7 @@ from clover.cli import cli
 from clover.core.errors import CloverError
 from clover.core.tensors import open_tensors
 from clover.language.protocol import GenerationSettings
+from clover.vision.cache import FeatureCache
 from tiny import write_tokenizer
 
 from .theirs import KINDS, QUERIES, WORDS, build
@@ -232,6 +233,26 @@ def test_options_bring_the_parts_one_by_one(
     check_answers(theirs[kind], tmp_path / "out")
 
 
+def test_evas_own_file_has_a_block_and_a_head_more_which_are_left_out(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source, model = theirs["instructblip-llama"]
+    whole = write_trained_part(source, tmp_path)
+    start = "visual_encoder."
+    eva = {n.removeprefix(start): t for n, t in whole.items() if n.startswith(start)}
+    eva |= {n.replace("blocks.2.", "blocks.3."): t + 1 for n, t in eva.items() if "blocks.2." in n}
+    torch.save(eva | {"norm.weight": torch.ones(48), "head.bias": torch.ones(9)}, tmp_path / "eva")
+    model.language_model.save_pretrained(tmp_path / "language")
+    write_language_tokenizer("llama", tmp_path / "language")
+    parts = ["--encoder", tmp_path / "eva", "--language", tmp_path / "language", "--heads", "4"]
+    parts += ["--tokenizer", source / "qformer_tokenizer" / "tokenizer.json"]
+    done = convert(tmp_path / "stage2.pth", tmp_path / "out", *map(str, parts))
+    assert "runs 3 blocks and drops the last" in done.output
+    note = json.loads((tmp_path / "out" / "convert.json").read_text())["left_out"]
+    assert "head.bias" in note and "blocks.3.mlp.fc1.weight" in note
+    check_answers(theirs["instructblip-llama"], tmp_path / "out")
+
+
 def test_a_recipe_with_another_language_model_or_encoder_is_one_line(
     theirs: dict[str, tuple[Path, Any]], tmp_path: Path
 ) -> None:
@@ -264,3 +285,63 @@ def test_a_recipe_with_another_language_model_or_encoder_is_one_line(
         assert not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(CloverError, match="it holds no config"):
         clover.load(tmp_path / "out")
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_encoder_and_model(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source, target = theirs["instructblip-llama"][0], tmp_path / "made"
+    other = tmp_path / "other"
+    build("instructblip-llama", other, seed=1)
+    shutil.copytree(source / "qformer_tokenizer", other / "qformer_tokenizer")
+    write_language_tokenizer("llama", other)
+    convert(source, target)
+    first = clover.load(target, device="cpu", precision="float32")
+    cache = FeatureCache(tmp_path / "features", first.encoder)
+    digest = "ab" * 32
+    picture(1).save(tmp_path / "a.png")
+    cache.fill({digest: tmp_path / "a.png"})
+    assert digest in cache
+    convert(other, target)
+    # Beside the first, which is still in memory, and in a process that has loaded it before.
+    second = clover.load(target, device="cpu", precision="float32", beside=first)
+    assert second.encoder.revision != first.encoder.revision
+    assert digest not in FeatureCache(tmp_path / "features", second.encoder)
+    fresh = expected(theirs_model(other), other, picture(1), second.encoder)
+    asked = second.ask(picture(1), QUESTION, settings=GenerationSettings(max_tokens=9)).text
+    assert asked == fresh
+
+
+def theirs_model(folder: Path) -> Any:
+    from transformers import InstructBlipForConditionalGeneration
+
+    return InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def test_an_encoder_that_was_replaced_is_refused_and_one_that_moved_is_not(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    convert(theirs["instructblip-llama"][0], tmp_path / "made")
+    shutil.copytree(tmp_path / "made", tmp_path / "moved")
+    revision = clover.load(tmp_path / "made", device="cpu").encoder.revision
+    assert clover.load(tmp_path / "moved", device="cpu").encoder.revision == revision
+    weights = tmp_path / "moved" / "encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(CloverError, match=f"was trained on encoder revision {revision}"):
+        clover.load(tmp_path / "moved", device="cpu")
+
+
+def test_a_converted_model_that_is_saved_again_still_says_where_it_came_from(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    convert(theirs["instructblip-llama"][0], tmp_path / "made")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "image encoder, frozen |" in card and "not in this folder" not in card
+    clover.load(tmp_path / "made", device="cpu").save(tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert said["converted_from"] == "instructblip-llama"
+    assert (
+        "image encoder, frozen, not in this folder |"
+        in (tmp_path / "again" / "README.md").read_text()
+    )
+    assert clover.load(tmp_path / "again", device="cpu").details["converted_from"]

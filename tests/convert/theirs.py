@@ -33,7 +33,7 @@ def text_config(kind: str) -> Any:
     )
 
 
-def build(name: str, folder: Path) -> Any:
+def build(name: str, folder: Path, *, seed: int = 0) -> Any:
     """Save a model of transformers with random weights into `folder` and return it."""
     import transformers
 
@@ -71,7 +71,7 @@ def build(name: str, folder: Path) -> Any:
             model = transformers.InstructBlipForConditionalGeneration(config)
         else:
             model = transformers.Blip2ForConditionalGeneration(transformers.Blip2Config(**parts))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     for label, item in model.named_parameters():
         nn.init.normal_(item, std=0.2)
         if label.endswith("qkv.bias"):

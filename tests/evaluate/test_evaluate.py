@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clover.cli import main
@@ -26,7 +28,9 @@ from clover.evaluate.control import agreement, form_table, image_gain, verdict
 from clover.evaluate.pixels import CHANGES, scale_stains
 from clover.evaluate.rewording import reworded
 from clover.evaluate.view import CONTROLS, find_controls
-from tiny import Tiny, tiny_clover
+from clover.model import load
+from clover.vision.familiar import Familiarity, pool
+from tiny import Tiny, tiny_clover, write_data
 
 
 class Done(NamedTuple):
@@ -81,6 +85,37 @@ def test_all_controls_are_asked_and_told_in_one_table(
     )
     asked = list(lines(tmp_path / "paraphrase.jsonl")[1:])
     assert asked and all(row["asked"] != row["question"] for row in asked)
+
+
+def test_images_unlike_the_training_ones_are_counted(
+    tiny: Tiny, model: Path, cache: Path, tmp_path: Path
+) -> None:
+    knowing = tmp_path / "model"
+    shutil.copytree(model, knowing)
+    learnt = load(model)
+    images, _ = write_data(tmp_path / "learnt", images=60)
+    rows = [pool(learnt.encode(path)) for path in sorted((images.parent / "images").iterdir())]
+    familiarity = Familiarity.fit(torch.cat(rows), [str(index) for index in range(60)])
+    assert familiarity is not None
+    familiarity.save(knowing / "familiarity.safetensors")
+    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4))) * 255
+    Image.fromarray(board.astype(np.uint8)).convert("RGB").save(tmp_path / "board.png")
+    asked = [json.loads(line) for line in tiny.instructions.read_text().splitlines()[:6]]
+    for row in asked:
+        row["image"] = str(tiny.instructions.parent / row["image"])
+    asked.append({**asked[0], "id": "strange", "image": str(tmp_path / "board.png")})
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    out = tmp_path / "out"
+    done = clover("evaluate", knowing, "--data", data, "--features", cache, "--out", out)
+    assert done.returncode == 0, done.stderr
+    sentence = "1 of 4 images are unlike those the model learnt from."
+    assert sentence in done.stdout
+    assert json.loads((out / "scores.json").read_text())["details"]["unfamiliar"] == {
+        "images": 1,
+        "of": 4,
+        "sentence": sentence,
+    }
 
 
 def test_the_header_names_model_prompt_decoding_and_data(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clover.core.errors import CloverError
 from clover.core.known import KnownSet
-from clover.evaluate.score import per_log_parameters, score, score_file
+from clover.evaluate.score import num_workers, per_log_parameters, score, score_file
 
 Row = dict[str, Any]
 
@@ -262,3 +262,15 @@ def test_scoring_does_not_import_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_several_processes_give_the_scores_of_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "predictions.jsonl", many(1500, seed=4))
+    train = write(tmp_path / "train.jsonl", [{**row, "id": f"t{row['id']}"} for row in many(90)])
+    names = "strict,llava-med-pvqa,quilt"
+    alone, together = (
+        score_file(path, names, train=train, draws=50, workers=workers) for workers in (1, 2)
+    )
+    assert alone == together
+    assert alone["strict"]["closed"]["n"] + alone["strict"]["open_f1"]["n"] == 1500
+    assert num_workers(path) == 1  # too small a file for further processes

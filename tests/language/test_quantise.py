@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,11 +83,68 @@ def test_loss_and_gradients_are_those_of_the_rounded_weights(folder: Path) -> No
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bitsandbytes may run")
 @pytest.mark.parametrize("bits", ["bnb-8bit", "bnb-4bit"])
-def test_bitsandbytes_without_a_gpu_is_one_line(folder: Path, bits: str) -> None:
-    with pytest.raises(CloverError, match=r"needs a CUDA GPU.*quantise=int8 runs everywhere"):
+@pytest.mark.parametrize("package", ["bitsandbytes", "accelerate"])
+def test_without_the_package_it_is_one_line(
+    folder: Path, bits: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate", reason="the other package is asked for first")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CloverError, match=rf"{bits} needs the package {package}: pip install"):
         load(folder, quantise=bits)
+
+
+def dequantised(layer: Any) -> torch.Tensor:
+    """Return the weight that a layer of bitsandbytes stands for."""
+    import bitsandbytes as bits
+
+    if isinstance(layer, bits.nn.Linear4bit):
+        weight: torch.Tensor = bits.functional.dequantize_4bit(
+            layer.weight.data, layer.weight.quant_state
+        )
+        return weight.float()
+    values = layer.weight.CB if layer.weight.CB is not None else layer.weight.data
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return values.float() * scale[:, None] / 127
+
+
+@pytest.mark.parametrize(
+    ("bits", "rounding", "product"), [("bnb-8bit", 0.02, 0.02), ("bnb-4bit", 0.12, 1e-4)]
+)
+def test_bitsandbytes_computes_with_the_rounded_weights_and_passes_gradients(
+    folder: Path, bits: str, rounding: float, product: float
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    small, rounded, full = load(folder, quantise=bits), load(folder), load(folder)
+    num_layers = 0
+    for name, item in small.model.named_modules():
+        if type(item).__module__.startswith("bitsandbytes"):
+            num_layers += 1
+            weight, plain = dequantised(item), rounded.model.get_submodule(name).weight
+            assert 0 < relative(weight, plain) < rounding, name
+            plain.data.copy_(weight)
+            # 8 bits round what they multiply with as well.
+            x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+            x.requires_grad_()
+            found = item(x)
+            assert relative(found, x @ weight.T) < product, name
+            found.sum().backward()
+            assert relative(x.grad, weight.sum(0).expand_as(x)) < product, name
+    assert num_layers == 2 * 7, "embeddings and head stay as they are"
+    losses = []
+    for language in (small, rounded, full):
+        visual = torch.full((3, 4, 32), 0.1, requires_grad=True)
+        total, count = language.loss(visual, QUESTIONS, ANSWERS)
+        total.backward()
+        assert visual.grad is not None and bool(visual.grad.abs().max() > 0)
+        losses.append(float(total.detach() / count))
+    assert losses[0] == pytest.approx(losses[1], rel=2 * product)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-6)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((found - expected).norm() / expected.norm()).detach())
 
 
 def t5(**settings: object) -> EncoderDecoder:

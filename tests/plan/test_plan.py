@@ -126,6 +126,21 @@ def test_the_switch_that_is_named_makes_it_fit(made: Plan) -> None:
     assert not hopeless.fits and hopeless.switch is None
 
 
+def test_four_bits_take_what_bitsandbytes_takes(made: Plan) -> None:
+    recipe = made.recipe.model_copy(update={"precision": "auto"})
+    encoder = encoder_size(recipe.encoder, batch=1)
+    language = recipe.language.model_copy(update={"quantise": "bnb-4bit"})
+    small = tune_size(recipe.model_copy(update={"language": language}), encoder)
+    # Two layers of 4 * 64 * 64 + 3 * 64 * 256 values: half a byte, a byte for 64, 4 for 64 * 256.
+    count = 2 * (4 * 64 * 64 + 3 * 64 * 256)
+    words = 2 * 500 * 64 * 2 + 5 * 64 * 2  # embeddings, head and norms stay as they are
+    rest = small.frozen_weights - words - count // 2 - count // 64
+    assert 0 <= rest < 300
+    assert small.frozen_numbers == "bnb-4bit, the rest bfloat16"
+    # Products are of as many operations as before.
+    assert small.operations == tune_size(recipe, encoder).operations
+
+
 def test_eight_bits_halve_the_frozen_weights_of_a_planned_model(made: Plan) -> None:
     recipe = made.recipe.model_copy(update={"precision": "auto"})
     encoder = encoder_size(recipe.encoder, batch=1)
@@ -142,6 +157,10 @@ def test_the_command_prints_a_table_or_one_json_object() -> None:
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.output
     assert "peak, GiB" in done.output and "It fits 8 GiB." in done.output
+    assert "image encoder   timm/tf_efficientnet_lite0" in done.output
+    assert "SmolLM2-135M-Instruct.Q4_1.gguf, 134,515,008 parameters, bfloat16" in done.output
+    widths = {len(line) for line in done.output.splitlines()[4:16]}
+    assert widths == {26 + 3 * 14}, "columns stand under each other"
     row = json.loads(CliRunner().invoke(cli, [*arguments, "--json"]).output)
     assert row["recipe"] == "clover-phantom" and row["tune"]["trainable_parameters"] > 19e6
 

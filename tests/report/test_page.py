@@ -232,3 +232,16 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
     with pytest.raises(CloverError, match=r"holds nothing of a run.*scores\.json"):
         write_report(tmp_path)
+
+
+def test_a_charge_against_the_model_stands_beside_the_verdict(run: Path) -> None:
+    scores = json.loads((run / "scores.json").read_text())
+    sentence = "blind: right in 42.1% of 955 questions <b>"
+    scores["details"]["exposed"] = {"charges": [{"name": "blind", "sentence": sentence}, {}, 3]}
+    (run / "scores.json").write_text(json.dumps(scores))
+    page = read(write_report(run))
+    assert f"Exposed as {sentence}." in page.text
+    assert [tag for tag, found in page.tags if found.get("class") == "exposed"] == ["p"]
+    scores["details"]["exposed"] = "nothing"
+    (run / "scores.json").write_text(json.dumps(scores))
+    assert "Exposed as" not in read(write_report(run)).text

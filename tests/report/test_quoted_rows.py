@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from clover.core.errors import CloverError
+from clover.evaluate.command import score
 from clover.report.command import report
 from clover.report.figure import Figure
 from clover.report.published import Ours, published, read_ours, tables
@@ -104,3 +105,32 @@ def test_what_is_no_score_file_is_one_line(tmp_path: Path, text: str | None, mes
 def test_an_unknown_set_is_named_with_its_neighbour() -> None:
     with pytest.raises(CloverError, match="no test set 'pathvq'; did you mean 'pathvqa'"):
         tables([], ["pathvq"])
+
+
+def test_who_does_not_look_is_named_beside_the_scores(tmp_path: Path) -> None:
+    """The files are made as a user would: predictions, scored by the command, laid in a table."""
+    truths = ["yes", "no"] * 30
+    rows = [
+        {"id": at, "image": f"{at}.png", "question": "Is it malignant?", "answer": truth}
+        for at, truth in enumerate(truths)
+    ]
+    said = {"yes-sayer": "Yes.", "looks": None}
+    files = []
+    for name, answer in said.items():
+        path = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({**row, "prediction": answer or row["answer"]}) for row in rows]
+        path.write_text("\n".join(lines))
+        protocols = ["--protocol", "strict,quilt"]
+        done = CliRunner().invoke(score, [str(path), "--json", *protocols], catch_exceptions=False)
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(done.stdout)
+    charge = "yes-sayer is exposed as yes-sayer: says yes to 100.0% of the 30 closed questions"
+    text = " ".join(table(*files, "--set", "pathvqa").split())
+    assert text.count(f"† {charge} whose truth is no") == 1  # once, for two protocols
+    assert "yes-sayer † – strict" in text
+    assert "looks – strict" in text
+    assert "looks is exposed" not in text
+    latex = table(*files, "--format", "latex", "--set", "pathvqa")
+    assert rf"\dag{{}} {charge}".replace("%", r"\%") in latex
+    table(*files, "--format", "html", "--out", tmp_path / "t.html")
+    assert f'<p class="exposed">† {charge}' in (tmp_path / "t.html").read_text("utf-8")

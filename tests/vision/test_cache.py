@@ -24,14 +24,15 @@ from safetensors.torch import save_file
 
 from clover.cli import cli
 from clover.core.config import EncoderConfig
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.vision import shard as shard_file
 from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
-from clover.vision.digests import DigestMemory
 from clover.vision.encoder import ImageEncoder, TinyEncoder
 from clover.vision.hashes import hash_images
+from clover.vision.image_processor import draw_view, rand_augment
 from clover.vision.shard import checksum, open_shard, write_shard
 from clover.vision.storage import Storage, pack, unpack
 from tiny import Tiny
@@ -355,6 +356,31 @@ def test_views_are_made_once_differ_and_are_the_same_everywhere(tmp_path: Path) 
     assert cache.is_whole(digests[0])
 
 
+def test_augmented_views_are_the_published_training_processor(tmp_path: Path) -> None:
+    records = write_noise(tmp_path / "i", 4)
+    paths = hash_images(records, tmp_path / "i")[1]
+    caches = {}
+    for kind in ("crop", "augment"):
+        caches[kind] = FeatureCache(tmp_path / "c", Counting(), views=3, view_kind=kind)
+        assert caches[kind].fill(paths) == []
+    changed = 0
+    for digest, path in paths.items():
+        for view in (1, 2):
+            random = np.random.default_rng([int(digest[:16], 16), view])
+            with Image.open(path) as image:
+                drawn = draw_view(image, 32, random)
+            encoder = Counting()
+            tokens = {
+                kind: encoder.encode(encoder.prepare(picture)[None])[0]
+                for kind, picture in (("crop", drawn), ("augment", rand_augment(drawn, random)))
+            }
+            for kind, expected in tokens.items():
+                found = caches[kind].get([digest], [view])[0]
+                assert torch.allclose(found, expected, atol=1e-3), kind
+            changed += not torch.equal(tokens["crop"], tokens["augment"])
+    assert changed >= 2, "some draw does something"
+
+
 def test_turned_views_are_the_seven_ways_to_turn_and_mirror_an_image(tmp_path: Path) -> None:
     records = write_noise(tmp_path / "i", 1)
     (digest, path), *_ = paths = list(hash_images(records, tmp_path / "i")[1].items())
@@ -484,7 +510,7 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"one")
-    monkeypatch.setattr("clover.vision.digests._SETTLED_NS", -1)
+    monkeypatch.setattr("clover.core.digests._SETTLED_NS", -1)
     memory = DigestMemory(tmp_path / "m.sqlite")
     first = memory.digest(path)
     memory.save()

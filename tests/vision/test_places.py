@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clover.core.digests import DigestMemory
 from clover.core.record import Record
 from clover.vision import places
-from clover.vision.digests import DigestMemory
 from clover.vision.hashes import Digests, ImageHashes, ImagePaths
 from clover.vision.places import Places, digest_array, make_keys
 

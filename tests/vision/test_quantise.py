@@ -69,3 +69,13 @@ def test_the_plan_counts_one_byte_a_weight() -> None:
 def test_a_graphics_card_is_told_what_is_faster_there() -> None:
     with pytest.raises(CloverError, match=r"int8 is for a CPU.*runs on cuda.*numbers=bfloat16"):
         quantise(nn.Linear(2, 2), torch.device("cuda"))
+
+
+def test_a_torch_without_integer_products_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> None:
+        raise RuntimeError("Could not run 'onednn::qlinear_prepack' with arguments")
+
+    # As a build without oneDNN answers: it knows the name of the operation and cannot run it.
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", absent)
+    with pytest.raises(CloverError, match=r"int8 needs a torch .* oneDNN.*numbers=float32"):
+        quantise(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.core.tensors import Entry, Place, TensorSource, open_tensors
 from clover.qformer.convert import lavis_name, lavis_name_of
+from clover.vision.family import eva_clip
 
 _CLASSES = {
     "InstructBlipForConditionalGeneration": "instructblip",
@@ -23,6 +25,9 @@ _CLASSES = {
 }
 _LANGUAGE = ("t5_model.", "llm_model.", "opt_model.")
 _LEFTOVERS = ("embed_tokens.weight", "inv_freq")
+_EVA_NAME = re.compile(
+    r"^(?:cls_token|pos_embed|patch_embed\.proj\.\w+|blocks\.(\d+)\.(?:norm1|norm2|attn|mlp)\..+)$"
+)
 _TIED = ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias")
 
 
@@ -191,14 +196,30 @@ def with_parts(
                 elif (ours := from_transformers(name)) is not None and ours.startswith("visual_"):
                     found.add(ours, place)
         else:
-            for name, place in source.places.items():
-                found.add(f"visual_encoder.{name.removeprefix('visual_encoder.')}", place)
+            _add_eva(found, source)
     if language is not None:
         if not (language / "config.json").exists():
             raise CloverError(f"{language} is no folder in transformers' form: no config.json")
         found.language, found.language_folder = read_json(language / "config.json"), language
         for name, place in open_tensors(language).places.items():
             found.add(f"language_model.{name}", place)
+
+
+def _add_eva(found: Checkpoint, source: TensorSource) -> None:
+    """Add EVA's own file, which has a block more than the published system runs (SPEC, 3.1)."""
+    places = {name.removeprefix("visual_encoder."): item for name, item in source.places.items()}
+    width = places["cls_token"].shape[-1] if "cls_token" in places else 0
+    depths = [shape.depth for shape in eva_clip.SHAPES.values() if shape.width == width]
+    for name, place in places.items():
+        block = _EVA_NAME.match(name)
+        if block is None:
+            found.left_out[name] = "not read: neither block nor patches of EVA's encoder"
+        elif block[1] is not None and depths and int(block[1]) >= depths[0]:
+            found.left_out[name] = (
+                f"the published system runs {depths[0]} blocks and drops the last"
+            )
+        else:
+            found.add(f"visual_encoder.{name}", place)
 
 
 def zeros(entry_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from clover.convert.checkpoint import Checkpoint
 from clover.convert.folder import lacking, write_model
 from clover.convert.read import read_checkpoint, with_parts
 from clover.convert.verify import Parity, verify
+from clover.convert.whole import check_whole
 from clover.convert.write import write_clover, write_lavis, write_transformers
 from clover.core.config import load_recipe
 
@@ -63,6 +64,7 @@ def convert(
     with_parts(found, encoder=encoder, language=language)
     if num_heads is not None:
         found.details["num_heads"] = num_heads
+    check_whole(found)
     needed: list[str] = []
     if to == "clover":
         base = None if recipe is None else load_recipe(recipe)

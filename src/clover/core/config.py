@@ -7,6 +7,7 @@ Change a value on the command line with ``--set tune.steps=400``.
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
+from clover.core.lock import lock_path, read_lock
 
 _LATER = (
     *(("encoder", name) for name in ("options", "mean", "std", "numbers", "licence_note")),
@@ -83,11 +85,24 @@ class InstructConfig(Section):
 _FAMILIES = Path(__file__).resolve().parents[1] / "vision" / "family"
 
 
+def family_files() -> dict[str, Path]:
+    """Return the file of each family of encoders: those that come along, then one's own.
+
+    One's own lie in the folder that `CLOVER_FAMILIES` names. Only its owner sets it: a recipe or a
+    model folder, which may be a stranger's, cannot name code.
+    """
+    own = os.environ.get("CLOVER_FAMILIES")
+    folders = ([Path(own).expanduser()] if own else []) + [_FAMILIES]
+    found = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
+    return {name: path for name, path in found.items() if not name.startswith("_")}
+
+
 class EncoderConfig(Section):
     """The frozen image encoder."""
 
     kind: str = "timm"
-    """Which family: `timm` (feature maps), or a file of `clover/vision/family` (docs/models.md)."""
+    """Which family: `timm` (feature maps), a file of `clover/vision/family`, or of the folder
+    `CLOVER_FAMILIES` (docs/models.md)."""
     model: str = "tf_efficientnet_lite0"
     """The architecture's name in its library."""
     options: dict[str, Any] = {}
@@ -118,8 +133,9 @@ class EncoderConfig(Section):
     """Number format that training images' tokens are kept in; int8 has one scale a token."""
     views: int = Field(1, ge=1)
     """Views an image that training draws from: the image as it is, and others made of it."""
-    view_kind: Literal["crop", "turn"] = "crop"
-    """How: random crops and mirror images (as published), or the seven turns and mirror images."""
+    view_kind: Literal["crop", "augment", "turn"] = "crop"
+    """How: random crops and mirror images; these with RandAugment, as published for stage 2; or the
+    seven turns and mirror images."""
 
     @model_validator(mode="after")
     def _check_views(self) -> EncoderConfig:
@@ -130,8 +146,7 @@ class EncoderConfig(Section):
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
-        files = [path.stem for path in _FAMILIES.glob("*.py") if path.stem != "__init__"]
-        known = ["timm", "tiny", *files]
+        known = ["timm", "tiny", *family_files()]
         if kind not in known:
             raise ValueError(f"no family '{kind}'{nearest(kind, known)}")
         return kind
@@ -194,7 +209,7 @@ class LanguageConfig(Section):
     max_answer_tokens: int = Field(128, ge=2)
     """Longer answers lose their end."""
     quantise: Literal["none", "int8", "bnb-8bit", "bnb-4bit"] = "none"
-    """Fewer bits for the frozen weights: `int8` runs everywhere, `bnb-*` needs a GPU."""
+    """Fewer bits for the frozen weights: `int8` of our own, or bitsandbytes' (extra `[bits]`)."""
     paper_dropout: bool = False
     """Leave the frozen model's dropout on while training, as published (docs/decisions/0002)."""
     spread: bool = False
@@ -246,7 +261,7 @@ class OptimizerConfig(Section):
     validate_every: int = Field(0, ge=0)
     """Steps between validations on held-out samples (`--validation`); none when 0."""
     validate_samples: int = Field(512, ge=2)
-    """Held-out samples of a validation: the file's first so many."""
+    """Held-out samples of a validation, evenly spaced in their file; all when it holds fewer."""
     keep_weights: Literal["last", "best"] = "last"
     """Whether the stage's product holds the last weights, or those that validated best."""
     seed: int | None = None
@@ -501,6 +516,39 @@ def load_recipe(name: str | Path, settings: tuple[str, ...] = ()) -> Recipe:
     for setting in settings:
         _assign(tree, setting)
     try:
-        return Recipe.model_validate(tree)
+        return _locked(Recipe.model_validate(tree), path)
     except ValidationError as error:
         raise CloverError(explain_error(error, str(path))) from error
+
+
+ASSETS = (
+    ("encoder", "weights"),
+    ("qformer", "weights"),
+    ("qformer", "tokenizer"),
+    ("language", "weights"),
+)
+"""(section, field) of a recipe's references."""
+
+
+def lock_of(name: str | Path) -> Path:
+    """Return where the lock of a recipe lies, or would: see `core/lock.py`."""
+    path = find_recipe(name)
+    return lock_path(path, is_shipped=path.resolve().parent == RECIPES.resolve())
+
+
+def _locked(recipe: Recipe, path: Path) -> Recipe:
+    """Return the recipe with its references as its lock pins them."""
+    found = read_lock(lock_of(path))
+    changes: dict[str, Any] = {}
+    for section, field in ASSETS:
+        entry = found.get(f"{section}.{field}")
+        part = changes.get(section) or getattr(recipe, section)
+        said = getattr(part, field)
+        # An encoder known by name leaves its weights to the register.
+        is_register = section == "encoder" and recipe.encoder.kind == "known" and said is None
+        if entry is None or (said != entry["reference"] and not is_register):
+            continue
+        if not is_register or entry.get("model") == recipe.encoder.model:
+            tree = part.model_dump(exclude_unset=True) | {field: entry["pinned"]}
+            changes[section] = type(part).model_validate(tree)
+    return recipe.model_copy(update=changes)

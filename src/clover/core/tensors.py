@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,8 @@ def _torch_places(path: Path) -> dict[str, Place]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol; what matters is raised
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise CloverError(

@@ -61,13 +61,18 @@ def score(
     question-only baseline). Without answer_type, an item is closed if its answer is yes or no.
     Warnings go to stderr.
     """
-    from clover.evaluate.score import compare_files, read_sheet, score_sheet
+    from clover.evaluate.score import compare_files, num_workers, read_sheet, score_sheet
     from clover.evaluate.table import comparison_lines, score_lines
 
     draws, seed, truth = options["draws"], options["seed"], options["truth"]
     against = options["against"] if other is None else other
     rated = read_sheet(
-        predictions, protocol, truth=truth, train=options["train"], per_item=options["per_item"]
+        predictions,
+        protocol,
+        truth=truth,
+        train=options["train"],
+        per_item=options["per_item"],
+        workers=num_workers(predictions),
     )
     second = None if against is None else read_sheet(against, protocol, truth=truth)
     scores = score_sheet(*rated, draws=draws, seed=seed, trainable_parameters=options["trainable"])

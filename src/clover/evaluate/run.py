@@ -30,17 +30,18 @@ from clover.evaluate.control import (
     image_gain,
     verdict,
 )
+from clover.evaluate.copied import TrainingAnswers
 from clover.evaluate.decoding import find_decoding
 from clover.evaluate.endpoint import EndpointModel
-from clover.evaluate.expose import TrainingAnswers
 from clover.evaluate.item import ItemReader
 from clover.evaluate.predict import NOTICE, LocalModel, PredictionJob, predict
 from clover.evaluate.protocol import find_protocols
 from clover.evaluate.score import per_log_parameters, score, score_sheet
 from clover.evaluate.sheet import Sheet
 from clover.evaluate.view import BASIC, View
-from clover.model import load, read_config
+from clover.model import Clover, load, read_config
 from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.familiar import UNFAMILIAR
 from clover.vision.leaks import refuse_leaks
 from clover.vision.probe import pooled
 
@@ -70,7 +71,31 @@ class Evaluation:
     """Prediction lines of what needs no model of ours."""
     training: Sequence[Record] = ()
     """Training questions, where they are known: to expose answers copied from them."""
+    unfamiliar: Unfamiliar | None = None
+    """Images unlike those the model learnt from, where its folder tells."""
     draws: int = 1000
+
+
+@dataclass(frozen=True)
+class Unfamiliar:
+    """How many images are unlike those a model learnt from."""
+
+    images: int
+    of: int
+
+    def row(self) -> dict[str, Any]:
+        """Return the JSON-able form, with the sentence that is said of them."""
+        said = f"{self.images:,} of {self.of:,} images are unlike those the model learnt from."
+        return {"images": self.images, "of": self.of, "sentence": said}
+
+
+def count_unfamiliar(model: Clover, data: FeatureSet) -> Unfamiliar | None:
+    """Count them; None where the model folder does not describe its training images."""
+    if model.familiarity is None:
+        return None
+    digests = sorted(set(data.digests))
+    shares = [model.familiarity.share_nearer(data.cache.get([digest])) for digest in digests]
+    return Unfamiliar(sum(share >= UNFAMILIAR for share in shares), len(digests))
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
@@ -174,12 +199,10 @@ def evaluate_folder(
         trainable=model.bridge.num_trainable(),
         baselines={} if learnt is None or predict_only else _baseline_rows(learnt, asked),
         training=() if learnt is None else learnt.records,
+        unfamiliar=None if predict_only else count_unfamiliar(model, asked),
         draws=config.bootstrap,
     )
-    if predict_only:
-        predict_views(evaluation)
-        return None
-    return evaluate(evaluation)
+    return _evaluated(evaluation, predict_only=predict_only)
 
 
 def evaluate_endpoint(
@@ -202,6 +225,10 @@ def evaluate_endpoint(
         control_items=control_items,
         draws=EvaluateConfig().bootstrap,
     )
+    return _evaluated(evaluation, predict_only=predict_only)
+
+
+def _evaluated(evaluation: Evaluation, *, predict_only: bool) -> dict[str, Any] | None:
     if predict_only:
         predict_views(evaluation)
         return None
@@ -285,6 +312,7 @@ def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, 
             },
             "forms": form_table(rows, others, draws=draws),
             "verdict": verdict(blind, gains.get("shuffled")),
+            "unfamiliar": evaluation.unfamiliar and evaluation.unfamiliar.row(),
             "exposed": image["details"]["exposed"],
         },
     }
@@ -294,8 +322,7 @@ def _score_beside(rows: list[Row], training: Sequence[Record], draws: int) -> di
     """Score by the strict rule, with an eye on answers that are copied from training."""
     known = TrainingAnswers(record.row() for record in training) if training else None
     sheet, reader = Sheet(find_protocols(PROTOCOL), known), ItemReader()
-    for item in reader.items(rows):
-        sheet.add(item)
+    sheet.fill(reader.items(rows))
     return score_sheet(sheet, reader, draws=draws)[PROTOCOL]
 
 

@@ -13,11 +13,17 @@ from typing import Any
 
 from clover.core.errors import CloverError
 from clover.core.files import write_jsonl
-from clover.evaluate.expose import TrainingAnswers
+from clover.core.run import num_processors
+from clover.evaluate.copied import TrainingAnswers
 from clover.evaluate.interval import mcnemar, paired_bootstrap
 from clover.evaluate.item import ItemReader, Problems, read_rows, read_truth, spoken
 from clover.evaluate.protocol import Item, find_protocols
 from clover.evaluate.sheet import SCORE_KEYS, Sheet, rated_rows
+
+_LARGE = 32 << 20
+"""Bytes of predictions from which starting further processes, half a second, pays."""
+_MOST_WORKERS = 4
+"""One process reads, and is busy when four rate."""
 
 __all__ = [
     "compare_files",
@@ -56,8 +62,7 @@ def score(
     """
     sheet = Sheet(find_protocols(protocol))
     reader = ItemReader()
-    for item in reader.items(_row(item) for item in items):
-        sheet.add(item)
+    sheet.fill(reader.items(_row(item) for item in items))
     found = score_sheet(sheet, reader, draws=draws, seed=seed)
     is_single = isinstance(protocol, str) and "," not in protocol
     return found[sheet.protocols[0].name] if is_single else found
@@ -72,6 +77,7 @@ def score_file(
     per_item: str | Path | None = None,
     draws: int = 1000,
     seed: int = 0,
+    workers: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Score a prediction file; return one dictionary as `score` gives a protocol.
 
@@ -83,11 +89,15 @@ def score_file(
         per_item: Where to write one JSON line an item and protocol.
         draws: Bootstrap draws.
         seed: Of the draws.
+        workers: Processes that rate, without `per_item`. More than one are spawned: the calling
+            script needs its `if __name__ == "__main__"`.
 
     Raises:
         CloverError: a file that cannot be read, another split's truth, nothing to score.
     """
-    sheet, reader = read_sheet(path, protocol, truth=truth, train=train, per_item=per_item)
+    sheet, reader = read_sheet(
+        path, protocol, truth=truth, train=train, per_item=per_item, workers=workers
+    )
     return score_sheet(sheet, reader, draws=draws, seed=seed)
 
 
@@ -98,8 +108,9 @@ def read_sheet(
     truth: str | Path | None = None,
     train: str | Path | None = None,
     per_item: str | Path | None = None,
+    workers: int = 1,
 ) -> tuple[Sheet, ItemReader]:
-    """Rate every item of a prediction file.
+    """Rate every item of a prediction file; arguments as `score_file`.
 
     Raises:
         CloverError: as `score_file`.
@@ -110,13 +121,19 @@ def read_sheet(
     reader.problems.merge(problems)
     items = reader.items(read_rows(path, reader.problems))
     if per_item is None:
-        for item in items:
-            sheet.add(item)
+        sheet.fill(items, workers=workers)
     else:
         write_jsonl(per_item, rated_rows(sheet, items))
     if not len(sheet):
         raise CloverError(f"{path}: {_nothing(reader)}")
     return sheet, reader
+
+
+def num_workers(path: Path) -> int:
+    """Return how many processes should rate a file: as many as there are cores, for a large one."""
+    if not path.is_file() or path.stat().st_size < _LARGE:
+        return 1
+    return min(_MOST_WORKERS, num_processors())
 
 
 def read_training(path: str | Path) -> TrainingAnswers:
@@ -133,7 +150,8 @@ def read_training(path: str | Path) -> TrainingAnswers:
 
 def _nothing(reader: ItemReader) -> str:
     reasons = "; ".join(reader.problems.lines()) or "there are no prediction lines"
-    return f"nothing can be scored: {reasons}; a line is id, question, answer, prediction"
+    fix = "" if reader.truth is not None else "; or name a file with the answers: --truth FILE"
+    return f"nothing can be scored: {reasons}; a line is id, question, answer, prediction{fix}"
 
 
 def score_sheet(

@@ -7,7 +7,6 @@ take some 100 bytes each and protocol; no text is kept but distinct questions an
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clover.core.known import Count, largest
-from clover.evaluate.expose import TrainingAnswers, Witness, question_form
+from clover.evaluate.copied import TrainingAnswers
+from clover.evaluate.expose import Witness
 from clover.evaluate.interval import bootstrap_means, cluster_codes, interval
+from clover.evaluate.judge import Columns, Judge, chunks, judged_chunks
 from clover.evaluate.prior import majority, question_only
 from clover.evaluate.protocol import DROPPED, METRICS, Item, Protocol, Rating
-from clover.evaluate.protocol.strict import gold_label, strict_form
 
 SCORE_KEYS = ("closed", "open_recall", "open_precision", "open_f1", "open_exact")
-_LABELS = {None: -1, "no": 0, "yes": 1}
-_NAN = math.nan
 
 
 class Sheet:
@@ -33,51 +31,47 @@ class Sheet:
         self, protocols: Sequence[Protocol], training: TrainingAnswers | None = None
     ) -> None:
         self.protocols = list(protocols)
-        self.witness = Witness(training)
         self.count = Count()
         self._most_counted = largest() + 1  # one more is none of them, however many follow
         self.ids: list[Any] = []
         self.images: list[str | None] = []
         self._same: dict[str, str] = {}
-        self._is_closed = array("b")
-        self._gold = array("b")
-        self._question_codes = array("q")
-        self._answer_codes = array("q")
-        self._questions: dict[str, int] = {}
-        self._answers: dict[str, int] = {}
-        self._ratings = {protocol.name: array("d") for protocol in protocols}
-        self._labels = {protocol.name: array("b") for protocol in protocols}
+        self._judge = Judge(protocols, training)
+        self._columns = Columns.empty(len(protocols))
+        self.witness = Witness(self._columns, has_training=training is not None)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def add(self, item: Item) -> list[Rating]:
-        """Rate one item under every protocol; return the ratings in their order."""
-        self.ids.append(item.id)
-        if len(self.ids) <= self._most_counted:
+    def fill(self, items: Iterable[Item], *, workers: int = 1) -> None:
+        """Rate items under every protocol, in as many processes; one is this process."""
+        for chunk, columns in judged_chunks(self._judge, items, workers=workers):
+            self._note(chunk, columns)
+
+    def rated(self, items: Iterable[Item]) -> Iterator[tuple[Item, tuple[Rating, ...]]]:
+        """Rate items as `fill`; yield each with its ratings, in the order of the protocols."""
+        for chunk in chunks(items):
+            columns, ratings = self._judge.judged(chunk)
+            self._note(chunk, columns)
+            yield from zip(chunk, zip(*ratings, strict=True), strict=True)
+
+    def _note(self, items: Sequence[Item], columns: Columns) -> None:
+        for item in items[: max(0, self._most_counted - len(self.ids))]:
             self.count.add(item.question, item.answer, is_closed=item.is_closed)
-        image = item.image
-        self.images.append(None if image is None else self._same.setdefault(image, image))
-        self._is_closed.append(item.is_closed)
-        gold = gold_label(item) if item.is_closed else None
-        self._gold.append(_LABELS[gold])
-        question = question_form(item.question)
-        form = item.form or question
-        self._question_codes.append(self._questions.setdefault(form, len(self._questions)))
-        answer = gold or strict_form(item.answer)
-        self._answer_codes.append(self._answers.setdefault(answer, len(self._answers)))
-        self.witness.add(item, question, gold)
-        ratings = [protocol.rate(item) for protocol in self.protocols]
-        for protocol, rating in zip(self.protocols, ratings, strict=True):
-            self._ratings[protocol.name].extend(
-                [_NAN if value is None else value for value in rating[:5]]
-            )
-            self._labels[protocol.name].append(_LABELS[rating.label])
-        return ratings
+        self.ids += [item.id for item in items]
+        same = self._same.setdefault
+        self.images += [
+            None if item.image is None else same(item.image, item.image) for item in items
+        ]
+        self._columns.extend(columns)
 
     def ratings(self, name: str) -> NDArray[np.float64]:
         """Return a protocol's ratings [N, 5] in the order of `METRICS`; NaN where there is none."""
-        return np.frombuffer(self._ratings[name], dtype=np.float64).reshape(-1, len(METRICS))
+        numbers = self._columns.ratings[self._place(name)]
+        return np.frombuffer(numbers, dtype=np.float64).reshape(-1, len(METRICS))
+
+    def _place(self, name: str) -> int:
+        return next(place for place, one in enumerate(self.protocols) if one.name == name)
 
     def columns(self, name: str) -> NDArray[np.float64]:
         """Return what the scores average, [N, 5] in the order of `SCORE_KEYS`.
@@ -92,7 +86,7 @@ class Sheet:
     @property
     def is_closed(self) -> NDArray[np.bool_]:
         """Which items are closed, [N]."""
-        return np.frombuffer(self._is_closed, dtype=np.int8).astype(bool)
+        return np.frombuffer(self._columns.is_closed, dtype=np.int8).astype(bool)
 
     def cluster_names(self) -> list[str]:
         """Return each item's image, or the item itself where no image is named."""
@@ -142,8 +136,8 @@ class Sheet:
     def _bias(self, name: str) -> dict[str, Any]:
         """Return how the predictions to closed questions were read, in percent."""
         closed = self.is_closed
-        labels = np.frombuffer(self._labels[name], dtype=np.int8)[closed]
-        gold = np.frombuffer(self._gold, dtype=np.int8)[closed]
+        labels = np.frombuffer(self._columns.labels[self._place(name)], dtype=np.int8)[closed]
+        gold = np.frombuffer(self._columns.gold, dtype=np.int8)[closed]
         ratings = self.ratings(name)
         found: dict[str, Any] = {
             "unparsed": _percent(labels == -1),
@@ -161,9 +155,11 @@ class Sheet:
 
     def _baselines(self) -> dict[str, Any]:
         """Return what the answers alone would score, in percent (strict rules)."""
-        questions = np.frombuffer(self._question_codes, dtype=np.int64)
-        answers = np.frombuffer(self._answer_codes, dtype=np.int64)
-        yes_no = np.frombuffer(self._gold, dtype=np.int8) >= 0
+        questions, answers = (
+            np.unique(np.frombuffer(codes, dtype="<i8"), return_inverse=True)[1]
+            for codes in (self._columns.forms, self._columns.answers)
+        )
+        yes_no = np.frombuffer(self._columns.gold, dtype=np.int8) >= 0
         is_open = ~self.is_closed
         return {
             "majority": {
@@ -198,8 +194,8 @@ def _summary(table: NDArray[np.float64], means: NDArray[np.float64]) -> dict[str
 
 def rated_rows(sheet: Sheet, items: Iterable[Item]) -> Iterator[dict[str, Any]]:
     """Rate items one by one and yield a row an item and protocol, for `--per-item`."""
-    for item in items:
-        for protocol, rating in zip(sheet.protocols, sheet.add(item), strict=True):
+    for item, ratings in sheet.rated(items):
+        for protocol, rating in zip(sheet.protocols, ratings, strict=True):
             row: dict[str, Any] = {"id": item.id, "protocol": protocol.name}
             row.update(zip(METRICS, rating[:5], strict=True))
             if rating.closed == DROPPED:

@@ -135,7 +135,10 @@ def _load_model(
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
     more: dict[str, Any] = {}
     if config.quantise.startswith("bnb"):
-        more = {"quantization_config": bitsandbytes_config(config), "device_map": {"": device}}
+        more = {
+            "quantization_config": bitsandbytes_config(config, dtype),
+            "device_map": {"": device},
+        }
     try:
         model, report = family.from_pretrained(
             str(folder),

@@ -1,4 +1,4 @@
-"""Fewer bits for frozen weights: 8-bit integers that run on every device, bitsandbytes on a GPU.
+"""Fewer bits for frozen weights: 8-bit integers of our own, or bitsandbytes' 8 and 4 bits.
 
 `int8`: each row of a weight matrix becomes integers in -127 … 127 and one scale, the row's largest
 absolute value / 127. The product is computed in the activations' own format, so gradients pass to
@@ -9,6 +9,7 @@ the visual tokens as before. Embeddings, norms and the head stay as they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -81,31 +82,33 @@ def quantise_int8(model: nn.Module) -> int:
     return count
 
 
-def bitsandbytes_config(config: LanguageConfig) -> Any:
-    """Return transformers' configuration for 8 or 4 bits through bitsandbytes. Not measured here.
+def bitsandbytes_config(config: LanguageConfig, dtype: torch.dtype) -> Any:
+    """Return transformers' configuration for 8 or 4 bits through bitsandbytes.
+
+    Args:
+        config: Says how many.
+        dtype: What products are computed in (4 bits); bitsandbytes computes 8 bits in its own.
 
     Raises:
-        CloverError: bitsandbytes is not installed, or there is no GPU.
+        CloverError: bitsandbytes, or accelerate which transformers needs for it, is not installed.
     """
-    if not torch.cuda.is_available():
-        raise CloverError(
-            f"language.quantise {config.quantise} needs a CUDA GPU, and there is none; "
-            "language.quantise=int8 runs everywhere"
-        )
     try:
+        import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise CloverError(
-            f"language.quantise {config.quantise} needs the package bitsandbytes: "
-            "pip install 'clover-pathology[bits]'"
+            f"language.quantise {config.quantise} needs the package {error.name}: "
+            "pip install 'clover-pathology[bits]'; language.quantise=int8 needs none"
         ) from error
     from transformers import BitsAndBytesConfig
 
     if config.quantise == "bnb-8bit":
+        # It says at each product that it multiplies in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )

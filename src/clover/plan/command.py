@@ -47,20 +47,37 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool, **options: Any) 
 
 
 def _show(row: dict[str, Any], card: Any) -> None:
-    click.echo(f"{row['recipe']}: {row['encoder']}, {row['encoder_parameters']:,} frozen")
-    click.echo(f"{'':<26}{'features':>12}{'align':>12}{'tune':>12}")
-    for label, key in (("trainable", "trainable_parameters"), ("frozen", "frozen_parameters")):
-        values = "".join(f"{row[stage][key] / 1e6:>11,.1f}M" for stage in ("align", "tune"))
-        click.echo(f"{label + ' parameters':<26}{'':>12}{values}")
+    stages = ("features", "align", "tune")
+    click.echo(
+        f"{row['recipe']}\n"
+        f"  image encoder   {row['encoder']}, {row['encoder_parameters']:,} parameters, "
+        f"{row['encoder_numbers']}\n"
+        f"  language model  {row['language']}, {row['tune']['frozen_parameters']:,} parameters, "
+        f"{row['language_numbers']}\n"
+        f"  what learns     {row['trained_numbers']}"
+    )
+    lines = [("", "".join(f"{name:>14}" for name in stages))]
+    for label, key in (("learn", "trainable_parameters"), ("frozen", "frozen_parameters")):
+        values = "".join(f"{row[stage][key] / 1e6:>13,.1f}M" for stage in stages)
+        lines.append((f"{label}, parameters", values))
     for part in row["align"]["gib"]:
-        values = "".join(f"{row[stage]['gib'][part]:>12.2f}" for stage in ("align", "tune"))
-        click.echo(f"{part + ', GiB':<26}{'':>12}{values}")
-    for label, key in (("peak, GiB", "peak_gib"), ("hours", "hours"), ("dollars", "dollars")):
-        values = "".join(f"{row[key][stage]:>12,.2f}" for stage in ("features", "align", "tune"))
-        click.echo(f"{label:<26}{values}")
-    steps = "".join(f"{row[stage]['tflop_a_step']:>12,.2f}" for stage in ("align", "tune"))
-    click.echo(f"{'TFLOP a step':<26}{'':>12}{steps}")
-    click.echo(f"disk for {row['images']:,} images: {row['cache_gib']:,.1f} GiB")
+        values = "".join(f"{row[stage]['gib'][part]:>14.2f}" for stage in stages)
+        lines.append((f"{part}, GiB", values))
+    lines.append(("peak, GiB", "".join(f"{row['peak_gib'][stage]:>14.2f}" for stage in stages)))
+    steps = [f"{row['features']['steps']:,} x 1"]
+    steps += [f"{row[stage]['steps']:,} x {row[stage]['batch_size']}" for stage in stages[1:]]
+    lines.append(("images or steps x batch", "".join(f"{text:>14}" for text in steps)))
+    each = "".join(f"{row[stage]['tflop_a_step']:>14,.2f}" for stage in stages)
+    lines.append(("TFLOP an image or step", each))
+    for key in ("hours", "dollars"):
+        lines.append((key, "".join(f"{_amount(row[key][stage]):>14}" for stage in stages)))
+    for label, text in lines:
+        click.echo(f"{label:<26}{text}")
+    click.echo(
+        f"all three: {_amount(sum(row['hours'].values()))} hours, "
+        f"{_amount(sum(row['dollars'].values()))} dollars, and {row['cache_gib']:,.1f} GiB of disk "
+        f"for the features of {row['images']:,} images"
+    )
     click.echo(
         f"hours at {card.tflops:g} TFLOP/s sustained, dollars at {card.price:g} an hour; "
         "answers of the longest length in every row"
@@ -74,3 +91,8 @@ def _show(row: dict[str, Any], card: Any) -> None:
             f"It does not fit {card.memory_gib:g} GiB, nor with any switch there is: take a "
             "smaller language model or encoder, or a larger card"
         )
+
+
+def _amount(value: float) -> str:
+    """Return hours or dollars; a little is not nothing."""
+    return "< 0.01" if 0 < value < 0.01 else f"{value:,.2f}"

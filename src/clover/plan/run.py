@@ -69,8 +69,23 @@ class Plan:
 
     def row(self) -> dict[str, Any]:
         """Return the JSON-able form."""
-        parts = {}
+        parts: dict[str, Any] = {
+            "features": {
+                "trainable_parameters": 0,
+                "frozen_parameters": self.encoder.parameters,
+                "gib": {
+                    "trained weights": 0.0,
+                    "frozen weights": round(self.encoder.weights / _GIB, 2),
+                    "gradients and moments": 0.0,
+                    "activations": round(self.encoder.image.peak / _GIB, 2),
+                },
+                "tflop_a_step": round(self.encoder.image.operations / 1e12, 3),
+                "steps": self.images,
+                "batch_size": 1,
+            }
+        }
         for name, size in (("align", self.align), ("tune", self.tune)):
+            config = getattr(self.recipe, name)
             parts[name] = {
                 "trainable_parameters": size.trainable,
                 "frozen_parameters": size.frozen,
@@ -81,12 +96,18 @@ class Plan:
                     "activations": round(size.activations / _GIB, 2),
                 },
                 "tflop_a_step": round(size.operations / 1e12, 3),
+                "steps": config.steps,
+                "batch_size": config.batch_size,
             }
         hours = self.hours()
         return {
             "recipe": self.recipe.name,
             "encoder": self.encoder.id,
             "encoder_parameters": self.encoder.parameters,
+            "encoder_numbers": self.encoder.numbers,
+            "language": self.recipe.language.weights.split("?")[0],
+            "language_numbers": self.tune.frozen_numbers,
+            "trained_numbers": self.tune.trained_numbers,
             "images": self.images,
             "cache_gib": round(self.cache_gib(), 2),
             "peak_gib": {name: round(value, 2) for name, value in self.peaks().items()},
@@ -132,7 +153,8 @@ def _mend(recipe: Recipe, encoder: EncoderSize, card: Card) -> str | None:
     if batch != recipe.encoder.batch_size:
         settings.append(f"encoder.batch_size={batch}")
     for stage, measure in (("align", align_size), ("tune", tune_size)):
-        for quantise in ("none", "int8") if stage == "tune" else ("none",):
+        # int8 runs everywhere; four bits need bitsandbytes.
+        for quantise in ("none", "int8", "bnb-4bit") if stage == "tune" else ("none",):
             chosen = _accumulate(recipe, encoder, stage, measure, limit, quantise=quantise)
             if chosen is not None:
                 settings += chosen

@@ -30,7 +30,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """The image encoder: bytes, parameters, tokens, width, and one image's count."""
+    """The image encoder: bytes, parameters, tokens, width, one image's count, number format."""
 
     id: str
     parameters: int
@@ -38,6 +38,7 @@ class EncoderSize:
     num_tokens: int
     width: int
     image: Count
+    numbers: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class StepSize:
         optimiser: Bytes of gradients and AdamW's two moments.
         activations: Largest bytes alive of one forward and backward pass, gradients apart.
         operations: Of a whole step, all passes.
+        frozen_numbers: Format of the language model's weights.
+        trained_numbers: Formats of what learns and of its products.
     """
 
     trainable: int
@@ -61,6 +64,8 @@ class StepSize:
     optimiser: int
     activations: int
     operations: int
+    frozen_numbers: str = ""
+    trained_numbers: str = ""
 
     @property
     def peak(self) -> int:
@@ -95,6 +100,7 @@ def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
         tokens,
         width,
         Count(found.peak, found.operations // batch),
+        config.numbers,
     )
 
 
@@ -137,7 +143,7 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
     part = recipe.align.batch_size // recipe.align.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
-    text = _tokens(part, recipe.align.max_text_tokens)
+    text = _tokens(part, min(recipe.align.max_text_tokens, recipe.qformer.max_positions))
 
     def step() -> None:
         losses = alignment_losses(
@@ -150,7 +156,7 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         )
         losses.total.backward()  # type: ignore[no-untyped-call]
 
-    return _size(bridge, None, step, features, recipe.align.accumulate)
+    return _size(bridge, None, step, features, recipe)
 
 
 def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
@@ -161,7 +167,7 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         bridge.to(_numbers(recipe))
     part = recipe.tune.batch_size // recipe.tune.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
-    text = _tokens(part, recipe.tune.max_question_tokens)
+    text = _tokens(part, min(recipe.tune.max_question_tokens, recipe.qformer.max_positions))
     question = [[1] * recipe.language.max_instruction_tokens] * part
     answer = [[1] * recipe.language.max_answer_tokens] * part
 
@@ -172,10 +178,13 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         total, _ = language.loss_from_ids(visual, question, answer, prefix=())
         total.backward()  # type: ignore[no-untyped-call]
 
-    return _size(bridge, language.model, step, features, recipe.tune.accumulate)
+    return _size(bridge, language.model, step, features, recipe)
 
 
-def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, accumulate: int) -> StepSize:
+def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, recipe: Recipe) -> StepSize:
+    accumulate = (recipe.align if language is None else recipe.tune).accumulate
+    products = str(_numbers(recipe)).removeprefix("torch.")
+    bits = recipe.language.quantise
     frozen = [] if language is None else [*language.parameters(), *language.buffers()]
     found = count(step, before=[*bridge.parameters(), *bridge.buffers(), *frozen, features])
     trainable = bridge.num_trainable()
@@ -192,6 +201,8 @@ def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, accumulate
         # The step's own gradients were counted with it; they stand under `optimiser`.
         activations=max(0, found.peak - counted) + num_bytes_of(features),
         operations=found.operations * accumulate,
+        frozen_numbers=products if bits == "none" else f"{bits}, the rest {products}",
+        trained_numbers="float32" if copies == 0 else f"float32, products in {products}",
     )
 
 
@@ -248,12 +259,55 @@ def build_language(recipe: Recipe) -> DecoderOnly | EncoderDecoder:
             # transformers ties a fresh T5 all the same; FLAN's checkpoints bring their own head.
             head = model.get_output_embeddings()
             head.weight = nn.Parameter(torch.empty_like(head.weight))
-        if recipe.language.quantise == "int8":
+        if recipe.language.quantise in ("int8", "bnb-8bit"):
             quantise_int8(model)
+        elif recipe.language.quantise == "bnb-4bit":
+            _pack_four_bits(model)
     build = EncoderDecoder if is_pair else DecoderOnly
     # Ids are given, so neither template nor special tokens matter here.
     settings = recipe.language.model_copy(update={"text_start": "", "paper_dropout": False})
     return build(model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=settings)
+
+
+class FourBits(nn.Module):
+    """A frozen linear layer in bitsandbytes' NF4, as far as memory and operations go.
+
+    Two values a byte, and for each 64 of them a scale of one byte; a scale of these for 256.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        count = linear.weight.numel()
+        sizes = {"weight": count // 2, "scale": count // 64 + 4 * (count // (64 * 256))}
+        for name, size in sizes.items():
+            self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=META))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        product: Tensor = _Unpacked.apply(x, self.out_features)
+        return product
+
+
+class _Unpacked(torch.autograd.Function):
+    """x @ weight.T with a weight that is unpacked for the product, and again for its gradient."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, num_out: int) -> Tensor:
+        context.num_in = x.shape[-1]
+        return nn.functional.linear(x, x.new_empty(num_out, x.shape[-1]))
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ grad.new_empty(grad.shape[-1], context.num_in), None
+
+
+def _pack_four_bits(model: Any) -> None:
+    kept = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child is not kept:
+                setattr(parent, name, FourBits(child))
 
 
 class NoText:

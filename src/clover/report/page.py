@@ -12,7 +12,7 @@ from clover import __version__
 from clover.core.errors import CloverError
 from clover.core.files import write_text
 from clover.report import course, example, instruction, outcome
-from clover.report.reading import Run, part, read_run, title
+from clover.report.reading import Run, charges, part, read_run, title
 from clover.report.template import fill
 
 _PACKAGES = ("torch", "transformers", "timm", "tokenizers", "numpy", "pillow")
@@ -66,6 +66,8 @@ def _sections(run: Run, index: int) -> dict[str, Any]:
         "has_scores": bool(run.scores),
         "tiles": outcome.tiles(run),
         "verdict": run.details.get("verdict"),
+        "unfamiliar": (run.details.get("unfamiliar") or {}).get("sentence"),
+        "charges": charges(run.details),
         "controls": [
             {"title": name, "chart": outcome.control_chart(run, kind), "caption": ""}
             for kind, name in (("closed", "Closed accuracy, %"), ("open", "Open recall, %"))

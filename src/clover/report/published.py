@@ -22,7 +22,7 @@ import yaml
 from clover.core.errors import CloverError, nearest
 from clover.core.terminal import align_columns
 from clover.report.figure import DASH, Figure, decimal, number
-from clover.report.reading import Row, part, read_run, title
+from clover.report.reading import Row, charges, part, read_run, title
 
 _WIDTH = 100
 NOTICE = "Research use, not for diagnosis."
@@ -43,6 +43,8 @@ class Ours:
     trainable: float | None
     """In millions."""
     scores: dict[str, Figure]
+    charges: tuple[str, ...] = ()
+    """What it was exposed as: a blind model, a yes-sayer, a copier."""
 
     @property
     def counts(self) -> list[int]:
@@ -81,7 +83,8 @@ def read_ours(path: Path) -> list[Ours]:
             raise CloverError(f"{path} has no scores.json; `clover evaluate` writes it")
         protocol = str(run.details.get("protocol", "strict")).partition("@")[0]
         count = number(run.details.get("trainable_parameters"))
-        return [_ours(title(run), protocol, None if count is None else count / 1e6, view)]
+        millions = None if count is None else count / 1e6
+        return [_ours(title(run), protocol, millions, view, charges(run.details))]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -95,14 +98,18 @@ def read_ours(path: Path) -> list[Ours]:
     for name, scores in protocols.items():
         if part(scores, "closed") or part(scores, "open_recall"):
             model = part(scores, "details", "header").get("model") or path.stem
-            ours.append(_ours(str(model), str(name), None, scores))
+            exposed = charges(part(scores, "details"))
+            ours.append(_ours(str(model), str(name), None, scores, exposed))
     if not ours:
         raise CloverError(f"{path} holds no scores by protocol, as `clover score --json` prints")
     return ours
 
 
-def _ours(model: str, protocol: str, trainable: float | None, scores: Row) -> Ours:
-    return Ours(model, protocol, trainable, {key: Figure.read(scores.get(key)) for key in _TITLES})
+def _ours(
+    model: str, protocol: str, trainable: float | None, scores: Row, exposed: Iterable[str]
+) -> Ours:
+    figures = {key: Figure.read(scores.get(key)) for key in _TITLES}
+    return Ours(model, protocol, trainable, figures, tuple(exposed))
 
 
 def tables(runs: Sequence[Ours], sets: Iterable[str] = ()) -> list[Table]:
@@ -134,7 +141,12 @@ def _table(runs: Sequence[Ours], known: Mapping[str, Any], sources: Mapping[str,
         divided = _divided([run.scores[key].value for key in over], run.trainable)
         own = run.counts in known["counts"]
         mark = "this run" if own else "this run, other questions *"
-        table.rows.append([run.model, decimal(run.trainable), run.protocol, *cells, divided, mark])
+        model = run.model + " †" * bool(run.charges)
+        table.rows.append([model, decimal(run.trainable), run.protocol, *cells, divided, mark])
+    for line in dict.fromkeys(
+        f"† {run.model} is exposed as {charge}" for run in runs for charge in run.charges
+    ):
+        table.notes.append(line)
     if any(run.counts not in known["counts"] for run in runs):
         sizes = " or ".join(f"{closed:,} + {open_:,}" for closed, open_ in known["counts"])
         table.notes.append(
@@ -204,12 +216,13 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
+    "†": r"\dag{}",
     "−": "$-$",
 }
 
 
 def _latex(text: str) -> str:
-    return re.sub(r"[&%$#_{}\\~^–−]", lambda found: _LATEX[found.group()], text)
+    return re.sub(r"[&%$#_{}\\~^–−†]", lambda found: _LATEX[found.group()], text)
 
 
 def as_latex(found: Sequence[Table]) -> str:
@@ -239,7 +252,10 @@ def as_html(found: Sequence[Table]) -> str:
             + "</tr>"
             for at, row in enumerate(table.rows)
         ]
-        notes = "".join(f'<p class="muted">{html.escape(note)}</p>' for note in table.notes)
+        notes = "".join(
+            f'<p class="{"exposed" if note[0] == "†" else "muted"}">{html.escape(note)}</p>'
+            for note in table.notes
+        )
         body.append(
             f"<h2>{html.escape(table.title)}</h2>"
             f'<div class="scroll" tabindex="0"><table><thead><tr>{cells}</tr></thead>'

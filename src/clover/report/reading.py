@@ -52,6 +52,13 @@ def part(row: Any, *names: str) -> Row:
     return row if isinstance(row, dict) else {}
 
 
+def charges(details: Row) -> list[str]:
+    """Return what `clover score` or `clover evaluate` exposed a model as, a sentence each."""
+    found = part(details, "exposed").get("charges")
+    listed = found if isinstance(found, list) else []
+    return [str(one["sentence"]) for one in listed if part(one).get("sentence")]
+
+
 def read_run(path: Path) -> Run:
     """Read a run folder.
 

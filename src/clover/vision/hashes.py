@@ -5,6 +5,7 @@ In: names, some thousands at a time. Out: 32 bytes a record, and the images that
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.record import Record, Rejection
 from clover.slides.picture import is_region, region_digest
-from clover.vision.digests import DigestMemory
 from clover.vision.places import digest_array
 
 _ABSENT = bytes(32)
@@ -43,6 +44,10 @@ class Digests(Sequence[str]):
             return Digests(self.values[index])
         digest: str = self.values[index].tobytes().hex()
         return digest
+
+    def fingerprint(self) -> str:
+        """Return one hash of all of them, in their order."""
+        return hashlib.sha256(self.values.tobytes()).hexdigest()
 
     def num_distinct(self) -> int:
         """Return how many different ones there are."""

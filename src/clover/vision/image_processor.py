@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def draw_view(
     """Return a random crop of `scale` of the image's area, `size` pixels a side, half mirrored."""
     image = image.convert("RGB")
     box = crop_box(image.size, random, scale=scale)
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    # Cropped first: `resize(box=...)` would let the filter see pixels outside the crop.
+    view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
     return ImageOps.mirror(view) if random.random() < 0.5 else view
 
 
@@ -191,20 +193,33 @@ def _sharpness(image: Image.Image, sign: float, level: float) -> Image.Image:
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     """Warp, bilinear, grey where the image does not reach.
 
+    As OpenCV's warpAffine, which the published operations call: a pixel on the edge is blended with
+    the grey beyond it (Pillow's `transform` cuts it off: up to 64 of 255 levels away there), and
+    places are rounded to 1/32 of a pixel.
+
     Args:
         image: RGB.
         matrix: Six numbers that take a pixel of the result to its place in the image.
     """
     a, b, c, d, e, f = matrix
-    # Pillow counts from a pixel's corner, the published warp from its middle.
-    c, f = c + 0.5 - 0.5 * (a + b), f + 0.5 - 0.5 * (d + e)
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        (a, b, c, d, e, f),
-        Image.Resampling.BILINEAR,
-        fillcolor=_GREY,
-    )
+    pixels = np.asarray(image, dtype=np.float32)
+    height, width = pixels.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    u = np.round((a * x + b * y + c) * 32) / 32
+    v = np.round((d * x + e * y + f) * 32) / 32
+    left, top = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
+    right_share = (u - left)[..., None].astype(np.float32)
+    lower_share = (v - top)[..., None].astype(np.float32)
+    padded = np.full((height + 4, width + 4, 3), _GREY, dtype=np.float32)
+    padded[2:-2, 2:-2] = pixels
+
+    def at(row: Any, column: Any) -> Any:
+        return padded[np.clip(row + 2, 0, height + 3), np.clip(column + 2, 0, width + 3)]
+
+    upper = at(top, left) * (1 - right_share) + at(top, left + 1) * right_share
+    lower = at(top + 1, left) * (1 - right_share) + at(top + 1, left + 1) * right_share
+    blended = upper * (1 - lower_share) + lower * lower_share
+    return Image.fromarray(np.round(blended).astype(np.uint8))
 
 
 def _shear_x(image: Image.Image, sign: float, level: float) -> Image.Image:

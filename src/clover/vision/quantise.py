@@ -61,18 +61,34 @@ class Int8Linear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
+def _has_integer_products() -> bool:
+    """Return whether this torch multiplies integers: tried, as builds name what they lack too."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        Int8Linear(nn.Linear(8, 8))(torch.ones(1, 8))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
 def quantise(network: nn.Module, device: torch.device) -> int:
     """Replace the linear layers of an encoder in place; return how many.
 
     Layers that a library reads from inside (torch's own attention module) stay as they are.
 
     Raises:
-        CloverError: the encoder runs on something else than a CPU.
+        CloverError: the encoder runs on something else than a CPU, or torch has no such products.
     """
     if device.type != "cpu":
         raise CloverError(
             f"encoder.numbers int8 is for a CPU, and the encoder runs on {device.type}; "
             "encoder.numbers=bfloat16 is faster there"
+        )
+    if not _has_integer_products():
+        raise CloverError(
+            "encoder.numbers int8 needs a torch that was built with oneDNN, as those for x86 and "
+            "for Linux on ARM are, and this one was not; encoder.numbers=float32 runs everywhere"
         )
     count = 0
     for parent in list(network.modules()):

@@ -7,22 +7,24 @@ called, and how pixels become tokens; this file loads, freezes, prepares images 
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clover.core.assets import parse, resolve
-from clover.core.config import EncoderConfig
+from clover.core.assets import resolve
+from clover.core.config import EncoderConfig, family_files
 from clover.core.errors import CloverError, nearest
-from clover.core.files import fingerprint
+from clover.core.files import sha256_file
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
+from clover.vision.encoder import revisions
 from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from clover.vision.quantise import quantise
 
@@ -53,11 +55,6 @@ class Family:
     adapt: Callable[[str, Tensor, Tensor], Tensor] = lambda name, found, wanted: found
 
 
-def known_families() -> list[str]:
-    """Return the names that `encoder.kind` may have."""
-    return sorted(item.name for item in pkgutil.iter_modules(families.__path__))
-
-
 def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     """Build the network a recipe names, with fresh weights.
 
@@ -67,19 +64,44 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     Raises:
         CloverError: unknown family or architecture.
     """
-    known = known_families()
-    if config.kind not in known:
+    files = family_files()
+    if config.kind not in files:
         raise CloverError(
             f"encoder.kind '{config.kind}' is no family"
-            f"{nearest(config.kind, [*known, 'timm', 'tiny'])}"
+            f"{nearest(config.kind, [*files, 'timm', 'tiny'])}"
         )
-    module = importlib.import_module(f"clover.vision.family.{config.kind}")
+    module = _module(config.kind, files[config.kind])
     if hasattr(module, "expand"):
         return build_family(module.expand(config))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random weights, where none are named, are the same everywhere
         built: Family = module.build(config)
     return config, built
+
+
+def _is_own(path: Path) -> bool:
+    return path.parent != Path(families.__path__[0])
+
+
+def _module(kind: str, path: Path) -> Any:
+    """Import a family's file.
+
+    Raises:
+        CloverError: one's own file does not run, or has no `build`.
+    """
+    if not _is_own(path):
+        return importlib.import_module(f"clover.vision.family.{kind}")
+    spec = importlib.util.spec_from_file_location(f"clover_family_{kind}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise CloverError(f"{path} does not run: {type(error).__name__}: {line}") from error
+    if not hasattr(module, "build"):
+        raise CloverError(f"{path} has no build(config), which returns a Family (docs/models.md)")
+    return module
 
 
 class TokenEncoder:
@@ -107,7 +129,7 @@ class TokenEncoder:
         self.num_tokens, self.width = token_shape(self.network, config.image_size)
         if config.numbers == "int8":
             quantise(self.network, device)
-        self.revision = _revision(config, self._process)
+        self.revision, self.named_revision = _revisions(config, self._process)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -124,17 +146,16 @@ def _processor(config: EncoderConfig, built: Family) -> ImageProcessor:
     return ImageProcessor(config.image_size, config.mean or built.mean, config.std or built.std)
 
 
-def _revision(config: EncoderConfig, process: ImageProcessor) -> str:
-    asset = parse(config.weights) if config.weights else None
-    return fingerprint(
-        {
-            "weights": asset and [asset.reference, asset.sha256],
-            "options": config.options,
-            "pixels": [config.image_size, process.mean, process.std],
-            "numbers": config.numbers,
-            "form": 1,
-        }
-    )
+def _revisions(config: EncoderConfig, process: ImageProcessor) -> tuple[str, str]:
+    more = {
+        "options": config.options,
+        "pixels": [config.image_size, process.mean, process.std],
+        "numbers": config.numbers,
+    }
+    path = family_files().get(config.kind)
+    if path is not None and _is_own(path):
+        more["code"] = sha256_file(path)
+    return revisions(config, more)
 
 
 def describe(config: EncoderConfig) -> dict[str, Any]:
@@ -151,7 +172,7 @@ def describe(config: EncoderConfig) -> dict[str, Any]:
     else:
         with torch.device("meta"):
             named, built = build_family(config)
-        identity, revision = built.id, _revision(named, _processor(named, built))
+        identity, revision = built.id, _revisions(named, _processor(named, built))[0]
         width = token_shape(built.network, named.image_size)[1]
     said = {"id": identity, "revision": revision, "width": width, "licence": named.licence}
     return said | ({"licence_note": named.licence_note} if named.licence_note else {})

@@ -13,7 +13,12 @@ from typing import NamedTuple
 
 from clover.evaluate.protocol.base import DROPPED, Item, Protocol, Rating
 from clover.evaluate.protocol.bleu import sentence_bleu
-from clover.evaluate.protocol.normalise import first_yes_no, vqa_normalise
+from clover.evaluate.protocol.normalise import (
+    LONGEST_REMEMBERED,
+    first_yes_no,
+    remembered,
+    vqa_normalise,
+)
 
 
 class Words(NamedTuple):
@@ -28,12 +33,13 @@ def listed(words: list[str]) -> Words:
     return Words(words, set(words))
 
 
-@lru_cache(maxsize=64)  # several rules read the same item, and many items say yes or no
+@remembered
 def normal(text: str) -> str:
     """Return the lower-cased, normalised text that the closed rules read."""
     return vqa_normalise(text.lower())
 
 
+@remembered
 def metric_words(text: str) -> Words:
     """Return the words of a text that the caller, and again the metric, has normalised."""
     once = normal(text)
@@ -68,16 +74,20 @@ def exact_score(said: Words, gold: Words) -> float:
     return len(said.distinct & gold.distinct) / len(said.listed)
 
 
-@lru_cache(maxsize=64)  # several protocols ask for the same item, one after the other
 def _open_rating(prediction: str, answer: str) -> Rating:
     said, gold = metric_words(prediction), metric_words(answer)
     precision, recall, f1 = token_scores(said, gold)
     return Rating(recall=recall, precision=precision, f1=f1, exact=exact_score(said, gold))
 
 
+_known_open_rating = lru_cache(maxsize=1 << 12)(_open_rating)
+
+
 def rate_open(item: Item) -> Rating:
     """Rate an open item; the three scripts, and Quilt-LLaVA's, agree on it."""
-    return _open_rating(item.prediction, item.answer)
+    if len(item.prediction) + len(item.answer) > LONGEST_REMEMBERED:
+        return _open_rating(item.prediction, item.answer)
+    return _known_open_rating(item.prediction, item.answer)
 
 
 def _label(said: str) -> str | None:

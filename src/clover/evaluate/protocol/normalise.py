@@ -9,15 +9,51 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 _LONGEST_CACHED = 64
 _MOST_CACHED = 1 << 16
 """Words repeat, so their normal forms are kept; essays without a space would fill the memory."""
+
+
+LONGEST_REMEMBERED = 1000
+_MOST_REMEMBERED = 1 << 12
+
+Result = TypeVar("Result")
+
+
+def remembered(function: Callable[[str], Result]) -> Callable[[str], Result]:
+    """Remember what came of the last texts; several rules ask for the same, a chunk apart.
+
+    Essays are not remembered: four thousand of them would fill the memory.
+    """
+    kept = lru_cache(maxsize=_MOST_REMEMBERED)(function)
+
+    @wraps(function)
+    def found(text: str) -> Result:
+        return kept(text) if len(text) <= LONGEST_REMEMBERED else function(text)
+
+    return found
+
+
+class _Forms(dict[str, str]):
+    """Raw word -> its normal form, filled as words come."""
+
+    def __missing__(self, raw: str) -> str:
+        word = self._form(raw)
+        if len(raw) <= _LONGEST_CACHED:
+            if len(self) >= _MOST_CACHED:
+                self.clear()
+            self[raw] = word
+        return word
+
+    def _form(self, raw: str) -> str:
+        raise NotImplementedError
 
 
 def _vqa_words() -> tuple[dict[str, str], frozenset[str]]:
@@ -33,7 +69,8 @@ def _vqa_words() -> tuple[dict[str, str], frozenset[str]]:
 
 
 _SPECIAL, _ARTICLES = _vqa_words()
-_VQA_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_BESIDE_A_SPACE = re.compile(rf"[{re.escape(_MARKS)}](?:(?= )|(?<= .))")
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32
@@ -47,48 +84,72 @@ def vqa_normalise(text: str) -> str:
 
     Source: METRICS, section 1.1.
     """
-    marks = set(_VQA_PUNCTUATION.findall(text))
-    has_number_comma = "," in marks and _DIGIT_COMMA_DIGIT.search(text) is not None
-    spaced = text
-    for mark in marks:
-        vanishes = has_number_comma or f"{mark} " in text or f" {mark}" in text
-        spaced = spaced.replace(mark, "" if vanishes else " ")
-    if "." in spaced:
-        spaced = _PERIOD.sub("", spaced, count=_MOST_PERIODS)
-    become = _SPECIAL.get
-    words = spaced.split()
-    return " ".join(filter(None, map(become, words, words)))
+    if "," in text and _DIGIT_COMMA_DIGIT.search(text) is not None:
+        vanishing = _EVERY_MARK
+    else:
+        vanishing = frozenset(_BESIDE_A_SPACE.findall(text))
+    if text.count(".") > _MOST_PERIODS:
+        return _vqa_form(text, _translation(vanishing))
+    # No rule but these two looks beyond a word, so that words can be remembered.
+    return " ".join(filter(None, map(_vqa_forms(vanishing).__getitem__, text.split())))
+
+
+_EVERY_MARK = frozenset(_MARKS)
+
+
+@lru_cache(maxsize=1 << 8)
+def _translation(vanishing: frozenset[str]) -> dict[int, str]:
+    """Return what becomes of each mark: nothing, or a space."""
+    return {ord(mark): "" if mark in vanishing else " " for mark in _MARKS}
+
+
+def _vqa_form(text: str, marks: dict[int, str]) -> str:
+    """Return the normal form of a text, given what becomes of its marks."""
+    bare = _PERIOD.sub("", text.translate(marks), count=_MOST_PERIODS)
+    words = bare.split()
+    return " ".join(filter(None, map(_SPECIAL.get, words, words)))
+
+
+class _VqaForms(_Forms):
+    """Word of a text whose vanishing marks are known -> the word or words it becomes."""
+
+    def __init__(self, vanishing: frozenset[str]) -> None:
+        super().__init__()
+        self._marks = _translation(vanishing)
+
+    def _form(self, raw: str) -> str:
+        return _vqa_form(raw, self._marks)
+
+
+@lru_cache(maxsize=16)  # texts differ little in which marks stand beside a space
+def _vqa_forms(vanishing: frozenset[str]) -> _VqaForms:
+    return _VqaForms(vanishing)
 
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class _StrictWords(dict[str, str]):
-    """Raw word -> lower-case word without punctuation, filled as words come."""
+class _StrictWords(_Forms):
+    """Raw word -> lower-case word without punctuation."""
 
     def __init__(self, left_out: frozenset[str]) -> None:
         super().__init__()
         self._left_out = left_out
 
-    def __missing__(self, raw: str) -> str:
+    def _form(self, raw: str) -> str:
         word = raw.lower()
         if not word.isascii():
             composed = unicodedata.normalize("NFC", word)
             word = "".join(mark for mark in composed if unicodedata.category(mark)[0] != "P")
         word = word.translate(_ASCII_PUNCTUATION)
-        word = "" if word in self._left_out else word
-        if len(raw) <= _LONGEST_CACHED:
-            if len(self) >= _MOST_CACHED:
-                self.clear()
-            self[raw] = word
-        return word
+        return "" if word in self._left_out else word
 
 
 _WORDS = _StrictWords(_ARTICLES)
 _WORDS_WITH_ARTICLES = _StrictWords(frozenset())
 
 
-@lru_cache(maxsize=8)  # the same item is asked for several times, one after the other
+@remembered
 def strict_words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles, as SQuAD does.
 
@@ -101,14 +162,15 @@ def strict_words(text: str) -> list[str]:
     )
 
 
-_YES_NO = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_])")
+# What stands before is looked at last: a pattern that begins with a letter is found twice as fast.
+_YES_NO = re.compile(r"(?:yes(?<![^\W_]yes)|no(?<![^\W_]no))(?![^\W_])")
 
 
-@lru_cache(maxsize=8)
+@remembered
 def first_yes_no(text: str) -> str | None:
     """Return the first whole word that is yes or no, else None."""
     text = text.lower()
     if "yes" not in text and "no" not in text:  # cheaper than the search, and mostly so
         return None
     found = _YES_NO.search(text)
-    return found.group(1) if found else None
+    return found.group() if found else None

@@ -7,7 +7,7 @@ everything but a-z, A-Z and the space is deleted, so that hyphened words and lin
 from __future__ import annotations
 
 import math
-import re
+import string
 from functools import lru_cache, partial
 
 from clover.evaluate.protocol.base import Item, Protocol, Rating
@@ -15,12 +15,13 @@ from clover.evaluate.protocol.bleu import matches
 from clover.evaluate.protocol.llava_med import exact_score, listed, token_scores
 from clover.evaluate.protocol.normalise import first_yes_no
 
-_NOT_LETTERS = re.compile("[^a-zA-Z ]")
+_NOT_LETTERS = bytes(set(range(256)) - set(f"{string.ascii_letters} ".encode()))
 
 
 @lru_cache(maxsize=64)
 def _letters(text: str) -> list[str]:
-    return _NOT_LETTERS.sub("", text).lower().split()
+    letters = text.encode("ascii", "ignore").translate(None, _NOT_LETTERS)
+    return letters.decode("ascii").lower().split()
 
 
 def rate(item: Item) -> Rating:

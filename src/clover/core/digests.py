@@ -1,4 +1,5 @@
-"""Hashes of image files that have not changed: a million images are not read to start a training.
+"""Hashes of files that have not changed: a million images are not read to start a training, nor
+the gigabytes of a model to see that they are the pinned ones.
 
 A file is taken for unchanged when its size and its time of change, to the nanosecond, are what they
 were. A file that was changed within two seconds of being hashed is not remembered: it might change
@@ -8,12 +9,13 @@ again within what the file system calls the same instant.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sqlite3
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from clover.core.files import sha256_file
 
 _SETTLED_NS = 2_000_000_000
 _AT_ONCE = 500
@@ -100,7 +102,7 @@ class DigestMemory:
     def _read(self, path: str, found: os.stat_result) -> bytes:
         at = max(found.st_mtime_ns, found.st_ctime_ns)
         is_settled = time.time_ns() - at > _SETTLED_NS
-        sha = hashlib.sha256(Path(path).read_bytes()).digest()
+        sha = bytes.fromhex(sha256_file(path))
         if is_settled:
             self._new[path] = (found.st_size, at, sha)
         return sha
