@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clover.core.config import EncoderConfig
+from clover.core.config import EncoderConfig, family_files
 from clover.core.errors import CloverError
 from clover.vision.encoder import load_encoder
 from clover.vision.family import clip, eva_clip
 from clover.vision.family.known import register
-from clover.vision.token_encoder import TokenEncoder, build_family, known_families, token_shape
+from clover.vision.token_encoder import TokenEncoder, build_family, token_shape
 
 EVA = EncoderConfig(kind="eva_clip", model="vit_tiny_14", image_size=56, licence="MIT")
 CLIP = EVA.model_copy(update={"kind": "clip"})
@@ -390,5 +390,5 @@ class Evil:
 
 def test_all_families_are_files_of_one_folder() -> None:
     assert {"eva_clip", "clip", "timm_tokens", "open_clip", "transformers_vision", "known"} == set(
-        known_families()
+        family_files()
     )
