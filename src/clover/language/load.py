@@ -6,6 +6,7 @@ In: an asset reference to a GGUF file or to a folder in transformers' form. Out:
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ from safetensors import SafetensorError
 
 from clover.core.assets import parse, resolve
 from clover.core.config import LanguageConfig, PromptConfig
-from clover.core.errors import CloverError
+from clover.core.errors import CloverError, nearest
+from clover.core.files import read_json
 from clover.language.decoder_only import DecoderOnly
 from clover.language.dequantise import dequantised_folder
 from clover.language.encoder_decoder import EncoderDecoder
 from clover.language.prompt import Prompt
 from clover.language.quantise import bitsandbytes_config, quantise_int8
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_language_model(
@@ -120,8 +124,17 @@ def _load_model(
     folder: Path, config: LanguageConfig, dtype: torch.dtype, device: str | torch.device
 ) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import __version__ as version
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    try:
+        shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        kind = read_json(folder / "config.json").get("model_type")
+        raise CloverError(
+            f"{folder}/config.json: transformers {version} knows no model_type "
+            f"{kind!r}{nearest(str(kind), CONFIG_MAPPING)}"
+        ) from error
     is_pair = bool(getattr(shape, "is_encoder_decoder", False))
     if is_pair != (config.kind == "encoder_decoder"):
         kind = "encoder_decoder" if is_pair else "decoder_only"
@@ -147,6 +160,7 @@ def _load_model(
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
             **more,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -154,7 +168,19 @@ def _load_model(
             f"cannot read the weights in {folder}: {_first_line(error)}; "
             "safetensors are read, pickles are not"
         ) from error
-    # transformers would draw what is missing at random and go on.
+    # transformers would draw what is missing or does not fit at random and go on.
+    for name, lying, wanted in sorted(report["mismatched_keys"]):
+        raise CloverError(
+            f"{folder} does not fit its own config.json: {name} is {list(lying)}, it wants "
+            f"{list(wanted)}; the files are another model's"
+        )
+    if extra := sorted(report["unexpected_keys"]):
+        _LOG.warning(
+            "%s: %d tensors that its config.json has no place for are left out, for instance %s",
+            folder,
+            len(extra),
+            extra[0],
+        )
     if missing := sorted(report["missing_keys"]):
         raise CloverError(
             f"{folder} does not fit its own config.json: {len(missing)} tensors are missing, "
