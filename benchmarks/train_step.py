@@ -7,10 +7,13 @@ Stage 2: a language model of SmolLM2-135M's shape, 8 instructions of 24 tokens, 
 length about 48; the peer pads to the longest row and scores the vocabulary at every place.
 A step is forward, backward, clipping and AdamW, with the published dropout of 0.1.
 
-Time is processor time (both sides in turn in one process, medians): the core may be shared. Peak
-memory is of a process of its own. The floor replays every matrix product of our step alone.
+Time is processor time (medians): the core may be shared. The floor replays every matrix product of
+our step alone. Each side, and the floor, runs in a process of its own, whose peak memory is the
+side's; with `--into` each part is kept as it is done, so that a busy machine can do one at a time,
+and the row is printed once its three parts are there.
 
     python -m benchmarks.train_step [--steps 3] [--small]
+    python -m benchmarks.train_step --into parts/ --only "stage 1" ours
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +39,7 @@ from benchmarks.figure import print_figure
 from benchmarks.step import separate_passes
 from clover.align.losses import alignment_losses
 from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
+from clover.core.files import read_json, write_json
 from clover.core.run import peak_memory_gib
 from clover.language.decoder_only import DecoderOnly
 from clover.language.prompt import Prompt
@@ -147,6 +153,7 @@ def stage_2(size: str) -> tuple[Step, Step]:
     return ours, peer
 
 
+PARTS = ("ours", "peer", "floor")
 STAGES = {"stage 1": stage_1, "stage 2": stage_2}
 
 
@@ -200,52 +207,83 @@ def _processor(function: Step) -> float:
     return time.process_time() - start
 
 
+def measure(stage: str, part: str, size: str, steps: int) -> dict[str, float]:
+    """Return what one part of a row is: a side's seconds a step and peak memory, or the floor."""
+    ours, peer = STAGES[stage](size)
+    if part == "floor":
+        seconds, work = floor(ours)
+        return {"seconds": seconds, "gflop": work}
+    step = peer if part == "peer" else ours
+    del ours, peer
+    step()  # AdamW's state is made here
+    times = [_processor(step) for _ in range(steps)]
+    return {"seconds": statistics.median(times), "peak_gib": peak_memory_gib()}
+
+
+def print_row(stage: str, size: str, steps: int, found: dict[str, dict[str, float]]) -> None:
+    """Print one row of the table from its parts."""
+    ours, peer, least = (found[part] for part in PARTS)
+    print_figure(
+        f"{stage}, {size} size, float32",
+        ours["seconds"],
+        "s of processor time",
+        batch=BATCH,
+        steps=steps,
+        naive=round(peer["seconds"], 3),
+        ratio=round(peer["seconds"] / ours["seconds"], 2),
+        floor=round(least["seconds"], 3),
+        gflop=round(least["gflop"]),
+        above_floor=round(ours["seconds"] / least["seconds"], 2),
+        peak_gib=round(ours["peak_gib"], 2),
+        naive_peak_gib=round(peer["peak_gib"], 2),
+        memory_ratio=round(ours["peak_gib"] / peer["peak_gib"], 2),
+    )
+
+
 @click.command()
 @click.option("--steps", default=3, show_default=True, help="Measured steps of each side.")
 @click.option("--small", is_flag=True, help="A size that only shows that it runs.")
-@click.option("--peak", hidden=True, nargs=2, help="Run two steps of STAGE SIDE; print the peak.")
-def main(steps: int, small: bool, peak: tuple[str, str] | None) -> None:
-    """Print seconds, peak memory, ratio and floor of both stages."""
+@click.option("--into", type=click.Path(path_type=Path), help="Keep each part here as it is done.")
+@click.option(
+    "--only",
+    "chosen",
+    nargs=2,
+    type=(click.Choice(list(STAGES)), click.Choice(PARTS)),
+    help="With --into: measure this part alone.",
+)
+@click.option("--child", nargs=2, hidden=True)
+def main(
+    steps: int,
+    small: bool,
+    into: Path | None,
+    chosen: tuple[str, str] | None,
+    child: tuple[str, str] | None,
+) -> None:
+    """Print seconds, peak memory, ratio and floor of both stages; parts kept are not redone."""
     size = "small" if small else "published"
-    if peak:
-        step = STAGES[peak[0]](size)[peak[1] == "peer"]
-        step()
-        step()
-        print(json.dumps(peak_memory_gib()))
+    if child:
+        print(json.dumps(measure(*child, size, steps)))
         return
-    for name, build in STAGES.items():
-        ours, peer = build(size)
-        peer()
-        ours()
-        times: list[list[float]] = [[], []]
-        for _ in range(steps):
-            for found, step in zip(times, (ours, peer), strict=True):
-                found.append(_processor(step))
-        fast, slow = (statistics.median(found) for found in times)
-        least, work = floor(ours)
-        del ours, peer
-        memory = [_peak(name, side, size) for side in ("ours", "peer")]
-        print_figure(
-            f"{name}, {size} size, float32",
-            fast,
-            "s of processor time",
-            batch=BATCH,
-            naive=round(slow, 3),
-            ratio=round(slow / fast, 2),
-            floor=round(least, 3),
-            gflop=round(work),
-            above_floor=round(fast / least, 2),
-            peak_gib=round(memory[0], 2),
-            naive_peak_gib=round(memory[1], 2),
-            memory_ratio=round(memory[0] / memory[1], 2),
-        )
+    folder = into or Path(tempfile.mkdtemp(prefix="clover-step-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        found = {}
+        for part in PARTS:
+            kept = folder / f"{size}-{stage.replace(' ', '-')}-{part}-{steps}.json"
+            if not kept.exists() and chosen in (None, (stage, part)):
+                write_json(kept, _in_a_process(stage, part, steps, small))
+            if kept.exists():
+                found[part] = read_json(kept)
+        if len(found) == len(PARTS):
+            print_row(stage, size, steps, found)
 
 
-def _peak(stage: str, side: str, size: str) -> float:
-    command = [sys.executable, "-m", "benchmarks.train_step", "--peak", stage, side]
-    command += ["--small"] * (size == "small")
+def _in_a_process(stage: str, part: str, steps: int, small: bool) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.train_step", "--child", stage, part]
+    command += ["--steps", str(steps), *["--small"] * small]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(found.stdout.splitlines()[-1]))
+    row: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    return row
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from tiny import Tiny, build_tiny, tiny_clover  # noqa: E402
 
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: so have the commands that a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

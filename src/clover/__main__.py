@@ -1,4 +1,4 @@
-"""`python -m clover` is `clover`: what `torchrun -m clover` starts."""
+"""`python -m clover` is `clover`: what `torchrun -m -- clover` starts."""
 
 from clover.cli import main
 

@@ -53,12 +53,15 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_living_on
         dead, alive = [Path(writer.stdout.readline().strip()) for writer in writers]  # type: ignore[union-attr]
         writers[0].kill()
         writers[0].wait()
-        other = tmp_path / ".b.txt.abc.part"  # of another file, whose writer looks after it
-        other.write_text("half")
-        assert dead.exists() and alive.exists()
+        assert (dead.name, alive.name) == (".a.txt.part", ".a.txt.1.part")
+        dead.write_text("much longer than what comes")
         write_text(path, "new")
-        assert not dead.exists() and alive.exists() and other.exists()
-        assert path.read_text() == "new"
+        assert not dead.exists() and alive.exists() and path.read_text() == "new"
+        with atomic_path(path) as first, atomic_path(path) as second:  # and of one's own
+            assert (first.name, second.name) == (".a.txt.part", ".a.txt.2.part")
+            first.write_text("one")
+            second.write_text("two")
+        assert path.read_text() == "one" and [*tmp_path.glob(".a.*")] == [alive]
     finally:
         for writer in writers:
             writer.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,24 @@ def test_a_file_that_changes_under_us_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CloverError, match=r"c\.jsonl changed while it was read: line 1 is") as said:
         records[0]
     assert "\n" not in str(said.value) and records[1].id == "1"
+    path.write_text("")  # cut off in place
+    with pytest.raises(CloverError, match=r"changed while it was read: line 2 is"):
+        records[1]
+
+
+def test_long_lines_and_more_files_than_are_kept_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_file, "_FILES", 3)
+    monkeypatch.setattr(record_file, "_PIECE", 16)
+    rows = [{"id": f"{n:02d}", "image": "a.png", "caption": "w" * (n * 7)} for n in range(1, 20)]
+    for row in rows:
+        (tmp_path / f"{row['id']}.jsonl").write_text(json.dumps(row))
+    records, _ = open_records(tmp_path, needs="caption")
+    order = random.Random(0).sample(range(19), 19) * 2
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(records.__getitem__, order))
+    assert [record.row() for record in found] == [rows[place] for place in order]
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
+from clover.cli import cli
 from clover.core.run import RunFolder
 from tiny import Tiny, tiny_recipe
 from together import free_port
@@ -80,3 +83,15 @@ def test_two_processes_stop_before_the_limit_are_queued_again_and_finish(
     # What fails for another reason is not queued again.
     (bin_folder / "srun").write_text("#!/bin/sh\nexit 3\n")
     assert run().wait(60) == 3 and said.read_text().count("requeue") == 1
+
+
+@pytest.mark.parametrize("verb", ["align", "tune"])
+def test_torchrun_takes_none_of_our_options_for_its_own(verb: str) -> None:
+    from torch.distributed.run import parse_args
+
+    # Without `--` it finds --run ambiguous, and would say so in place of training.
+    options = [option.opts[0] for option in cli.get_command(None, verb).params if option.opts]  # type: ignore[arg-type]
+    line = re.search(r"^ *(-m -- clover) ", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert line is not None and len(options) > 8
+    found = parse_args(["--standalone", *line[1].split(), verb, *options])
+    assert (found.training_script, found.training_script_args) == ("clover", [verb, *options])

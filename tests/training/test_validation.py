@@ -126,6 +126,21 @@ def test_the_answer_loss_is_that_of_single_questions_and_another_image_is_anothe
     assert found["image_gain"] == pytest.approx((wrong - right) / tokens, abs=3e-5)
 
 
+def test_samples_are_taken_evenly_from_the_file(tiny: Tiny) -> None:
+    data = load_feature_set(
+        tiny.instructions,
+        needs="question",
+        encoder=tiny_clover(tiny.recipe).encoder,
+        cache=tiny.folder / "cache",
+    )
+    # Two questions an image: the first five would be about three images. Rows 0, 9, 19, 28, 38.
+    chosen = data.evenly(5)
+    assert [record.id for record in chosen.records] == ["o0", "y4", "y9", "o14", "o19"]
+    assert len(set(chosen.digests)) == 5
+    for number in (48, 500):
+        assert [record.id for record in data.evenly(number).records] == [r.id for r in data.records]
+
+
 @pytest.mark.parametrize(
     ("digests", "wanted"),
     [

@@ -80,7 +80,7 @@ def test_questions_that_share_an_image_are_answered_as_if_alone(tiny: Tiny) -> N
 
 def test_answers_longer_than_the_visual_tokens_are_left_to_the_language_model(tiny: Tiny) -> None:
     grounding = objective(tiny)
-    records = grounding.data.records
+    grounding.data.records = records = list(grounding.data.records)
     records[0] = records[0].model_copy(update={"answer": "liver " * (grounding.num_places + 1)})
     again = GroundingObjective(grounding.model, grounding.data)
     assert 0 not in {index for group in again._groups for index in group}
@@ -89,7 +89,7 @@ def test_answers_longer_than_the_visual_tokens_are_left_to_the_language_model(ti
 
 def test_a_rare_question_is_asked_more_often_but_never_more_than_the_commonest(tiny: Tiny) -> None:
     found = objective(tiny)
-    records = found.data.records
+    found.data.records = records = list(found.data.records)
     for index, record in enumerate(records):
         question = "is there necrosis ?" if index == 0 else QUESTION
         records[index] = record.model_copy(update={"question": question})

@@ -154,7 +154,8 @@ def test_the_curve_is_the_mean_over_draws_and_differences_are_paired() -> None:
     assert difference["high"] <= 50.0
     assert "+12.5 [+0.0" in "\n".join(curve_lines(found))
     drawing = chart(found)
-    assert drawing.count("<circle") == 2 and "62.5" in drawing
+    assert drawing.count("<polyline") == 2 and "62.5" in drawing
+    assert drawing.count("spread") == 3  # two intervals, and their style
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def _align(
             rejected=out / "align.rejected.jsonl" if is_first else None,
         )
     captions_hash = sha256_file(captions)
-    processes.check_same("captions or images", [captions_hash, data.digests])
+    processes.check_same("captions or images", [captions_hash, data.digests.fingerprint()])
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
             f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
@@ -192,7 +192,7 @@ def _validation(
         )
     unseen = load_feature_set(
         path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
-    ).first(config.validate_samples)
+    ).evenly(config.validate_samples)
 
     def scores() -> dict[str, float]:
         found = evaluate_alignment(bridge, unseen, tokenizer, config, device).row()

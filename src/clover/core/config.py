@@ -261,7 +261,7 @@ class OptimizerConfig(Section):
     validate_every: int = Field(0, ge=0)
     """Steps between validations on held-out samples (`--validation`); none when 0."""
     validate_samples: int = Field(512, ge=2)
-    """Held-out samples of a validation: the file's first so many."""
+    """Held-out samples of a validation, evenly spaced in their file; all when it holds fewer."""
     keep_weights: Literal["last", "best"] = "last"
     """Whether the stage's product holds the last weights, or those that validated best."""
     seed: int | None = None

@@ -42,15 +42,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_dead(target)
         handle, partial = _own_sibling(target)
     except OSError as error:
         raise CloverError(f"cannot write {target}: {error.strerror or error}") from error
+    is_whole = False
     try:
         yield partial
-        # mkstemp makes the file private; give it what a plain open() would have given.
+        # A file of one's own is private; give it what a plain open() would have given.
         partial.chmod(0o666 & ~_umask())
         partial.replace(target)
+        is_whole = True
     except CloverError:
         raise
     except Exception as error:
@@ -59,48 +60,55 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise
         raise disk_refused(target, reason) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not is_whole:  # else the name may be another process's by now
+            partial.unlink(missing_ok=True)
         if handle is not None:
             os.close(handle)
 
 
 def _own_sibling(target: Path) -> tuple[int | None, Path]:
-    """Make a temporary file beside `target`; while its handle is open, a lock says it is ours."""
-    while True:
-        handle, name = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=_HALF_WRITTEN
-        )
-        if fcntl is None:  # Windows replaces no file that is open
-            os.close(handle)
-            return None, Path(name)
-        # Before it was locked somebody may have taken it for a dead one's: once more, then.
-        if not _lock(handle) or os.path.exists(name):
-            return handle, Path(name)
+    """Return a temporary file beside `target`; while its handle is open, a lock says it is ours.
+
+    The first of `.name.part`, `.name.1.part`, ... that nobody who lives is writing: what a killed
+    process left is written over, and no folder of thousands is listed to find it.
+    """
+    number = 0
+    while fcntl is not None:
+        partial = target.with_name(f".{target.name}{f'.{number}' if number else ''}{_HALF_WRITTEN}")
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        is_ours = _lock(handle)
+        if is_ours and _is_file_of(partial, handle):
+            os.ftruncate(handle, 0)
+            return handle, partial
         os.close(handle)
+        if is_ours is None:  # a file system without locks
+            partial.unlink(missing_ok=True)
+            break
+        # A lock of what is not there any more: its writer has just finished; once more.
+        number += not is_ours
+    handle, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.name}.", suffix=_HALF_WRITTEN
+    )
+    os.close(handle)
+    return None, Path(name)
 
 
-def _clear_dead(target: Path) -> None:
-    """Remove siblings that nobody is writing any more: the lock goes with the process."""
-    for entry in os.scandir(target.parent):
-        if not entry.name.startswith(f".{target.name}.") or not entry.name.endswith(_HALF_WRITTEN):
-            continue
-        with contextlib.suppress(OSError):  # another process was first
-            handle = os.open(entry.path, os.O_RDONLY)
-            try:
-                if _lock(handle):
-                    os.unlink(entry.path)
-            finally:
-                os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    """Return whether a file is locked by us now; not where the system has no locks."""
-    if fcntl is None:
+def _is_file_of(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
         return False
+
+
+def _lock(handle: int) -> bool | None:
+    """Return whether a file is locked by us now; None where there are no locks."""
+    assert fcntl is not None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 

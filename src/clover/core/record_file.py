@@ -11,12 +11,12 @@ from __future__ import annotations
 import array
 import bisect
 import json
-import mmap
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,10 @@ _PARQUET = ".parquet"
 _MARK = b"\xef\xbb\xbf"
 _CHUNK = 16384
 """Records that are looked up together."""
+_PIECE = 4096
+"""Bytes read at a time: most lines are shorter."""
+_FILES = 64
+"""Files of a folder that are open at a time; a process may have a thousand."""
 _decode = json.JSONDecoder().raw_decode
 _TEXTS = frozenset(Record.model_fields)
 
@@ -66,7 +70,8 @@ class RecordFile(Sequence[Record]):
         self._files = list(files)
         self._starts, self._lines, self._needs = starts, lines, needs
         self._ends = np.cumsum([path.stat().st_size for path in files]).tolist()
-        self._maps: dict[int, mmap.mmap] = {}
+        self._open: dict[int, BinaryIO] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of records."""
@@ -88,10 +93,8 @@ class RecordFile(Sequence[Record]):
         number = bisect.bisect_right(self._ends, start)
         path = self._files[number]
         at = start - (self._ends[number - 1] if number else 0)
-        mapped = self._map(number)
-        end = mapped.find(b"\n", at)
         line = int(self._lines[index])
-        item = read_row(path, line, _parsed(mapped[at : end if end >= 0 else None]), self._needs)
+        item = read_row(path, line, _parsed(self._read(number, at)), self._needs)
         if isinstance(item, Rejection):
             raise CloverError(f"{path} changed while it was read: line {line} is {item.reason} now")
         return item
@@ -104,11 +107,28 @@ class RecordFile(Sequence[Record]):
         """Return those of the records that are chosen [N]."""
         return RecordFile(self._files, self._starts[chosen], self._lines[chosen], self._needs)
 
-    def _map(self, number: int) -> mmap.mmap:
-        if number not in self._maps:
-            with self._files[number].open("rb") as handle:
-                self._maps[number] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[number]
+    def _read(self, number: int, at: int) -> bytes:
+        """Return the line of a file that begins at a byte.
+
+        Read, not mapped: a file that somebody cuts off meanwhile would end the process.
+        """
+        text = b""
+        with self._lock:  # threads share the files
+            handle = self._handle(number)
+            while True:
+                handle.seek(at + len(text))
+                piece = handle.read(_PIECE)
+                end = piece.find(b"\n")
+                if end >= 0 or not piece:
+                    return text + piece[: max(end, 0)]
+                text += piece
+
+    def _handle(self, number: int) -> BinaryIO:
+        if number not in self._open:
+            if len(self._open) == _FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[number] = self._files[number].open("rb", buffering=0)
+        return self._open[number]
 
 
 def select(records: Sequence[Record], chosen: npt.NDArray[np.bool_]) -> Sequence[Record]:

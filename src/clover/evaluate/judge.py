@@ -7,11 +7,14 @@ that does one thing runs twice as fast as one that does them all.
 
 from __future__ import annotations
 
+import gc
 import math
+import signal
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
@@ -175,8 +178,9 @@ def judged_chunks(
         workers: Processes that judge, beside this one that reads; 1 judges here.
     """
     if workers <= 1:
-        for chunk in chunks(items):
-            yield chunk, judge.columns(chunk)
+        with _uncollected():
+            for chunk in chunks(items):
+                yield chunk, judge.columns(chunk)
         return
     # Spawned, not forked: whoever calls may hold threads.
     with ProcessPoolExecutor(
@@ -192,11 +196,25 @@ def judged_chunks(
             yield first, future.result()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let the collector of cycles rest: items make none, and it would look through all of them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 _employed: list[Judge] = []
 """The judge of a worker process."""
 
 
 def _employ(names: Sequence[str], training: TrainingAnswers | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by who employs
+    gc.disable()
     _employed.append(Judge(find_protocols(names), training))
 
 

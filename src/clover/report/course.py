@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from clover.report.chart import Bar, Series, bar_chart, line_chart
+from clover.core.chart import Bar, Series, bar_chart, line_chart
 from clover.report.figure import decimal, dollars, duration, number
 from clover.report.reading import Row, Run
 

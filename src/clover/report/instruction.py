@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from clover.report.chart import Bar, bar_chart, histogram
+from clover.core.chart import Bar, bar_chart, histogram
 from clover.report.figure import decimal, words
 from clover.report.reading import INSTRUCTIONS, Row, Run
 

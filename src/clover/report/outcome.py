@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from clover.report.chart import Bar, bar_chart
+from clover.core.chart import Bar, bar_chart
 from clover.report.figure import Figure, decimal, dollars, duration, number, parameters, signed
 from clover.report.reading import Run, part, title
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
 def fill(name: str, /, **values: Any) -> str:
     """Return a template with its values; everything is escaped, and a missing value is an error."""
     environment = Environment(
-        loader=PackageLoader("clover.report", "."),
+        loader=ChoiceLoader(
+            [PackageLoader("clover.report", "."), PackageLoader("clover.core", ".")]
+        ),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -114,7 +114,7 @@ def clear_checkpoints(folder: Path) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing: nobody reads it, and each is a whole checkpoint."""
-    for path in (*folder.glob(".step-*.part"), *folder.glob(".best.pt.*.part")):
+    for path in (*folder.glob(".step-*.part"), *folder.glob(".best.pt.*part")):
         path.unlink(missing_ok=True)
 
 

@@ -5,22 +5,20 @@ In: hits of every test image by method, shots and draw. Out: figures in percent,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clover.core.chart import Series, line_chart, standalone
 from clover.core.terminal import align_columns
 
 Hits = Mapping[tuple[str, int, int], Sequence[int]]
 """(method, shots, seed) -> 1 or 0 for each test image."""
 
 _DRAWS = 1000
-_COLOURS = ("#0b6e4f", "#b3541e", "#5b4b8a", "#8a6d1b", "#5f6b76", "#a23b72")
-_WIDTH, _HEIGHT = 640, 360
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 24, 24, 104
 
 
 def summarise(
@@ -107,58 +105,23 @@ def curve_lines(result: Mapping[str, Any]) -> list[str]:
 
 def chart(result: Mapping[str, Any]) -> str:
     """Return the curve as a standalone SVG: accuracy over shots, in steps of doubling."""
-    shots, curve = result["shots"], result["curve"]
+    curve = result["curve"]
     lowest = min(point["low"] for points in curve.values() for point in points)
-    floor = min(90.0, max(0.0, 10 * float(np.floor(lowest / 10))))
-    inner = _WIDTH - _LEFT - _RIGHT
-
-    def x_at(place: int, shift: float = 0.0) -> float:
-        return _LEFT + 20 + (inner - 40) * (place / max(1, len(shots) - 1)) + shift
-
-    def y_at(value: float) -> float:
-        return float(_TOP + (_HEIGHT - _TOP - _BOTTOM) * (100 - value) / (100 - floor))
-
-    parts = []
-    for value in np.arange(floor, 100.1, 10):
-        y = y_at(float(value))
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    series = [
+        Series(
+            name,
+            [(at, point["value"]) for at, point in enumerate(points)],
+            [(point["low"], point["high"]) for point in points],
         )
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.0f}</text>')
-    for place, count in enumerate(shots):
-        y = _HEIGHT - _BOTTOM + 18
-        parts.append(f'<text x="{x_at(place):.1f}" y="{y}" text-anchor="middle">{count}</text>')
-    for index, (name, points) in enumerate(curve.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        shift = 3.0 * (index - (len(curve) - 1) / 2)  # intervals stand side by side
-        places = [(x_at(at, shift), point) for at, point in enumerate(points)]
-        path = " ".join(f"{x:.1f},{y_at(point['value']):.1f}" for x, point in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, point in places:
-            low, middle, high = (y_at(point[key]) for key in ("low", "value", "high"))
-            title = f"{name}: {point['value']:.1f} [{point['low']:.1f}, {point['high']:.1f}]"
-            parts.append(
-                f'<g stroke="{colour}"><title>{escape(title)}</title>'
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-                f'<circle cx="{x:.1f}" cy="{middle:.1f}" r="2.5" fill="{colour}"/></g>'
-            )
-        column, row = index % 3, index // 3
-        x, y = _LEFT + column * 190, _HEIGHT - _BOTTOM + 62 + row * 20
-        parts.append(f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 20}" y="{y - 3}">{escape(name)}</text>')
-    middle = _LEFT + inner / 2
-    parts.append(
-        f'<text x="{middle}" y="{_HEIGHT - _BOTTOM + 38}" text-anchor="middle">'
-        "labelled images a class</text>"
-    )
-    parts.append(
-        f'<text x="16" y="{_TOP + 100}" text-anchor="middle" '
-        f'transform="rotate(-90 16 {_TOP + 100})">accuracy, percent</text>'
-    )
-    label = f"Few-shot accuracy of {', '.join(curve)}; research use, not for diagnosis"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{escape(label)}">'
-        "<style>text{font:12px system-ui,sans-serif;fill:#333}.grid{stroke:#ddd}</style>"
-        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>' + "".join(parts) + "</svg>\n"
+        for name, points in curve.items()
+    ]
+    return standalone(
+        line_chart(
+            series,
+            title="Few-shot accuracy, research use, not for diagnosis",
+            x_label="labelled images a class",
+            y_label="accuracy, percent",
+            places=[str(count) for count in result["shots"]],
+            floor=10 * math.floor(lowest / 10),
+        )
     )

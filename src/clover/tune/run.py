@@ -132,7 +132,7 @@ def _tune(
     settings = recipe.settings(*sections) | {name: str(value) for name, value in files.items()}
     config = out / "config.json"
     is_finished = config.exists() and read_json(config).get("key") == key
-    processes.check_same("data, images or results", [key, data.digests, is_finished])
+    processes.check_same("data, images or results", [key, data.digests.fingerprint(), is_finished])
     if is_finished:
         _clear(folder)
         return TuneResult(out, data.summary(), True, _said(out, run))
@@ -222,7 +222,7 @@ def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Vali
         encoder=model.encoder,
         cache=cache,
         images=model.recipe.data.images,
-    ).first(config.validate_samples)
+    ).evenly(config.validate_samples)
     share = config.batch_size // config.accumulate // processes.num_processes()
     scores = AnswerLoss(model, unseen, max(1, share))
     held_out = fingerprint([key, sha256_file(path), config.validate_samples])

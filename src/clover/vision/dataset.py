@@ -48,9 +48,15 @@ class FeatureSet:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
         return self.cache.get([self.digests[index] for index in indices], views)
 
-    def first(self, number: int) -> FeatureSet:
-        """Return the first so many records alone."""
-        return replace(self, records=self.records[:number], digests=self.digests[:number])
+    def evenly(self, number: int) -> FeatureSet:
+        """Return at most so many records, evenly spaced: files are often sorted by image."""
+        size = len(self.records)
+        rows = [place * size // number for place in range(number)] if number < size else range(size)
+        return replace(
+            self,
+            records=[self.records[row] for row in rows],
+            digests=Digests(self.digests.values[list(rows)]),
+        )
 
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""

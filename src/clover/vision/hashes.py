@@ -5,6 +5,7 @@ In: names, some thousands at a time. Out: 32 bytes a record, and the images that
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ class Digests(Sequence[str]):
             return Digests(self.values[index])
         digest: str = self.values[index].tobytes().hex()
         return digest
+
+    def fingerprint(self) -> str:
+        """Return one hash of all of them, in their order."""
+        return hashlib.sha256(self.values.tobytes()).hexdigest()
 
     def num_distinct(self) -> int:
         """Return how many different ones there are."""

@@ -1,16 +1,18 @@
 """Small charts as inline SVG: lines, bars with interval whiskers, histograms.
 
-The page's style sheet colours them by class, so that they follow light and dark. A series is told
-by its dashes too, never by colour alone.
+chart.css colours them by class: on a page they follow its light and dark, and `standalone` makes a
+file of one. A series is told by its dashes too, never by colour alone.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 _WIDTH = 460
 """Drawn width in pixels; narrow, so that a phone shows its text at a size that can be read."""
@@ -26,6 +28,8 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
+    """Lowest and highest y of each point; drawn where there are any."""
 
 
 @dataclass(frozen=True)
@@ -50,40 +54,111 @@ def ticks(high: float, *, low: float = 0.0, count: int = 5) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, y_label: str) -> Markup:
-    """Draw lines over common axes, the y axis from zero, with a legend.
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    places: Sequence[str] = (),
+    floor: float = 0.0,
+) -> Markup:
+    """Draw lines over common axes with a legend.
+
+    Args:
+        series: The lines.
+        title: For readers who cannot see the chart.
+        x_label: Below the x axis.
+        y_label: Beside the y axis.
+        places: What stands at x = 0, 1, 2, ... where x only counts; else x is measured.
+        floor: Where the y axis begins, if no point lies below.
 
     Returns:
         An SVG element; empty when no series has a point.
     """
-    shown = [Series(item.name, _thin(item.points)) for item in series if item.points]
+    shown = [
+        item if item.intervals else Series(item.name, _thin(item.points))
+        for item in series
+        if item.points
+    ]
     if not shown:
         return Markup()
-    every = [point for item in shown for point in item.points]
-    x_ticks = ticks(max(x for x, _ in every), low=min(0.0, *(x for x, _ in every), 0.0))
-    y_ticks = ticks(max(y for _, y in every), low=min(0.0, *(y for _, y in every), 0.0))
-    left, right, top, bottom = 48, _WIDTH - 16, 34, _HEIGHT - 40
-    x_at = _scale(x_ticks[0], x_ticks[-1], left, right)
+    every = [y for item in shown for pair in (*item.points, *_ends(item)) for y in pair[1:]]
+    x_ticks, names = _x_ticks(shown, places)
+    y_ticks = ticks(max(every), low=min(floor, *every))
+    left, right = 48, _WIDTH - 16
+    legend, rows = _legend([item.name for item in shown], left, right)
+    top, bottom = 34 + 18 * (rows - 1), _HEIGHT - 40 + 18 * (rows - 1)
+    margin = 14 if places else 0
+    x_at = _scale(x_ticks[0], x_ticks[-1], left + margin, right - margin)
     y_at = _scale(y_ticks[0], y_ticks[-1], bottom, top)
     parts = [_horizontal_grid(y_ticks, y_at, left, right)]
-    parts += [_text(x_at(x), bottom + 17, _tick(x), "tick", "middle") for x in x_ticks]
-    parts.append(_text((left + right) / 2, _HEIGHT - 6, x_label, "axis", "middle"))
+    parts += [
+        _text(x_at(x), bottom + 17, name, "tick", "middle")
+        for x, name in zip(x_ticks, names, strict=True)
+    ]
+    parts.append(_text((left + right) / 2, bottom + 34, x_label, "axis", "middle"))
     parts.append(_text(12, (top + bottom) / 2, y_label, "axis", "middle", is_turned=True))
+    has_spread = any(item.intervals for item in shown)
     for index, item in enumerate(shown):
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in item.points)
-        if len(item.points) == 1:  # a line of one point cannot be seen
-            path += f" {x_at(item.points[0][0]) - 6:.1f},{y_at(item.points[0][1]):.1f}"
+        # Intervals of several lines stand side by side, not on one another.
+        shift = 2.5 * (index - (len(shown) - 1) / 2) if has_spread else 0.0
+        drawn = [(x_at(x) + shift, y_at(y)) for x, y in item.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
+        if len(drawn) == 1:  # a line of one point cannot be seen
+            path += f" {drawn[0][0] - 6:.1f},{drawn[0][1]:.1f}"
         name = f"{item.name}: {item.points[0][1]:.3g} to {item.points[-1][1]:.3g}"
         parts.append(
             Markup('<polyline class="line s{}" points="{}"><title>{}</title></polyline>').format(
                 index % 6, path, name
             )
         )
-    parts.append(_legend([item.name for item in shown], left))
+        parts += [
+            _stroke(x, y_at(low), x, y_at(high), f"s{index % 6} spread")
+            for (x, _), (low, high) in zip(drawn, item.intervals, strict=False)
+        ]
+    parts.append(legend)
     ends = "; ".join(
         f"{item.name} from {item.points[0][1]:.3g} to {item.points[-1][1]:.3g}" for item in shown
     )
-    return _svg(parts, height=_HEIGHT, label=f"{title}: {ends}")
+    return _svg(parts, height=bottom + 40, label=f"{title}: {ends}")
+
+
+def _ends(item: Series) -> list[tuple[float, ...]]:
+    return [(0.0, low, high) for low, high in item.intervals]
+
+
+def _x_ticks(shown: Sequence[Series], places: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Return where the x axis has a tick, and its text."""
+    if places:
+        return [float(place) for place in range(len(places))], list(places)
+    every = [x for item in shown for x, _ in item.points]
+    found = ticks(max(every), low=min(0.0, *every, 0.0))
+    return found, [_tick(x) for x in found]
+
+
+_COLOURS = {
+    "ink": "#1c2430",
+    "muted": "#5b6673",
+    "rule": "#d5dbe2",
+    "card": "#ffffff",
+    "plain": "#9aa7b4",
+    "s0": "#0068a8",
+    "s1": "#c94f00",
+    "s2": "#007a5a",
+    "s3": "#a3478b",
+    "s4": "#8a6d00",
+    "s5": "#4b5563",
+}
+
+
+def standalone(svg: Markup) -> str:
+    """Return a chart as a file of its own, in light colours, for readers that know no variables."""
+    rules = files("clover.core").joinpath("chart.css").read_text("utf-8")
+    style = re.sub(r"var\(--(\w+)\)", lambda name: _COLOURS[name[1]], rules)
+    style += ".chart { font-family: system-ui, sans-serif; background: #ffffff; }\n"
+    start, end = svg.split(">", 1)
+    return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{end}\n'
 
 
 def bar_chart(
@@ -251,10 +326,15 @@ def _bar_row(bar: Bar, at: _Scale, left: float, middle: float) -> Markup:
     return Markup("").join(parts)
 
 
-def _legend(names: Sequence[str], left: float) -> Markup:
-    parts, x = [], float(left)
+def _legend(names: Sequence[str], left: float, right: float) -> tuple[Markup, int]:
+    """Return the legend above a chart, and how many rows it takes."""
+    parts, x, row = [], float(left), 0
     for index, name in enumerate(names):
-        parts.append(_stroke(x, 14, x + 24, 14, f"line s{index % 6}"))
-        parts.append(_text(x + 29, 18, name, "label"))
-        x += 29 + _CHARACTER * len(escape(name)) + 18
-    return Markup("").join(parts)
+        width = 29 + _CHARACTER * len(name)
+        if x > left and x + width > right:
+            x, row = float(left), row + 1
+        y = 14 + 18 * row
+        parts.append(_stroke(x, y, x + 24, y, f"line s{index % 6}"))
+        parts.append(_text(x + 29, y + 4, name, "label"))
+        x += width + 18
+    return Markup("").join(parts), row + 1

@@ -1,14 +1,21 @@
-"""The charts' arithmetic: where things are drawn, and numbers as text."""
+"""The charts' arithmetic: where things are drawn."""
 
 from __future__ import annotations
 
 import re
+from xml.etree import ElementTree
 
 import pytest
 
-from clover.report.chart import Bar, Series, bar_chart, histogram, line_chart, ticks
-from clover.report.example import judge
-from clover.report.figure import decimal, dollars, duration, parameters, signed
+from clover.core.chart import (
+    Bar,
+    Series,
+    bar_chart,
+    histogram,
+    line_chart,
+    standalone,
+    ticks,
+)
 
 
 def boxes(svg: str, kind: str = "bar") -> list[tuple[float, float, float, float]]:
@@ -79,43 +86,30 @@ def test_a_name_cannot_leave_its_chart() -> None:
     assert "<script" not in svg and 'onload="x' not in svg
 
 
-def test_numbers_as_text() -> None:
-    assert (decimal(1234.56), decimal(-0.04), decimal(-3.21), decimal(float("nan"))) == (
-        "1,234.6",
-        "0.0",
-        "−3.2",
-        "–",
+def test_a_chart_with_intervals_and_places_stands_by_itself() -> None:
+    names = ["CLOVER", "CLOVER and probe", "without instructions", "linear probe"]
+    series = [
+        Series(name, [(0, 80.0), (1, 90.0)], [(70.0 + at, 85.0), (85.0, 95.0)])
+        for at, name in enumerate(names)
+    ]
+    svg = standalone(
+        line_chart(series, title="t", x_label="x", y_label="y", places=["1", "32"], floor=60)
     )
-    assert (signed(3.2), signed(-3.2), signed(0.01), signed(None)) == ("+3.2", "−3.2", "0.0", "–")
-    assert (duration(48.31), duration(492), duration(11_100)) == (
-        "48.3 s",
-        "8 min 12 s",
-        "3 h 05 min",
-    )
-    assert (dollars(0), dollars(0.0042), dollars(12.3), dollars("x")) == (
-        "$0",
-        "$0.0042",
-        "$12.30",
-        "–",
-    )
-    assert (parameters(9_412_224), parameters(None)) == ("9.41 M", "–")
-
-
-@pytest.mark.parametrize(
-    ("kind", "answer", "prediction", "expected"),
-    [
-        ("closed", "yes", "Yes, there is.", "right"),
-        ("closed", "no", "Yes, there is no doubt.", "wrong"),
-        ("closed", "no", "perhaps", "wrong"),
-        ("open", "colonic mucosa", "Mucosa, colonic.", "right"),
-        ("open", "colonic mucosa", "gastric mucosa", "part"),
-        ("open", "liver", "", "wrong"),
-        ("open", "", "liver", "wrong"),
-        ("open", "liver", None, "wrong"),
-    ],
-)
-def test_an_example_is_sorted_by_the_words_of_the_truth(
-    kind: str, answer: str, prediction: str | None, expected: str
-) -> None:
-    row = {"answer_type": kind, "answer": answer, "prediction": prediction}
-    assert judge(row).kind == expected
+    root = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{space}svg" and "var(" not in svg
+    texts = [str(text.text) for text in root.iter(f"{space}text")]
+    assert {"1", "32", "60", "100", *names} <= set(texts) and "0" not in texts
+    spread = [line for line in root.iter(f"{space}line") if "spread" in line.attrib["class"]]
+    assert len(spread) == 8
+    line = next(root.iter(f"{space}polyline")).attrib["points"]
+    x, y = map(float, line.split()[0].split(","))
+    assert float(spread[0].attrib["x1"]) == x
+    low, high = (float(spread[0].attrib[end]) for end in ("y1", "y2"))
+    # Ten points below and five above, on one scale.
+    assert abs((low - y) / (y - high) - 2) < 0.02
+    # The legend has two rows, none beyond the edge, and the axes lie below it.
+    keys = [text for text in root.iter(f"{space}text") if text.attrib["class"] == "label"]
+    assert len({key.attrib["y"] for key in keys}) == 2
+    assert max(float(key.attrib["x"]) + 7 * len(str(key.text)) for key in keys) < 460
+    assert high > max(float(key.attrib["y"]) for key in keys)
