@@ -218,7 +218,10 @@ class Evil:
         ("other", "is no BLIP-2 checkpoint: it begins with a.weight"),
         ("raw pickle", "nothing was run"),
         ("missing", "it lacks ln_vision.weight"),
-        ("missing one", "tensors are missing, for instance Qformer.bert.encoder.layer.1.intermediate_query"),
+        (
+            "missing one",
+            "tensors are missing, for instance Qformer.bert.encoder.layer.1.intermediate_query",
+        ),
         ("missing vision", "missing, for instance visual_encoder.blocks.1.mlp.fc1.weight"),
         ("missing language", "missing, for instance language_model.model.layers.1.mlp.up_proj"),
         ("mis-shaped", "layer.1.intermediate_query.dense.weight is [3, 5], its other tensors want"),
