@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from clover.core.config import RECIPES, Recipe, load_recipe
+from clover.core.config import RECIPES, Recipe, load_recipe, lock_of
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint
 
@@ -155,3 +156,29 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
     assert changed.fingerprint("tune") != recipe.fingerprint("tune")
     assert changed.fingerprint("language") != recipe.fingerprint("language")
     assert changed.fingerprint("encoder") == recipe.fingerprint("encoder")
+
+
+def test_a_lock_that_pins_more_exactly_changes_no_key_and_another_reference_does(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "own.yaml"
+    tree = load_recipe("phantom").model_dump(mode="json", exclude_unset=True)
+
+    def read(reference: str, *settings: str) -> Recipe:
+        tree["language"]["weights"] = reference
+        path.write_text(yaml.safe_dump(tree))
+        return load_recipe(path, settings)
+
+    before = read("hf://lab/words@main")
+    pinned = f"hf://lab/words@{'a' * 40}?sha256={'b' * 64}"
+    entry = {"reference": "hf://lab/words@main", "pinned": pinned, "files": {}}
+    lock_of(path).write_text(json.dumps({"recipe": "own", "fields": {"language.weights": entry}}))
+    after = read("hf://lab/words@main")
+    assert after.language.weights == pinned
+    assert after.fingerprint("language") == before.fingerprint("language")
+    assert after.settings("language") == before.settings("language")
+    faster = read("hf://lab/words@main", "language.max_answer_tokens=9")
+    assert faster.fingerprint("language") != before.fingerprint("language")
+    other = read("hf://lab/words@v2")
+    assert other.language.weights == "hf://lab/words@v2"
+    assert other.fingerprint("language") != before.fingerprint("language")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,3 +172,33 @@ def test_the_nearest_word_or_all_words_are_named() -> None:
     assert nearest("stpes", ["steps", "seed"]) == "; did you mean 'steps'?"
     assert nearest("zzz", ["steps", "seed"]) == "; known: seed, steps"
     assert nearest("zzz", []) == ""
+
+
+def test_another_users_half_written_file_does_not_stand_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, opened = tmp_path / ".x.json.part", os.open
+    theirs.write_text("half")
+
+    def guarded(path: Any, flags: int, *more: Any, **others: Any) -> int:
+        if Path(path) == theirs:  # root may open everything
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *more, **others)
+
+    monkeypatch.setattr(os, "open", guarded)
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1} and theirs.read_text() == "half"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.json.part", "x.json"]
+
+
+def test_one_process_at_a_time_is_alone(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom clover.core.files import alone\n"
+        "folder = Path(sys.argv[1])\n"
+        "with alone(folder / 'lock'):\n"
+        "    assert not (folder / 'busy').exists()\n"
+        "    (folder / 'busy').touch(); time.sleep(0.2); (folder / 'busy').unlink()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    started = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]

@@ -14,7 +14,7 @@ import pytest
 from clover.core import record_file
 from clover.core.errors import CloverError
 from clover.core.record import Needs, read_records
-from clover.core.record_file import RecordFile, open_records, select
+from clover.core.record_file import RecordFile, open_records, select, sha256_records
 
 GOOD: dict[str, Any] = {
     "image": "a/b.png",
@@ -180,3 +180,40 @@ def test_nothing_usable_is_said_as_for_small_files(
     (tmp_path / "empty").mkdir()
     with pytest.raises(CloverError, match="holds no file of records"):
         open_records(tmp_path / "empty")
+
+
+def test_files_of_one_name_in_two_folders_keep_their_records_apart(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps({**GOOD, "caption": f"{folder} {n}"}) + "\n" for n in range(3)]
+        (tmp_path / folder / "records.jsonl").write_text("".join(lines))
+    records, rejected = open_records(tmp_path)
+    assert rejected == [] and len({record.id for record in records}) == 6
+    assert records[4].id == "two/records-2" and records[4].caption == "two 1"
+
+
+def test_a_run_folder_inside_is_no_data_and_changes_no_hash(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", **GOOD}) + "\n")
+    before = sha256_records(tmp_path)
+    run = tmp_path / "run"
+    (run / "deep").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("name: x")
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "deep" / "align.rejected.jsonl").write_text("{}\n")
+    (tmp_path / "images.png").write_bytes(b"pixels")
+    records, rejected = open_records(tmp_path)
+    assert [record.id for record in records] == ["a"] and rejected == []
+    assert sha256_records(tmp_path) == before
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "b", **GOOD}) + "\n")
+    assert sha256_records(tmp_path) != before
+    (tmp_path / "b.parquet").write_bytes(b"")
+    with pytest.raises(CloverError, match="both JSON Lines and Parquet"):
+        open_records(tmp_path)
+
+
+def test_parquet_rows_without_ids_are_named_after_their_own_file(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist([GOOD, {**GOOD, "caption": "another"}])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "val.parquet")
+    records, _ = open_records(tmp_path / "val.parquet", unpacked=tmp_path / "lines")
+    assert [record.id for record in records] == ["val-1", "val-2"]

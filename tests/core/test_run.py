@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,13 @@ def test_the_line_after_a_torn_one_is_not_lost(tmp_path: Path) -> None:
 def test_the_machine_says_what_changes_numbers() -> None:
     assert {"torch", "transformers", "threads", "device"} <= set(machine())
     assert peak_memory_gib() > 0.01
+
+
+def test_scoring_needs_nothing_that_only_unix_has() -> None:
+    script = (
+        "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None\n"
+        "import clover.evaluate.score\nfrom clover.core.run import peak_memory_gib\n"
+        "assert peak_memory_gib() == 0.0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

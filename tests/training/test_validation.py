@@ -20,7 +20,7 @@ from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.core.run import RunFolder
 from clover.training.loop import train
-from clover.training.validation import BestWeights, Validation
+from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.tune.run import tune
 from clover.tune.validate import AnswerLoss, other_images
 from clover.vision.dataset import load_feature_set
@@ -305,3 +305,19 @@ def test_the_command_says_what_the_folder_holds(
             assert done.exit_code == 0
             held = [line for line in done.output.splitlines() if " holds the last " in line]
             assert len(held) == 1, done.output
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_what_was_done_before_it_was_validated_has_no_best_weights(
+    keep: Kept, tmp_path: Path
+) -> None:
+    objective = Line([1.0] * 8)
+    train(objective, job_of(tmp_path, steps=2))
+    best = BestWeights(tmp_path / "checkpoints" / "line", validation([]))
+    note = settle(
+        objective.module, best, steps=2, keep=keep, save_other=lambda *_: pytest.fail("no other")
+    )
+    assert note["kept"] == "last" and note["best_value"] is None
+    assert say_kept(note, Path("model"), Path("other")) == (
+        "model holds the last weights; none were validated"
+    )

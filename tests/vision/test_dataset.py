@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from clover.cli import cli
-from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.dataset import FeatureSet, load_feature_set, load_image_set
 from clover.vision.encoder import load_encoder
 from tiny import Tiny, tiny_recipe
 
@@ -71,3 +71,29 @@ def test_align_learns_the_same_from_a_folder_of_shards(
         assert "24 records on 24 images" in done.output
         weights.append((out / "align.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_an_image_that_is_a_folder_is_missing(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.captions.read_text().splitlines()]
+    path = tmp_path / "folder.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [{**rows[0], "image": "images/"}, *rows[1:]])
+    )
+    found = load(path, tiny, tmp_path / "c")
+    assert len(found.records) == len(rows) - 1
+    assert [item.reason for item in found.rejected] == ["missing image"]
+
+
+def test_held_out_data_may_be_a_folder_or_parquet(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.captions.read_text().splitlines()]
+    images, shards = tiny.folder / "data", tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    (shards / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[9:]))
+    parquet = tmp_path / "one.parquet"
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), parquet)
+    whole = load_image_set(tiny.captions, images)
+    for path in (shards, parquet):
+        found = load_image_set(path, images, unpacked=tmp_path / "unpacked")
+        assert found.records == whole.records and found.digests == whole.digests

@@ -11,7 +11,8 @@ from clover.align.evaluate import RetrievalScores, evaluate_alignment
 from clover.align.objective import AlignObjective
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, read_json, sha256_file, write_json
+from clover.core.files import fingerprint, read_json, write_json
+from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
 from clover.qformer.bridge import Bridge
@@ -103,7 +104,7 @@ def _align(
             held_out=held_out,
             rejected=out / "align.rejected.jsonl" if is_first else None,
         )
-    captions_hash = sha256_file(captions)
+    captions_hash = sha256_records(captions)
     processes.check_same("captions or images", [captions_hash, data.digests.fingerprint()])
     if len(data.records) < 2 or recipe.align.batch_size < 2:
         raise CloverError(
@@ -199,7 +200,7 @@ def _validation(
         recalls = [value for name, value in found.items() if "recall" in name]
         return {**found, "mean_recall": round(sum(recalls) / len(recalls), 3)}
 
-    held_out = fingerprint([key, sha256_file(path), config.validate_samples])
+    held_out = fingerprint([key, sha256_records(path), config.validate_samples])
     return Validation(config.validate_every, scores, "mean_recall", True, held_out)
 
 

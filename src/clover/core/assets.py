@@ -163,7 +163,8 @@ def check_lying(path: Path, sha256: str, name: str) -> None:
 def content(reference: str) -> str | None:
     """Return what a reference holds as a hash, whatever its name; None where it is not at hand.
 
-    A pinned one's is its pin. Folders count by the files in them.
+    A pinned one's is its pin. A folder counts by its weights and their configuration: a note that
+    somebody adds to it makes no other model of it.
     """
     asset = parse(reference)
     if asset.sha256 is not None:
@@ -175,8 +176,13 @@ def content(reference: str) -> str | None:
         return None
     from clover.core.hub import files_of, manifest_digest
 
-    files = files_of(path)
+    files = {name: file for name, file in files_of(path).items() if _decides(name)}
     return manifest_digest(dict(zip(files, remembered_sha256(*files.values()), strict=True)))
+
+
+def _decides(name: str) -> bool:
+    """Return whether a file of a weights folder decides what the model computes."""
+    return Path(name).suffix not in (".md", ".txt") and not Path(name).name.startswith("LICENSE")
 
 
 def stamp(reference: str) -> str:

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
@@ -368,6 +376,8 @@ class EvaluateConfig(Section):
 class Recipe(Section):
     """One whole run."""
 
+    _written: dict[tuple[str, str], str | None] = PrivateAttr(default_factory=dict)
+    """References as the recipe has them, where a lock pins them more exactly."""
     name: str
     """A short name; it appears in reports."""
     seed: int = 0
@@ -423,6 +433,9 @@ class Recipe(Section):
 
     def _that_matter(self, sections: tuple[str, ...]) -> dict[str, Any]:
         tree = self.model_dump(mode="json", include=set(sections))
+        for (name, field), reference in self._written.items():
+            if name in tree:  # a lock made later says the same more exactly: runs still go on
+                tree[name][field] = reference
         for section in tree.values():
             if isinstance(section, dict):
                 is_best = section.get("keep_weights") == "best"
@@ -540,6 +553,7 @@ def _locked(recipe: Recipe, path: Path) -> Recipe:
     """Return the recipe with its references as its lock pins them."""
     found = read_lock(lock_of(path))
     changes: dict[str, Any] = {}
+    written: dict[tuple[str, str], str | None] = {}
     for section, field in ASSETS:
         entry = found.get(f"{section}.{field}")
         part = changes.get(section) or getattr(recipe, section)
@@ -551,4 +565,7 @@ def _locked(recipe: Recipe, path: Path) -> Recipe:
         if not is_register or entry.get("model") == recipe.encoder.model:
             tree = part.model_dump(exclude_unset=True) | {field: entry["pinned"]}
             changes[section] = type(part).model_validate(tree)
-    return recipe.model_copy(update=changes)
+            written[section, field] = said
+    locked = recipe.model_copy(update=changes)
+    locked._written = written
+    return locked

@@ -75,7 +75,10 @@ def _own_sibling(target: Path) -> tuple[int | None, Path]:
     number = 0
     while fcntl is not None:
         partial = target.with_name(f".{target.name}{f'.{number}' if number else ''}{_HALF_WRITTEN}")
-        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except PermissionError:  # another user's, in a folder that both write to
+            break
         is_ours = _lock(handle)
         if is_ours and _is_file_of(partial, handle):
             os.ftruncate(handle, 0)
@@ -91,6 +94,21 @@ def _own_sibling(target: Path) -> tuple[int | None, Path]:
     )
     os.close(handle)
     return None, Path(name)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block; where there are no locks, all of them.
+
+    Args:
+        path: The file that is locked; it stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as handle:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _is_file_of(path: Path, handle: int) -> bool:
@@ -220,10 +238,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex; of a folder that of all in it."""
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-        return fingerprint([(str(file.relative_to(path)), sha256_file(file)) for file in files])
+    """Return the SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

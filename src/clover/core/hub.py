@@ -19,7 +19,7 @@ from typing import Any
 
 from clover.core.assets import Asset, remembered_sha256
 from clover.core.errors import CloverError, nearest
-from clover.core.files import FULL, disk_refused, read_json, write_json, write_text
+from clover.core.files import FULL, alone, disk_refused, read_json, write_json, write_text
 from clover.core.terminal import progress
 
 _WANTED = re.compile(
@@ -65,7 +65,9 @@ def resolve_hub(asset: Asset, *, is_offline: bool) -> Path:
     if lacking and is_offline:
         raise CloverError(_where(asset, lacking, len(named)))
     if lacking:
-        _fetch(asset)
+        with alone(asset.shelf / ".fetch.lock"):
+            if any(not (asset.folder / name).exists() for name in named) or not asset.path.exists():
+                _fetch(asset)  # nobody else did meanwhile
         manifest = read_manifest(asset)
     _check(asset, manifest)
     return asset.path

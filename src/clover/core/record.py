@@ -232,20 +232,23 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
         raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
 
 
-def read_row(path: Path, line: int, row: Any, needs: Needs) -> Record | Rejection:
+def read_row(
+    path: Path, line: int, row: Any, needs: Needs, *, name: str | None = None
+) -> Record | Rejection:
     """Return one row of a file as a record, or why it is set aside.
 
     Args:
-        path: Where the row stands; names the record when it has no id.
+        path: Where the row stands.
         line: Its line there.
         row: The parsed row; usual column names other than ours are recognised.
         needs: Which columns it must fill.
+        name: Names the record, with its line, when it has no id; the file's own by default.
     """
     if not isinstance(row, dict):
         return Rejection(str(path), line, "not a JSON object", row)
     row = _rename(dict(row))
     if "id" not in row:
-        row["id"] = f"{path.stem}-{line}"
+        row["id"] = f"{name or path.stem}-{line}"
     try:
         record = Record.model_validate(row)
     except ValidationError as error:

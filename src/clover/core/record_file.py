@@ -14,7 +14,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, write_jsonl
+from clover.core.files import fingerprint, sha256_file, write_jsonl
 from clover.core.parquet import parquet_rows
 from clover.core.record import (
     Needs,
@@ -38,6 +38,8 @@ Integers = npt.NDArray[np.int64]
 
 _LINES = (".jsonl", ".ndjson")
 _PARQUET = ".parquet"
+_OWN = ("recipe.yaml", "config.json")
+"""What a run folder or a model folder holds: what lies in one is no record of the data's."""
 _MARK = b"\xef\xbb\xbf"
 _CHUNK = 16384
 """Records that are looked up together."""
@@ -52,6 +54,21 @@ Visit = Callable[[Sequence[str | None]], None]
 """Is given the image names of the next records."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a person calls a file of records: where it lies, and what names its rows."""
+
+    path: Path
+    name: str
+
+    @classmethod
+    def of(cls, file: Path, top: Path) -> Source:
+        """Return it for a file of the folder `top`: its way from there, so that names differ."""
+        if file == top:
+            return cls(file, file.stem)
+        return cls(file, file.relative_to(top).with_suffix("").as_posix())
+
+
 class RecordFile(Sequence[Record]):
     """The good records of a file or folder, in order.
 
@@ -62,12 +79,18 @@ class RecordFile(Sequence[Record]):
         starts: First byte of each record's line, counted through all files.
         lines: Its number within its file.
         needs: What each filled when the places were found.
+        sources: What a person calls each file.
     """
 
     def __init__(
-        self, files: Sequence[Path], starts: Integers, lines: npt.NDArray[np.uint32], needs: Needs
+        self,
+        files: Sequence[Path],
+        starts: Integers,
+        lines: npt.NDArray[np.uint32],
+        needs: Needs,
+        sources: Sequence[Source],
     ) -> None:
-        self._files = list(files)
+        self._files, self._sources = list(files), list(sources)
         self._starts, self._lines, self._needs = starts, lines, needs
         self._ends = np.cumsum([path.stat().st_size for path in files]).tolist()
         self._open: dict[int, BinaryIO] = {}
@@ -91,12 +114,15 @@ class RecordFile(Sequence[Record]):
             return [self[place] for place in range(*index.indices(len(self)))]
         start = int(self._starts[index])
         number = bisect.bisect_right(self._ends, start)
-        path = self._files[number]
+        source = self._sources[number]
         at = start - (self._ends[number - 1] if number else 0)
         line = int(self._lines[index])
-        item = read_row(path, line, _parsed(self._read(number, at)), self._needs)
+        row = _parsed(self._read(number, at))
+        item = read_row(source.path, line, row, self._needs, name=source.name)
         if isinstance(item, Rejection):
-            raise CloverError(f"{path} changed while it was read: line {line} is {item.reason} now")
+            raise CloverError(
+                f"{source.path} changed while it was read: line {line} is {item.reason} now"
+            )
         return item
 
     def __iter__(self) -> Iterator[Record]:
@@ -105,7 +131,8 @@ class RecordFile(Sequence[Record]):
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> RecordFile:
         """Return those of the records that are chosen [N]."""
-        return RecordFile(self._files, self._starts[chosen], self._lines[chosen], self._needs)
+        starts, lines = self._starts[chosen], self._lines[chosen]
+        return RecordFile(self._files, starts, lines, self._needs, self._sources)
 
     def _read(self, number: int, at: int) -> bytes:
         """Return the line of a file that begins at a byte.
@@ -162,6 +189,7 @@ def open_records(
     """
     path = Path(path)
     files = _files(path)
+    sources = [Source.of(file, path) for file in files]
     kind = files[0].suffix.lower()
     if not path.exists() or kind not in (*_LINES, _PARQUET):
         found = read_records(path, needs=needs)
@@ -170,21 +198,51 @@ def open_records(
         return found.records, found.rejected
     scan = _Scan(needs, visit)
     lines = []
-    for file in files:
+    for file, source in zip(files, sources, strict=True):
         lines.append(_as_lines(file, unpacked) if kind == _PARQUET else file)
-        scan.read(lines[-1], source=file)
+        scan.read(lines[-1], source=source)
     scan.finish(path)
-    return RecordFile(lines, scan.starts(), scan.lines(), needs), scan.rejected
+    return RecordFile(lines, scan.starts(), scan.lines(), needs, sources), scan.rejected
+
+
+def sha256_records(path: str | Path) -> str:
+    """Return a hash of a file of records, or of a folder's: of nothing else that lies there.
+
+    Raises:
+        CloverError: no such file, or a folder without records.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return sha256_file(path)
+    return fingerprint([(str(file.relative_to(path)), sha256_file(file)) for file in _files(path)])
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the file itself, or a folder's files of one kind: JSON Lines before Parquet."""
+    """Return the file itself, or a folder's files of one kind; run and model folders apart."""
     if not path.is_dir():
         return [path]
-    for kinds in (_LINES, (_PARQUET,)):
-        if found := sorted(chain(*(path.rglob(f"*{kind}") for kind in kinds))):
-            return found
+    lines, parquet = (
+        sorted(
+            file
+            for kind in kinds
+            for file in path.rglob(f"*{kind}")
+            if not any((folder / mark).exists() for folder in _between(file, path) for mark in _OWN)
+        )
+        for kinds in (_LINES, (_PARQUET,))
+    )
+    if lines and parquet:
+        raise CloverError(
+            f"{path} holds both JSON Lines and Parquet ({lines[0].name}, {parquet[0].name}); "
+            "put the records into a folder of their own"
+        )
+    if lines or parquet:
+        return lines or parquet
     raise CloverError(f"{path} holds no file of records ({', '.join((*_LINES, _PARQUET))})")
+
+
+def _between(file: Path, top: Path) -> list[Path]:
+    """Return the folders from a file's own up to the one below `top`."""
+    return [folder for folder in file.parents if folder != top and top in folder.parents]
 
 
 def _as_lines(path: Path, folder: Path | None) -> Path:
@@ -235,9 +293,9 @@ class _Scan:
     def lines(self) -> npt.NDArray[np.uint32]:
         return np.frombuffer(self._lines, np.uint32)
 
-    def read(self, path: Path, *, source: Path) -> None:
+    def read(self, path: Path, *, source: Source) -> None:
         """Look at every line of one file; `source` is what a person calls it."""
-        self._path = source
+        self._path = source.path
         needs, ids, names = self._needs, self._ids, self._names
         starts, lines = self._starts.append, self._lines.append
         offset = self._offset
@@ -264,11 +322,11 @@ class _Scan:
         self._offset = offset
         self._look()
 
-    def _slowly(self, path: Path, number: int, row: Any) -> Record | None:
+    def _slowly(self, source: Source, number: int, row: Any) -> Record | None:
         """Read a row that is not in the plain form; None where it is set aside."""
         if isinstance(row, dict):
             self._columns.update(dict.fromkeys(row))
-        item = read_row(path, number, row, self._needs)
+        item = read_row(source.path, number, row, self._needs, name=source.name)
         if isinstance(item, Rejection):
             self.rejected.append(item)
             return None

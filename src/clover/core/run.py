@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import random
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +32,11 @@ def seed_everything(seed: int) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Return this process's largest resident set so far, in GiB."""
+    """Return this process's largest resident set so far, in GiB; 0 where nobody counts it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -132,7 +132,7 @@ def settle(
         "best_value": best.value,
         "figure": best.validation.figure,
     }
-    if best.step != steps:
+    if best.value is not None and best.step != steps:
         last = {name: item.clone() for name, item in module.state_dict().items()}
         if keep == "last":
             best.load_into(module)
@@ -141,11 +141,14 @@ def settle(
         else:
             save_other("last", {"kept": "last", **found})
             best.load_into(module)
-    return {"kept": keep, **found}
+    # What was never validated, for nothing was left to train, has no best weights.
+    return {"kept": "last" if best.value is None else keep, **found}
 
 
 def say_kept(note: dict[str, Any], product: Path, other: Path) -> str:
     """Return which weights a product holds and where the other ones lie, in a line."""
+    if note["best_value"] is None:
+        return f"{product} holds the last weights; none were validated"
     figure = f"{note['figure']} {note['best_value']:g}"
     if note["best_step"] == note["last_step"]:
         return f"{product} holds the last weights, by validation the best too ({figure})"

@@ -14,6 +14,7 @@ from clover.core.config import Recipe, TuneConfig
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import Record
+from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.language.prompt import EXAMPLES
 from clover.language.protocol import LanguageModel
@@ -125,7 +126,7 @@ def _tune(
         )
     sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
     files = {
-        _DATA: sha256_file(instructions),
+        _DATA: sha256_records(instructions),
         _STAGE_1: None if start is None else sha256_file(start),
     }
     key = fingerprint([recipe.fingerprint(*sections), *files.values()])
@@ -225,7 +226,7 @@ def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Vali
     ).evenly(config.validate_samples)
     share = config.batch_size // config.accumulate // processes.num_processes()
     scores = AnswerLoss(model, unseen, max(1, share))
-    held_out = fingerprint([key, sha256_file(path), config.validate_samples])
+    held_out = fingerprint([key, sha256_records(path), config.validate_samples])
     return Validation(config.validate_every, scores, FIGURE, False, held_out)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
-from clover.core.record import Needs, Record, Rejection, read_records, set_aside
+from clover.core.record import Needs, Record, Rejection, set_aside
 from clover.core.record_file import open_records, select
 from clover.vision.cache import FeatureCache, ViewKind
 from clover.vision.encoder import ImageEncoder
@@ -138,17 +138,32 @@ class ImageSet:
         return f"{len(self.records):,} records on {images:,} images{set_aside(self.rejected)}"
 
 
-def load_image_set(path: Path, images: Path | None = None, *, needs: Needs = "any") -> ImageSet:
+def load_image_set(
+    path: Path,
+    images: Path | None = None,
+    *,
+    needs: Needs = "any",
+    unpacked: Path | None = None,
+    microns_per_pixel: float | None = None,
+) -> ImageSet:
     """Read records and hash their images; nothing is encoded.
+
+    Args:
+        path: A file of records, or a folder of such files.
+        images: Where image paths start; the records' own folder by default.
+        needs: Which columns each must fill.
+        unpacked: The folder for Parquet files as JSON Lines; without one Parquet is refused.
+        microns_per_pixel: At which regions of slides are read; without it they are set aside.
 
     Raises:
         CloverError: nothing usable is left.
     """
-    found = read_records(path, needs=needs)
-    folder = images if images is not None else found.folder
-    digests, _, missing = hash_images(found.records, folder)
-    records = [record for record in found.records if record.image in digests]
-    rejected = [*found.rejected, *missing]
+    path = Path(path)
+    found, refused = open_records(path, needs=needs, unpacked=unpacked)
+    folder = images if images is not None else path if path.is_dir() else path.parent
+    digests, _, missing = hash_images(found, folder, microns_per_pixel=microns_per_pixel)
+    records = [record for record in found if record.image in digests]
+    rejected = [*refused, *missing]
     if not records:
         reason = rejected[-1].reason if rejected else "no record names an image"
         raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")

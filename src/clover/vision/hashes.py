@@ -171,7 +171,7 @@ class ImagePaths(Mapping[str, Path]):
 
 
 def hash_images(
-    records: Sequence[Record], folder: Path
+    records: Sequence[Record], folder: Path, *, microns_per_pixel: float | None = None
 ) -> tuple[dict[str, str], dict[str, Path], list[Rejection]]:
     """Hash the images of a few records.
 
@@ -180,7 +180,7 @@ def hash_images(
         that name no place.
     """
     names = list(dict.fromkeys(str(record.image) for record in records if record.image is not None))
-    hashes = ImageHashes(folder)
+    hashes = ImageHashes(folder, microns_per_pixel=microns_per_pixel)
     hashes.add(names)
     values, is_there = hashes.values()
     digests = {

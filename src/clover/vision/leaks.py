@@ -285,6 +285,11 @@ def load_training_set(
     if rejected is not None:
         write_rejected(rejected, data.rejected)
     for other in held_out:
-        asked = load_image_set(other, recipe.data.images)
+        asked = load_image_set(
+            other,
+            recipe.data.images,
+            unpacked=cache / "records",
+            microns_per_pixel=encoder.microns_per_pixel,
+        )
         refuse_leaks(data, asked, cache=cache, what=f"{path} and {other}")
     return data
