@@ -18,6 +18,8 @@ from clover.qformer.tokenizer import Tokens
 from clover.training import processes
 from together import run_together
 
+pytestmark = pytest.mark.alone  # forks
+
 SIZE, PAIRS, WORDS = 2, 8, 20
 LENGTHS = (7, 3, 5, 4, 2, 6, 3, 4)
 """Of the captions: the longest text of the second process is shorter than the first one's."""

@@ -21,6 +21,8 @@ from together import run_together
 
 from .tiny import tiny_llama, tiny_t5
 
+pytestmark = pytest.mark.alone  # forks
+
 QUESTIONS = ["is there necrosis ?", "what tissue is shown ?", "describe the image ."]
 ANSWERS = ["yes", "colon with keratin", "lymph node with moderate fibrosis and many cells"]
 

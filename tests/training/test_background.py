@@ -20,6 +20,8 @@ from clover.training.loop import train
 from line import Line, job_of
 from tiny import Tiny, tiny_recipe
 
+pytestmark = pytest.mark.alone  # forks
+
 SETTINGS = {"steps": 8, "checkpoint_every": 2, "learning_rate": 0.1}
 
 

@@ -31,6 +31,8 @@ from line import Line, job_of
 from tiny import Tiny, tiny_recipe
 from together import environment, free_port, run_together, start_together
 
+pytestmark = pytest.mark.alone  # forks
+
 PLAIN = {"steps": 6, "batch_size": 8, "checkpoint_every": 3, "learning_rate": 0.02}
 STAGES = ("align", "tune")
 

@@ -65,7 +65,7 @@ def resolve_hub(asset: Asset, *, is_offline: bool) -> Path:
     if lacking and is_offline:
         raise CloverError(_where(asset, lacking, len(named)))
     if lacking:
-        with alone(asset.shelf / ".fetch.lock"):
+        with alone(asset.shelf.parent / ".fetch.lock"):
             if any(not (asset.folder / name).exists() for name in named) or not asset.path.exists():
                 _fetch(asset)  # nobody else did meanwhile
         manifest = read_manifest(asset)
