@@ -47,12 +47,16 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_what_a_living_on
         "    partial.write_text('half')\n"
         "    print(partial, flush=True); time.sleep(600)\n"
     )
-    writers = [
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    writers: list[subprocess.Popen[str]] = []
+    names: list[Path] = []
     try:
-        dead, alive = [Path(writer.stdout.readline().strip()) for writer in writers]  # type: ignore[union-attr]
+        for _ in range(2):  # one after the other: who comes first has the first name
+            writers.append(
+                subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+            )
+            assert writers[-1].stdout is not None
+            names.append(Path(writers[-1].stdout.readline().strip()))
+        dead, alive = names
         writers[0].kill()
         writers[0].wait()
         assert (dead.name, alive.name) == (".a.txt.part", ".a.txt.1.part")
