@@ -16,6 +16,7 @@ from PIL import Image
 
 from clover.core.config import Recipe
 from clover.model import Clover, build_bridge, load_tokenizer
+from clover.vision.familiar import Familiarity, pool
 
 TISSUES = {"liver": (200, 40, 40), "colon": (40, 200, 40), "kidney": (40, 40, 200)}
 QUESTION = "which tissue is shown ?"
@@ -112,6 +113,23 @@ def write_data(folder: Path, *, images: int = 24) -> tuple[Path, Path]:
     for path, rows in zip(files, (captions, questions), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return files
+
+
+def write_chessboard(path: Path) -> Path:
+    """Write an image that is like none of the tiny data's."""
+    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4))) * 255
+    Image.fromarray(board.astype(np.uint8)).convert("RGB").save(path)
+    return path
+
+
+def familiar_with_tiny(clover: Clover, folder: Path) -> Familiarity:
+    """Return the familiarity of a model that learnt from 60 images like the tiny data's."""
+    captions, _ = write_data(folder, images=60)
+    paths = sorted((captions.parent / "images").iterdir())
+    rows = torch.cat([pool(clover.encode(path)) for path in paths])
+    found = Familiarity.fit(rows, [str(index) for index in range(len(paths))])
+    assert found is not None
+    return found
 
 
 def _question(number: str, image: str, question: str, answer: str, kind: str) -> dict[str, str]:

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from clover.core.assets import home
 from clover.core.files import read_json
 from clover.model import load
-from clover.vision.familiar import Familiarity, pool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.serve.running import running, tiny_folder
-from tests.tiny import write_data
+from tests.tiny import familiar_with_tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 AXE = "4.14.1"
@@ -46,11 +44,7 @@ def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     config["recipe"]["encoder"]["microns_per_pixel"] = 5.6
     (model / "config.json").write_text(json.dumps(config))
     # It knows coloured noise: real tissue is unlike it.
-    loaded = load(model)
-    write_data(folder / "learnt", images=60)
-    learnt = [loaded.encode(path) for path in sorted((folder / "learnt" / "images").iterdir())]
-    familiarity = Familiarity.fit(pool(torch.cat(learnt)), [str(index) for index in range(60)])
-    assert familiarity is not None
+    familiarity = familiar_with_tiny(load(model), folder / "learnt")
     familiarity.save(model / "familiarity.safetensors")
     slides = folder / "slides"
     slides.mkdir()

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from clover.cli import main
@@ -29,8 +28,7 @@ from clover.evaluate.pixels import CHANGES, scale_stains
 from clover.evaluate.rewording import reworded
 from clover.evaluate.view import CONTROLS, find_controls
 from clover.model import load
-from clover.vision.familiar import Familiarity, pool
-from tiny import Tiny, tiny_clover, write_data
+from tiny import Tiny, familiar_with_tiny, tiny_clover, write_chessboard
 
 
 class Done(NamedTuple):
@@ -92,18 +90,13 @@ def test_images_unlike_the_training_ones_are_counted(
 ) -> None:
     knowing = tmp_path / "model"
     shutil.copytree(model, knowing)
-    learnt = load(model)
-    images, _ = write_data(tmp_path / "learnt", images=60)
-    rows = [pool(learnt.encode(path)) for path in sorted((images.parent / "images").iterdir())]
-    familiarity = Familiarity.fit(torch.cat(rows), [str(index) for index in range(60)])
-    assert familiarity is not None
+    familiarity = familiar_with_tiny(load(model), tmp_path / "learnt")
     familiarity.save(knowing / "familiarity.safetensors")
-    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4))) * 255
-    Image.fromarray(board.astype(np.uint8)).convert("RGB").save(tmp_path / "board.png")
+    board = write_chessboard(tmp_path / "board.png")
     asked = [json.loads(line) for line in tiny.instructions.read_text().splitlines()[:6]]
     for row in asked:
         row["image"] = str(tiny.instructions.parent / row["image"])
-    asked.append({**asked[0], "id": "strange", "image": str(tmp_path / "board.png")})
+    asked.append({**asked[0], "id": "strange", "image": str(board)})
     data = tmp_path / "asked.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in asked))
     out = tmp_path / "out"

@@ -6,12 +6,16 @@ import base64
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import openai
 import pytest
-import torch
-from PIL import Image
-from tests.tiny import QUESTION, Tiny, build_tiny, tiny_clover
+from tests.tiny import (
+    QUESTION,
+    Tiny,
+    build_tiny,
+    familiar_with_tiny,
+    tiny_clover,
+    write_chessboard,
+)
 
 from clover.model import Clover
 from clover.serve.app import create_app
@@ -20,7 +24,6 @@ from clover.serve.engine import Engine
 from clover.serve.request import Served
 from clover.serve.server import serving
 from clover.serve.settings import ServeSettings
-from clover.vision.familiar import Familiarity, pool
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +32,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="module")
-def clover(tiny: Tiny) -> Clover:
+def clover(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Clover:
     """Return a model that knows reddish, greenish and bluish noise."""
     clover = tiny_clover(tiny.recipe)
-    random = np.random.default_rng(3)
-    rows = []
-    for index in range(90):
-        colour = np.roll([200, 40, 40], index)
-        pixels = np.clip(colour + random.integers(-30, 31, (32, 32, 3)), 0, 255)
-        rows.append(pool(clover.encode(Image.fromarray(pixels.astype(np.uint8)))))
-    clover.familiarity = Familiarity.fit(torch.cat(rows), [str(index) for index in range(90)])
+    clover.familiarity = familiar_with_tiny(clover, tmp_path_factory.mktemp("learnt"))
     return clover
 
 
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("strange") / "page.png"
-    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4))) * 255
-    Image.fromarray(board.astype(np.uint8)).convert("RGB").save(path)
-    return path
+    return write_chessboard(tmp_path_factory.mktemp("strange") / "page.png")
 
 
 @pytest.fixture(scope="module")

@@ -19,22 +19,20 @@ from torch import Tensor
 
 from clover.align.contrast import Similarity
 from clover.align.match import Negatives, negative_weights
-from clover.align.run import align
 from clover.cli import cli
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
 from clover.training import processes
 from clover.training.loop import train
-from clover.tune.run import tune
 from line import Line, job_of
+from stage import STAGES, Stage, run_stage
 from tiny import Tiny, tiny_recipe
 from together import environment, free_port, run_together, start_together
 
 pytestmark = pytest.mark.alone  # forks
 
 PLAIN = {"steps": 6, "batch_size": 8, "checkpoint_every": 3, "learning_rate": 0.02}
-STAGES = ("align", "tune")
 
 
 def likeliest(similar: Similarity, *, offset: int = 0, ignored: Tensor | None = None) -> Negatives:
@@ -50,24 +48,6 @@ def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr)
     )
-
-
-def run_stage(
-    stage: str, tiny: Tiny, out: Path, recipe: Recipe, max_steps: int | None = None
-) -> Path:
-    cache = tiny.folder / "cache"
-    if stage == "align":
-        align(recipe, captions=tiny.captions, out=out, cache=cache, max_steps=max_steps)
-        return out / "align.safetensors"
-    tune(
-        recipe,
-        instructions=tiny.instructions,
-        out=out / "model",
-        run=out,
-        cache=cache,
-        max_steps=max_steps,
-    )
-    return out / "model" / "bridge.safetensors"
 
 
 def plain_recipe(tiny: Tiny, **settings: Any) -> Recipe:
@@ -87,16 +67,18 @@ def assert_same_weights(found: Path, wanted: Path) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_to_the_weights_of_one(
-    stage: str, accumulate: int, tiny: Tiny, tmp_path: Path, plain_descent: None
+    stage: Stage, accumulate: int, tiny: Tiny, tmp_path: Path, plain_descent: None
 ) -> None:
     recipe = plain_recipe(tiny, accumulate=accumulate)
-    alone = run_stage(stage, tiny, tmp_path / "alone", recipe)
+    alone = run_stage(stage, tiny, tmp_path / "alone", recipe=recipe)
     both = tmp_path / "both"
-    run_together(lambda rank: str(run_stage(stage, tiny, both, recipe)), tmp_path / "said")
+    run_together(lambda rank: str(run_stage(stage, tiny, both, recipe=recipe)), tmp_path / "said")
     found = both / alone.relative_to(tmp_path / "alone")
     assert_same_weights(found, alone)
     # It has learnt: equal weights that never moved would prove nothing.
-    still = run_stage(stage, tiny, tmp_path / "still", plain_recipe(tiny, learning_rate=1e-12))
+    still = run_stage(
+        stage, tiny, tmp_path / "still", recipe=plain_recipe(tiny, learning_rate=1e-12)
+    )
     moved = [
         float((item - load_file(str(still))[name]).abs().max())
         for name, item in load_file(str(alone)).items()
@@ -112,14 +94,14 @@ def test_two_processes_train_to_the_weights_of_one(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_where_the_first_stopped(
-    sizes: tuple[int, int], stage: str, tiny: Tiny, tmp_path: Path, plain_descent: None
+    sizes: tuple[int, int], stage: Stage, tiny: Tiny, tmp_path: Path, plain_descent: None
 ) -> None:
     recipe = plain_recipe(tiny)
-    alone = run_stage(stage, tiny, tmp_path / "alone", recipe)
+    alone = run_stage(stage, tiny, tmp_path / "alone", recipe=recipe)
     out = tmp_path / "changed"
     for size, stop in zip(sizes, (3, None), strict=True):
         work: Callable[[int], str] = lambda _, stop=stop: str(  # noqa: E731
-            run_stage(stage, tiny, out, recipe, stop)
+            run_stage(stage, tiny, out, recipe=recipe, max_steps=stop)
         )
         if size == 1:
             work(0)
@@ -135,7 +117,10 @@ def test_two_processes_in_parts_give_the_weights_of_two_in_one_go(
     recipe = tiny_recipe(tiny.folder, align={"steps": 8, "batch_size": 4, "checkpoint_every": 3})
 
     def run(out: Path, stop: int | None, said: str) -> None:
-        run_together(lambda _: str(run_stage("align", tiny, out, recipe, stop)), tmp_path / said)
+        run_together(
+            lambda _: str(run_stage("align", tiny, out, recipe=recipe, max_steps=stop)),
+            tmp_path / said,
+        )
 
     run(tmp_path / "whole", None, "1")
     run(tmp_path / "parts", 5, "2")
@@ -162,7 +147,7 @@ def test_a_batch_that_processes_cannot_share_is_one_line(tiny: Tiny, tmp_path: P
     def work(_: int) -> str:
         recipe = tiny_recipe(tiny.folder, align={"batch_size": 7})
         with pytest.raises(CloverError) as error:
-            run_stage("align", tiny, tmp_path / "run", recipe)
+            run_stage("align", tiny, tmp_path / "run", recipe=recipe)
         return str(error.value)
 
     said = run_together(work, tmp_path / "said")

@@ -8,44 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from clover.align.run import align
-from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
-from clover.tune.run import tune
+from stage import STAGES, Stage, run_stage
 from tiny import Tiny, tiny_recipe
-
-Stage = Literal["align", "tune"]
-STAGES: tuple[Stage, ...] = ("align", "tune")
-
-
-def run_stage(
-    stage: Stage,
-    tiny: Tiny,
-    out: Path,
-    *,
-    recipe: Recipe | None = None,
-    max_steps: int | None = None,
-) -> Path:
-    """Run one stage in `out`; return the file of its weights."""
-    chosen = recipe or tiny.recipe
-    cache = tiny.folder / "cache"
-    if stage == "align":
-        align(chosen, captions=tiny.captions, out=out, cache=cache, max_steps=max_steps)
-        return out / "align.safetensors"
-    tune(
-        chosen,
-        instructions=tiny.instructions,
-        out=out / "model",
-        run=out,
-        cache=cache,
-        max_steps=max_steps,
-    )
-    return out / "model" / "bridge.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from clover.vision import shard as shard_file
 from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import ImageEncoder, TinyEncoder
-from clover.vision.hashes import hash_images
 from clover.vision.image_processor import draw_view, rand_augment
 from clover.vision.shard import checksum, open_shard, write_shard
 from clover.vision.storage import Storage, pack, unpack
+from hashed import hash_images
 from tiny import Tiny
 
 CONFIG = EncoderConfig(kind="tiny", image_size=32, grid=4)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clover.cli import main
 from clover.core.errors import CloverError
@@ -17,7 +15,7 @@ from clover.vision import familiar
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import load_encoder
 from clover.vision.familiar import Familiarity, describe, pool
-from tiny import QUESTION, Tiny, tiny_clover, write_data
+from tiny import QUESTION, Tiny, tiny_clover, write_chessboard, write_data
 
 
 def drawn(count: int, *, seed: int) -> torch.Tensor:
@@ -102,10 +100,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Clover:
 @pytest.fixture(scope="module")
 def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a chessboard: no tiny image is like it."""
-    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((4, 4)))
-    path = tmp_path_factory.mktemp("strange") / "board.png"
-    Image.fromarray((board * 255).astype(np.uint8)).convert("RGB").save(path)
-    return path
+    return write_chessboard(tmp_path_factory.mktemp("strange") / "board.png")
 
 
 def test_a_model_says_so_of_a_strange_image_alone(

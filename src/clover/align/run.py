@@ -40,6 +40,7 @@ class AlignResult:
     """Which weights the file holds, where training was validated."""
 
 
+@processes.together
 def align(
     recipe: Recipe,
     *,
@@ -66,28 +67,6 @@ def align(
     Raises:
         CloverError: unusable data or settings.
     """
-    with processes.joined(recipe.device):
-        return _align(
-            recipe,
-            captions,
-            out=out,
-            cache=cache,
-            validation=validation,
-            held_out=held_out,
-            max_steps=max_steps,
-        )
-
-
-def _align(
-    recipe: Recipe,
-    captions: Path,
-    *,
-    out: Path,
-    cache: Path,
-    validation: Path | None,
-    held_out: Sequence[Path],
-    max_steps: int | None,
-) -> AlignResult:
     is_first = processes.is_first()
     run = RunFolder(out, is_writer=is_first)
     run.save_recipe(recipe)

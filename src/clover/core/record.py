@@ -7,9 +7,7 @@ column is kept.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import gc
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import write_jsonl
+from clover.core.run import uncollected
 
 AnswerType = Literal["open", "closed"]
 Needs = Literal["caption", "question", "any"]
@@ -278,7 +277,7 @@ def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = 
     path = Path(path)
     found = RecordSet(path, [])
     seen: set[str] = set()
-    with _no_collection():
+    with uncollected():
         for line, item in numbered_records(path, needs):
             if isinstance(item, Rejection):
                 found.rejected.append(item)
@@ -290,21 +289,6 @@ def read_records(path: str | Path, *, needs: Needs = "any", limit: int | None = 
                 if limit is not None and len(found.records) >= limit:
                     break
     return found
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Stop the search for cycles: it goes through all records again and again, and finds none.
-
-    Of 100,000 records it takes more time than reading them.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def write_records(path: str | Path, records: Iterable[Record]) -> int:

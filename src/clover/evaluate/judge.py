@@ -14,11 +14,11 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 
+from clover.core.run import uncollected
 from clover.evaluate.copied import TrainingAnswers
 from clover.evaluate.form import answer_form, question_form
 from clover.evaluate.protocol import Item, Protocol, Rating, find_protocols
@@ -178,7 +178,7 @@ def judged_chunks(
         workers: Processes that judge, beside this one that reads; 1 judges here.
     """
     if workers <= 1:
-        with _uncollected():
+        with uncollected():
             for chunk in chunks(items):
                 yield chunk, judge.columns(chunk)
         return
@@ -194,18 +194,6 @@ def judged_chunks(
                 yield first, future.result()
         for first, future in waiting:
             yield first, future.result()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Let the collector of cycles rest: items make none, and it would look through all of them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 _employed: list[Judge] = []

@@ -17,7 +17,7 @@ import yaml
 
 from clover.core.errors import CloverError, nearest
 from clover.core.files import atomic_path, write_json
-from clover.serve.slide_ask import View, open_for, stated_resolution
+from clover.serve.slide_ask import View, open_for
 from clover.slides.region import Region, parse_region
 
 if TYPE_CHECKING:
@@ -124,17 +124,17 @@ class Conversation:
             extent = slide.extent
             if self.draw is not None:
                 self.write(self.draw(slide.overview(_OVERVIEW)))
-        learnt, side = self._resolution()
+        field_um = self.model.field_um
         self.image, self.turns, self._picture, self._features = None, [], None, None
         self.file = file
         self.write(
             f"{file} is a slide of {extent.width:.0f} x {extent.height:.0f} µm. Name the field to "
-            f"ask about: /region x,y,width,height in µm; the model's own is {learnt * side:.0f} µm "
+            f"ask about: /region x,y,width,height in µm; the model's own is {field_um:.0f} µm "
             "wide.\n"
         )
 
     def _look_at_region(self, file: Path, region: Region) -> None:
-        learnt, side = self._resolution()
+        learnt, side = self.model.microns_per_pixel, self.model.recipe.encoder.image_size
         with open_for(file, self.mpp) as slide:
             view = View(slide.read(region, learnt), region, learnt, side)
         self._begin(f"{file}#{region}", view.picture, file)
@@ -144,10 +144,6 @@ class Conversation:
     def _say_what_is_seen(self) -> None:
         if self.image is not None:
             self.write(f"Looking at {self.image}; a new conversation.\n")
-
-    def _resolution(self) -> tuple[float, int]:
-        recipe = self.model.recipe.model_dump(mode="json")
-        return stated_resolution({"name": self.model.name, "recipe": recipe})
 
     def take(self, line: str) -> bool:
         """Do what a line says; return whether the conversation goes on.

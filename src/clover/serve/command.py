@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clover.core.errors import CloverError
-from clover.serve.slide_ask import slide_options
+from clover.serve.slide_ask import mpp_option, slide_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -119,12 +119,7 @@ def ask(model: Path, image: Path, question: str | None, as_json: bool, **options
 @click.command(epilog="Example: clover chat clover-demo/model image.png")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("image", required=False)
-@click.option(
-    "--mpp",
-    metavar="UM",
-    help="µm per pixel, for a file that does not state it; 'estimate' takes the objective's usual "
-    "one.",
-)
+@mpp_option
 @_model_options
 def chat(model: Path, image: str | None, mpp: str | None, **options: Any) -> None:
     """Talk with MODEL (a model folder) about IMAGE: a field of view, or a slide.

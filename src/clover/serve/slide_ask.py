@@ -29,6 +29,14 @@ _TOLERANCE = 1.25
 """Seen coarser or finer than learnt by more than this is said."""
 
 
+mpp_option = click.option(
+    "--mpp",
+    metavar="UM",
+    help="µm per pixel, for a file that does not state it; 'estimate' takes the objective's usual "
+    "one.",
+)
+
+
 def slide_options(command: Command) -> Command:
     """Add what `ask` takes about slides."""
     for option in (
@@ -46,12 +54,7 @@ def slide_options(command: Command) -> Command:
         ),
         click.option("--tour", metavar="QUESTION", help="Ask this of all tissue, field by field."),
         click.option("--region", metavar="X,Y,W,H", help="Ask about this rectangle, in µm."),
-        click.option(
-            "--mpp",
-            metavar="UM",
-            help="µm per pixel, for a file that does not state it; 'estimate' takes the "
-            "objective's usual one.",
-        ),
+        mpp_option,
     ):
         command = option(command)
     return command

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 _PATIENCE_S = 600
 """How long one process waits for the others; CLOVER_PATIENCE_S in the environment says otherwise.
 A process that dies is noticed at once, one that hangs or is cut off after this."""
@@ -102,6 +105,19 @@ def joined(device: str) -> Iterator[None]:
             sys.exit(_exit_code(error))
         raise
     _leave()
+
+
+def together(
+    stage: Callable[Concatenate[Recipe, Arguments], Result],
+) -> Callable[Concatenate[Recipe, Arguments], Result]:
+    """Run a stage `joined`: its first argument is the recipe, which names the device."""
+
+    @wraps(stage)
+    def run(recipe: Recipe, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with joined(recipe.device):
+            return stage(recipe, *args, **kwargs)
+
+    return run
 
 
 def _leave() -> None:

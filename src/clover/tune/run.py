@@ -56,6 +56,7 @@ class TuneResult:
     """Which weights the folder holds, where training was validated."""
 
 
+@processes.together
 def tune(
     recipe: Recipe,
     *,
@@ -82,32 +83,6 @@ def tune(
             a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
     """
-    with processes.joined(recipe.device):
-        return _tune(
-            recipe,
-            instructions,
-            out=out,
-            run=run,
-            cache=cache,
-            start=start,
-            validation=validation,
-            held_out=held_out,
-            max_steps=max_steps,
-        )
-
-
-def _tune(
-    recipe: Recipe,
-    instructions: Path,
-    *,
-    out: Path,
-    run: Path,
-    cache: Path,
-    start: Path | None,
-    validation: Path | None,
-    held_out: Sequence[Path],
-    max_steps: int | None,
-) -> TuneResult:
     is_first = processes.is_first()
     folder = RunFolder(run, is_writer=is_first)
     folder.save_recipe(recipe)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from clover.core.record import Needs, Record, Rejection, set_aside
 from clover.core.record_file import open_records, select
 from clover.vision.cache import FeatureCache, ViewKind
 from clover.vision.encoder import ImageEncoder
-from clover.vision.hashes import Digests, ImageHashes, ImagePaths, hash_images
+from clover.vision.hashes import Digests, ImageHashes, ImagePaths
 from clover.vision.storage import Storage
 
 
@@ -92,28 +94,43 @@ def load_feature_set(
     Raises:
         CloverError: nothing usable is left.
     """
-    path = Path(path)
-    folder = images if images is not None else path if path.is_dir() else path.parent
+    folder = _images_of(path, images)
     features = FeatureCache(cache, encoder, storage=storage, views=views, view_kind=view_kind)
     hashes = ImageHashes(
         folder,
         microns_per_pixel=encoder.microns_per_pixel,
         memory=DigestMemory(Path(cache) / "digests.sqlite"),
     )
-    found, rejected = open_records(
-        path, needs=needs, visit=hashes.add, unpacked=Path(cache) / "records"
-    )
-    digests, is_there = hashes.values()
-    records, digests = select(found, is_there), digests[is_there]
-    rejected += hashes.rejected
+    records, digests, rejected = _hashed(path, needs, hashes, Path(cache) / "records")
     if not features.are_whole(digests).all():
         rejected += features.fill(ImagePaths(records, digests, folder))
         is_whole = features.are_whole(digests)
         records, digests = select(records, is_whole), digests[is_whole]
+    _check_some(records, rejected, path, folder)
+    return FeatureSet(records, Digests(digests), features, rejected, folder)
+
+
+def _images_of(path: str | Path, images: Path | None) -> Path:
+    """Return where image paths start: where one says, or the records' own folder."""
+    path = Path(path)
+    return images if images is not None else path if path.is_dir() else path.parent
+
+
+def _hashed(
+    path: str | Path, needs: Needs, hashes: ImageHashes, unpacked: Path | None
+) -> tuple[Sequence[Record], npt.NDArray[np.uint8], list[Rejection]]:
+    """Return the records whose images are there, their SHA-256 [N, 32], and what was set aside."""
+    found, rejected = open_records(path, needs=needs, visit=hashes.add, unpacked=unpacked)
+    digests, is_there = hashes.values()
+    return select(found, is_there), digests[is_there], [*rejected, *hashes.rejected]
+
+
+def _check_some(
+    records: Sequence[Record], rejected: Sequence[Rejection], path: str | Path, folder: Path
+) -> None:
     if not len(records):
         reason = rejected[-1].reason if rejected else "no record names an image"
         raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
-    return FeatureSet(records, Digests(digests), features, rejected, folder)
 
 
 @dataclass(frozen=True)
@@ -158,13 +175,8 @@ def load_image_set(
     Raises:
         CloverError: nothing usable is left.
     """
-    path = Path(path)
-    found, refused = open_records(path, needs=needs, unpacked=unpacked)
-    folder = images if images is not None else path if path.is_dir() else path.parent
-    digests, _, missing = hash_images(found, folder, microns_per_pixel=microns_per_pixel)
-    records = [record for record in found if record.image in digests]
-    rejected = [*refused, *missing]
-    if not records:
-        reason = rejected[-1].reason if rejected else "no record names an image"
-        raise CloverError(f"{path}: no record with a readable image under {folder} ({reason})")
-    return ImageSet(records, [digests[str(r.image)] for r in records], rejected, folder)
+    folder = _images_of(path, images)
+    hashes = ImageHashes(folder, microns_per_pixel=microns_per_pixel)
+    records, digests, rejected = _hashed(path, needs, hashes, unpacked)
+    _check_some(records, rejected, path, folder)
+    return ImageSet(list(records), list(Digests(digests)), rejected, folder)

@@ -50,15 +50,14 @@ def pool(tokens: Tensor) -> Tensor:
 
 def describe(data: FeatureSet) -> Familiarity | None:
     """Return the distribution of a training set's images as they are, at most 4,096 of them."""
-    group_of = {
-        digest: record.group or digest
-        for digest, record in zip(data.digests, data.records, strict=True)
-    }
-    chosen = sorted(group_of)
+    row_of = {digest: row for row, digest in enumerate(data.digests)}
+    chosen = sorted(row_of)
     if len(chosen) > _MOST:
         chosen = random.Random(0).sample(chosen, _MOST)
     parts = [pool(data.cache.get(chosen[i : i + _READ])) for i in range(0, len(chosen), _READ)]
-    return Familiarity.fit(torch.cat(parts), [group_of[digest] for digest in chosen])
+    # Records are parsed when they are asked for: those of the chosen images alone.
+    groups = [data.records[row_of[digest]].group or digest for digest in chosen]
+    return Familiarity.fit(torch.cat(parts), groups)
 
 
 @dataclass(frozen=True)

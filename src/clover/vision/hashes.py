@@ -168,27 +168,3 @@ class ImagePaths(Mapping[str, Path]):
         if place == len(self._keys) or self._keys[place] != key:
             raise KeyError(digest)
         return self._folder / str(self._records[int(self._first[place])].image)
-
-
-def hash_images(
-    records: Sequence[Record], folder: Path, *, microns_per_pixel: float | None = None
-) -> tuple[dict[str, str], dict[str, Path], list[Rejection]]:
-    """Hash the images of a few records.
-
-    Returns:
-        image name -> SHA-256; SHA-256 -> one path with these bytes; missing images, and regions
-        that name no place.
-    """
-    names = list(dict.fromkeys(str(record.image) for record in records if record.image is not None))
-    hashes = ImageHashes(folder, microns_per_pixel=microns_per_pixel)
-    hashes.add(names)
-    values, is_there = hashes.values()
-    digests = {
-        name: digest
-        for name, digest, there in zip(names, Digests(values), is_there, strict=True)
-        if there
-    }
-    paths: dict[str, Path] = {}
-    for name, digest in digests.items():
-        paths.setdefault(digest, folder / name)
-    return digests, paths, hashes.rejected
