@@ -8,9 +8,11 @@ length about 48; the peer pads to the longest row and scores the vocabulary at e
 A step is forward, backward, clipping and AdamW, with the published dropout of 0.1.
 
 Time is processor time (medians): the core may be shared. The floor replays every matrix product of
-our step alone. Each side, and the floor, runs in a process of its own, whose peak memory is the
-side's; with `--into` each part is kept as it is done, so that a busy machine can do one at a time,
-and the row is printed once its three parts are there.
+our step alone. The peer always computes in float32; ours too, and once more in bfloat16 (autocast,
+the frozen language model held in it) where the processor multiplies that fast. Each side, and each
+floor, runs in a process of its own, whose peak memory is the side's; with `--into` each part is
+kept as it is done, so that a busy machine can do one at a time, and a row is printed once its parts
+are there.
 
     python -m benchmarks.train_step [--steps 3] [--small]
     python -m benchmarks.train_step --into parts/ --only "stage 1" ours
@@ -46,6 +48,7 @@ from clover.language.prompt import Prompt
 from clover.plan.step import NoText
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
+from clover.training.device import Device, choose_device, multiplies_bfloat16_fast
 from clover.training.loop import apply_gradients, make_optimizer
 
 Step = Callable[[], object]
@@ -67,7 +70,7 @@ def _finish(bridge: Bridge, optimizer: torch.optim.Optimizer, *, is_ours: bool) 
         optimizer.zero_grad(set_to_none=True)
 
 
-def stage_1(size: str) -> tuple[Step, Step]:
+def stage_1(size: str, device: Device) -> tuple[Step, Step]:
     """Return our step and the peer's."""
     torch.manual_seed(0)
     bridge = Bridge(QFormerConfig(**SIZES[size]), has_alignment=True)  # type: ignore[arg-type]
@@ -78,9 +81,10 @@ def stage_1(size: str) -> tuple[Step, Step]:
     optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
 
     def ours() -> None:
-        losses = alignment_losses(
-            bridge, bridge.read_image(features), text, decode_start=DECODE_START
-        )
+        with device.autocast():
+            losses = alignment_losses(
+                bridge, bridge.read_image(features), text, decode_start=DECODE_START
+            )
         losses.total.backward()  # type: ignore[no-untyped-call]
         del losses
         _finish(bridge, optimizer, is_ours=True)
@@ -92,7 +96,7 @@ def stage_1(size: str) -> tuple[Step, Step]:
     return ours, peer
 
 
-def stage_2(size: str) -> tuple[Step, Step]:
+def stage_2(size: str, device: Device) -> tuple[Step, Step]:
     """Return our step and the peer's."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,7 +110,7 @@ def stage_2(size: str) -> tuple[Step, Step]:
         vocab_size=49152,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False).to(device.dtype)
     bridge = Bridge(
         QFormerConfig(**SIZES[size]),  # type: ignore[arg-type]
         language_width=config.hidden_size,
@@ -129,7 +133,8 @@ def stage_2(size: str) -> tuple[Step, Step]:
             language = DecoderOnly(
                 model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=LanguageConfig()
             )
-        total, count = language.loss_from_ids(prefix(), instructions, answers)
+        with device.autocast():
+            total, count = language.loss_from_ids(prefix(), instructions, answers)
         (total / count).backward()  # type: ignore[no-untyped-call]
         _finish(bridge, optimizer, is_ours=True)
 
@@ -154,6 +159,9 @@ def stage_2(size: str) -> tuple[Step, Step]:
 
 
 PARTS = ("ours", "peer", "floor")
+"""Of a row in float32."""
+HALF = ("ours bfloat16", "peer", "floor bfloat16")
+"""Of a row in bfloat16; the peer is the same."""
 STAGES = {"stage 1": stage_1, "stage 2": stage_2}
 
 
@@ -169,13 +177,15 @@ class _Products(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         name = function.overloadpacket._qualified_op_name
         if name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"):
-            tensors = [(tuple(item.shape), item.stride()) for item in args if torch.is_tensor(item)]
+            tensors = [
+                (tuple(item.shape), item.stride(), item.dtype)
+                for item in args
+                if torch.is_tensor(item)
+            ]
             self.found[name, tuple(tensors[-2:])] += 1
         elif "scaled_dot_product" in name:
             shapes = [
-                (tuple(item.shape), item.stride())
-                for item in args
-                if torch.is_tensor(item) and item.ndim == 4
+                tuple(item.shape) for item in args if torch.is_tensor(item) and item.ndim == 4
             ]
             self.found["attention" + ("_backward" in name) * "_backward", tuple(shapes[-4:])] += 1
         return function(*args, **(kwargs or {}))
@@ -189,7 +199,10 @@ def floor(step: Step) -> tuple[float, float]:
     for (_, tensors), times in products.found.items():
         if len(tensors) != 2:
             continue  # fused attention: a few per cent, and left out of the floor
-        left, right = (torch.empty_strided(*item).normal_() for item in tensors)
+        left, right = (
+            torch.empty_strided(shape, stride, dtype=dtype).normal_()
+            for shape, stride, dtype in tensors
+        )
         product: Callable[[Tensor, Tensor], Tensor] = torch.bmm if left.ndim == 3 else torch.mm
         out = product(left, right)
 
@@ -209,8 +222,10 @@ def _processor(function: Step) -> float:
 
 def measure(stage: str, part: str, size: str, steps: int) -> dict[str, float]:
     """Return what one part of a row is: a side's seconds a step and peak memory, or the floor."""
-    ours, peer = STAGES[stage](size)
-    if part == "floor":
+    is_half = part in HALF and part not in PARTS
+    device = choose_device("cpu", "bfloat16" if is_half else "float32")
+    ours, peer = STAGES[stage](size, device)
+    if part.startswith("floor"):
         seconds, work = floor(ours)
         return {"seconds": seconds, "gflop": work}
     step = peer if part == "peer" else ours
@@ -220,11 +235,11 @@ def measure(stage: str, part: str, size: str, steps: int) -> dict[str, float]:
     return {"seconds": statistics.median(times), "peak_gib": peak_memory_gib()}
 
 
-def print_row(stage: str, size: str, steps: int, found: dict[str, dict[str, float]]) -> None:
+def print_row(name: str, steps: int, parts: list[dict[str, float]]) -> None:
     """Print one row of the table from its parts."""
-    ours, peer, least = (found[part] for part in PARTS)
+    ours, peer, least = parts
     print_figure(
-        f"{stage}, {size} size, float32",
+        name,
         ours["seconds"],
         "s of processor time",
         batch=BATCH,
@@ -248,7 +263,7 @@ def print_row(stage: str, size: str, steps: int, found: dict[str, dict[str, floa
     "--only",
     "chosen",
     nargs=2,
-    type=(click.Choice(list(STAGES)), click.Choice(PARTS)),
+    type=(click.Choice(list(STAGES)), click.Choice([*PARTS, *HALF])),
     help="With --into: measure this part alone.",
 )
 @click.option("--child", nargs=2, hidden=True)
@@ -266,16 +281,18 @@ def main(
         return
     folder = into or Path(tempfile.mkdtemp(prefix="clover-step-"))
     folder.mkdir(parents=True, exist_ok=True)
+    rows = {"float32": PARTS} | ({"bfloat16": HALF} if multiplies_bfloat16_fast() else {})
     for stage in STAGES:
-        found = {}
-        for part in PARTS:
-            kept = folder / f"{size}-{stage.replace(' ', '-')}-{part}-{steps}.json"
-            if not kept.exists() and chosen in (None, (stage, part)):
-                write_json(kept, _in_a_process(stage, part, steps, small))
-            if kept.exists():
-                found[part] = read_json(kept)
-        if len(found) == len(PARTS):
-            print_row(stage, size, steps, found)
+        for numbers, parts in rows.items():
+            found = []
+            for part in parts:
+                kept = folder / f"{size}-{stage}-{part}-{steps}.json".replace(" ", "-")
+                if not kept.exists() and chosen in (None, (stage, part)):
+                    write_json(kept, _in_a_process(stage, part, steps, small))
+                if kept.exists():
+                    found.append(read_json(kept))
+            if len(found) == len(parts):
+                print_row(f"{stage}, {size} size, {numbers}", steps, found)
 
 
 def _in_a_process(stage: str, part: str, steps: int, small: bool) -> dict[str, float]:
