@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from clover.core.errors import CloverError
-from clover.qformer.attention_map import AttentionMap, attention_map
+from clover.qformer.attention_map import AttentionMap, attention_map, grid_side
+from clover.vision.turned import num_turns, places_of_turns
 
 if TYPE_CHECKING:
     from clover.model import Clover
@@ -93,9 +94,18 @@ def look(model: Clover, features: Tensor, question: str) -> AttentionMap:
     """
     tokens = model.question_tokens([question])
     given = features.to(model.device.device)
-    if tokens is None:
-        return attention_map(model.bridge, given)
-    return attention_map(model.bridge, given, tokens.ids, tokens.mask)
+    read = () if tokens is None else (tokens.ids, tokens.mask)
+    return attention_map(model.bridge, given, *read, places=token_places(model, features))
+
+
+def token_places(model: Clover, features: Tensor) -> Tensor:
+    """Return which of an image's tokens [1, P, E] show each place of it, [copies, G * G].
+
+    Raises:
+        CloverError: the encoder's tokens form no square grid.
+    """
+    turns, num_tokens = num_turns(model.encoder), features.shape[1]
+    return places_of_turns(grid_side(num_tokens // turns), num_tokens, turns)
 
 
 def explain(model: Clover, features: Tensor, question: str, answer: str) -> Explanation:
@@ -114,7 +124,10 @@ def explain(model: Clover, features: Tensor, question: str, answer: str) -> Expl
         raise CloverError("the answer is empty; there is nothing to explain")
     maps = look(model, features, question)
     deletion = delete(
-        features, maps.rollout(), lambda stays: likelihood(model, stays, question, answer)
+        features,
+        maps.rollout(),
+        lambda stays: likelihood(model, stays, question, answer),
+        places=token_places(model, features),
     )
     is_closed = first_word(answer) in YES_NO
     return Explanation(maps, deletion, yes_probability(model, features, question, is_closed))
@@ -141,7 +154,13 @@ def likelihood(model: Clover, features: Tensor, question: str, answer: str) -> f
     return _likelihoods(model, features, question, [answer])[0]
 
 
-def delete(features: Tensor, heat: Tensor, measure: Callable[[Tensor], float]) -> Deletion:
+def delete(
+    features: Tensor,
+    heat: Tensor,
+    measure: Callable[[Tensor], float],
+    *,
+    places: Tensor | None = None,
+) -> Deletion:
     """Take image tokens away and measure how far the answer's log-likelihood falls.
 
     The Q-Former reads a set of tokens of any number, so they are taken out, not painted over.
@@ -151,15 +170,18 @@ def delete(features: Tensor, heat: Tensor, measure: Callable[[Tensor], float]) -
         heat: The map under test [G, G].
         measure: Returns the answer's log-likelihood for the tokens that stay. A server lets other
             answers go on between two calls.
+        places: Which tokens show each place of the map, [copies, G * G]; they go together. By
+            default one each, in order.
     """
     num_tokens, num_places = features.shape[1], heat.numel()
-    first = num_tokens - num_places
-    order = heat.flatten().argsort(descending=True) + first
+    if places is None:
+        places = torch.arange(num_tokens - num_places, num_tokens)[None]
+    order = heat.flatten().argsort(descending=True)
     generator = torch.Generator().manual_seed(0)
 
     def fall(gone: Tensor) -> float:
         stays = torch.ones(num_tokens, dtype=torch.bool)
-        stays[gone] = False
+        stays[places[:, gone.to(places.device)]] = False
         return whole - measure(features[:, stays])
 
     whole = measure(features)
@@ -168,10 +190,7 @@ def delete(features: Tensor, heat: Tensor, measure: Callable[[Tensor], float]) -
         count = max(round(share * num_places), 1)
         attended.append(fall(order[:count]))
         draws = torch.tensor(
-            [
-                fall(torch.randperm(num_places, generator=generator)[:count] + first)
-                for _ in range(_DRAWS)
-            ]
+            [fall(torch.randperm(num_places, generator=generator)[:count]) for _ in range(_DRAWS)]
         )
         random.append(float(draws.mean()))
         spread.append(float(draws.std()))

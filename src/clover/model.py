@@ -35,6 +35,7 @@ from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.language.spread import spread_layers
+from clover.language.words import Words
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
@@ -44,12 +45,13 @@ from clover.training import processes
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
 from clover.vision.familiar import UNFAMILIAR, Familiarity
+from clover.vision.turned import TurnedEncoder, plain_encoder
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 _FAMILIAR = "familiarity.safetensors"
-_DETAILS = ("key", "data", "stage_1", "converted_from", "weights")
+_DETAILS = ("key", "data", "stage_1", "converted_from", "weights", "words")
 """Entries of `config.json` that a model keeps when it is saved again."""
 _BESIDE = "beside:"
 """Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
@@ -163,6 +165,7 @@ class Clover:
         details: Further entries of the model folder's `config.json`.
         aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
         familiarity: Of what images it learnt; None where nobody wrote it down.
+        words: What its visual tokens were taught to spell with; None where they were not.
     """
 
     recipe: Recipe
@@ -175,6 +178,7 @@ class Clover:
     details: dict[str, Any] = field(default_factory=dict)
     aligned: Aligned | None = None
     familiarity: Familiarity | None = None
+    words: Words | None = None
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -213,7 +217,11 @@ class Clover:
                 are about the first image, and so on, and an image's keys are computed once.
             questions: B questions.
         """
-        return self.bridge.project(self.visual_hidden(features, questions))
+        visual = self.bridge.project(self.visual_hidden(features, questions))
+        share = self.recipe.evaluate.word_pull
+        if not share or self.words is None or self.bridge.training:
+            return visual
+        return self.words.pulled(visual, share)
 
     def loss(
         self, features: Tensor, questions: Sequence[str], answers: Sequence[str]
@@ -243,6 +251,10 @@ class Clover:
         """Return one image's tokens [1, P, E]."""
         picture = open_image(image, self.resolution_for(image))
         return self.encoder.encode(self.encoder.prepare(picture)[None]).float()
+
+    def upright(self, features: Tensor) -> Tensor:
+        """Return of an image's tokens [1, P, E] those of the image as it is, without its turns."""
+        return features[:, : plain_encoder(self.encoder).num_tokens]
 
     def resolution_for(self, image: ImageLike) -> float | None:
         """Return the µm per pixel at which a region of a slide is read; None for a plain image.
@@ -304,7 +316,8 @@ class Clover:
         """Return what is to be said of an image [1, P, E] that is unlike the training images."""
         if self.familiarity is None:
             return None
-        nearer = self.familiarity.share_nearer(features)
+        # It was described by images read once.
+        nearer = self.familiarity.share_nearer(self.upright(features))
         if nearer < UNFAMILIAR:
             return None
         whom = "any" if nearer == 1 else f"{100 * nearer:.1f} %"
@@ -452,7 +465,7 @@ def save_folder(model: Clover, path: Path) -> Path:
         recipe=model.recipe.model_dump(mode="json"),
         encoder={
             "id": model.encoder.id,
-            "revision": model.encoder.revision,
+            "revision": plain_encoder(model.encoder).revision,
             "width": model.encoder.width,
             "licence": model.encoder.licence,
             **({"licence_note": note} if (note := model.encoder.licence_note) else {}),
@@ -577,7 +590,7 @@ def load(
     Args:
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
-        precision: `auto`, `float32` or `bfloat16`.
+        precision: `float32`, `bfloat16`, or `auto`: what the recipe says, which may be `auto` too.
         beside: A loaded model; its image encoder serves this one too where it is the same, as
             language models do in any case: a further model costs its bridge alone.
 
@@ -590,11 +603,13 @@ def load(
         recipe = Recipe.model_validate(config["recipe"])
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
-    where = choose_device(device, precision)  # type: ignore[arg-type]
+    # A recipe that insists on a format is answered in it as well.
+    numbers = recipe.precision if precision == "auto" else precision
+    where = choose_device(device, numbers)  # type: ignore[arg-type]
     said = config["encoder"]["revision"]
     is_shared = beside is not None and beside.recipe.encoder == recipe.encoder
-    if beside is not None and is_shared and _is_named(beside.encoder, said):
-        encoder = beside.encoder
+    if beside is not None and is_shared and _is_named(plain_encoder(beside.encoder), said):
+        encoder = plain_encoder(beside.encoder)
     else:
         encoder = load_encoder(recipe.encoder)
     if not _is_named(encoder, said):
@@ -602,6 +617,8 @@ def load(
             f"{path} was trained on encoder revision {said}, here it is "
             f"{encoder.revision}: other weights or another token map"
         )
+    if recipe.evaluate.turns > 1:
+        encoder = TurnedEncoder(encoder, recipe.evaluate.turns)
     tokenizer = load_tokenizer(recipe)
     language = load_frozen_language(recipe.language, recipe.prompt, where)
     bridge = build_bridge(
@@ -620,6 +637,8 @@ def load(
         model.attach_alignment(path / "align.safetensors")
     if (path / _FAMILIAR).exists():
         model.familiarity = Familiarity.load(path / _FAMILIAR)
+    if "words" in kept:
+        model.words = Words.of(language, kept["words"], where.device)
     return model
 
 

@@ -31,7 +31,7 @@ def objective(tiny: Tiny, **settings: Any) -> GroundingObjective:
 def test_targets_spell_the_answer_and_then_fill(tiny: Tiny) -> None:
     grounding = objective(tiny)
     answer = next(iter(TISSUES))
-    spelt = grounding.vocabulary[grounding.targets([answer])[0]].tolist()
+    spelt = grounding.words.ids[grounding.targets([answer])[0]].tolist()
     tokens = grounding.model.language.text_tokens(" " + answer)
     (filler,) = grounding.model.language.text_tokens(" -")
     assert spelt == tokens + [filler] * (grounding.num_places - len(tokens))
@@ -46,14 +46,14 @@ def test_loss_is_cross_entropy_and_distance_of_each_place(tiny: Tiny, anchor: fl
         visual = grounding.model.visual_prefix(batch.features, batch.questions)
     language = grounding.model.language
     mean, _ = language.embedding_statistics()
-    words = language.word_embeddings(grounding.vocabulary)
+    words = language.word_embeddings(grounding.words.ids)
     total = 0.0
     for row, answer in enumerate(batch.answers):
         tokens = language.text_tokens(" " + answer)
         for place, query in enumerate(visual[row]):
             token = tokens[place] if place < len(tokens) else language.text_tokens(" -")[0]
             chances = torch.softmax((words - mean) @ (query - mean), dim=0)
-            total -= float(chances[grounding.vocabulary.tolist().index(token)].log())
+            total -= float(chances[grounding.words.ids.tolist().index(token)].log())
             own = language.word_embeddings(torch.tensor([token]))[0]
             total += anchor * float((query - own).square().sum())
     torch.testing.assert_close(float(found.sum), total / len(visual[0]), rtol=1e-4, atol=1e-4)
@@ -134,7 +134,7 @@ def test_refit_is_the_ridge_solution(tiny: Tiny) -> None:
     batch = grounding.collate(range(grounding.num_samples()))
     with torch.no_grad():
         hidden = model.visual_hidden(batch.features, batch.questions).flatten(0, 1)
-    words = model.language.word_embeddings(grounding.vocabulary)
+    words = model.language.word_embeddings(grounding.words.ids)
     wanted = words[grounding.targets(batch.answers)].flatten(0, 1)
     share = refit_projection(grounding, batch_size=4)
     projection = model.bridge.projection
@@ -178,10 +178,12 @@ def test_grounding_spells_the_tissue_before_the_language_model_is_asked(
 
     model = load(first.model)
     grounding = GroundingObjective(model, objective(tiny).data)
+    assert model.words is not None, "the folder names what its visual tokens spell with"
+    assert torch.equal(model.words.ids, grounding.words.ids)
     for tissue in TISSUES:
         with torch.no_grad():
             visual = model.visual_prefix(model.encode(tiny.image(tissue)), [QUESTION])
-            nearest = torch.cdist(visual[0], grounding._words).argmin(dim=1)
+            nearest = torch.cdist(visual[0], grounding.words.embeddings).argmin(dim=1)
         assert nearest.tolist() == grounding.targets([tissue])[0].tolist()
 
     # A run that lost its later stages goes on from the first one's checkpoint to the same weights.

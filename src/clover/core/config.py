@@ -34,6 +34,7 @@ _LATER = (
     *(("align", name) for name in ("ignore_duplicates", "gather", "gradient_chunk")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
     ("tune", "anchoring_repeat"),
+    *(("evaluate", name) for name in ("turns", "word_pull")),
     *((stage, "keep_weights") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
@@ -367,6 +368,12 @@ class EvaluateConfig(Section):
     """Shortest answer; the published system forces 5."""
     max_tokens: int = Field(32, ge=1)
     """Longest answer."""
+    turns: Literal[1, 2, 4, 8] = 1
+    """How many copies of an image, turned by quarters and mirrored, are read at once; with 8 an
+    answer does not depend on how the tissue lay (`encoder.views` shows them in training)."""
+    word_pull: float = Field(0.0, ge=0, le=1)
+    """How far a visual token is moved to the word it points at before the language model reads it;
+    only where the bridge was taught to spell (`tune.grounding_steps`)."""
     bootstrap: int = Field(1000, ge=0)
     """Draws for the 95 % intervals, clustered by image."""
     control_items: int = Field(0, ge=0)

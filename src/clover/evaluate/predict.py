@@ -62,6 +62,7 @@ class LocalModel:
             "model_hash": self.model_hash,
             "prompt": self.model.recipe.prompt.model_dump(),
             "decoding": self.decoding.row(),
+            **({"word_pull": share} if (share := self.model.recipe.evaluate.word_pull) else {}),
         }
 
     def viewer(self, view: View) -> FeatureViewer:

@@ -44,6 +44,7 @@ from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.familiar import UNFAMILIAR
 from clover.vision.leaks import refuse_leaks
 from clover.vision.probe import pooled
+from clover.vision.turned import num_turns, plain_encoder
 
 __all__ = ["BASIC", "Evaluation", "evaluate", "evaluate_endpoint", "evaluate_folder"]
 
@@ -94,7 +95,8 @@ def count_unfamiliar(model: Clover, data: FeatureSet) -> Unfamiliar | None:
     if model.familiarity is None:
         return None
     digests = sorted(set(data.digests))
-    shares = [model.familiarity.share_nearer(data.cache.get([digest])) for digest in digests]
+    upright = (model.upright(data.cache.get([digest])) for digest in digests)
+    shares = [model.familiarity.share_nearer(tokens) for tokens in upright]
     return Unfamiliar(sum(share >= UNFAMILIAR for share in shares), len(digests))
 
 
@@ -169,9 +171,12 @@ def evaluate_folder(
     """
     model = load(folder)
     config = model.recipe.evaluate
-    read = partial(load_feature_set, needs="question", encoder=model.encoder, cache=cache)
-    asked = read(data, images=images)
-    learnt = None if train is None else read(train, images=train_images or images)
+    read = partial(load_feature_set, needs="question", cache=cache)
+    asked = read(data, encoder=model.encoder, images=images)
+    # Of a model that reads an image from several sides the probe is of the image as it is: its
+    # training images need not be encoded once more.
+    once = partial(read, encoder=plain_encoder(model.encoder))
+    learnt = None if train is None else once(train, images=train_images or images)
     if learnt is not None and check_leaks:
         refuse_leaks(learnt, asked, cache=cache, what=f"{data} and --train {train}")
     names = read_config(folder)
@@ -197,7 +202,11 @@ def evaluate_folder(
         controls=controls,
         control_items=control_items,
         trainable=model.bridge.num_trainable(),
-        baselines={} if learnt is None or predict_only else _baseline_rows(learnt, asked),
+        baselines={}
+        if learnt is None or predict_only
+        else _baseline_rows(
+            learnt, asked if num_turns(model.encoder) == 1 else once(data, images=images)
+        ),
         training=() if learnt is None else learnt.records,
         unfamiliar=None if predict_only else count_unfamiliar(model, asked),
         draws=config.bootstrap,

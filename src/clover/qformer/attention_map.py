@@ -58,7 +58,12 @@ class AttentionMap:
 
 @torch.no_grad()
 def attention_map(
-    bridge: Bridge, features: Tensor, ids: Tensor | None = None, mask: Tensor | None = None
+    bridge: Bridge,
+    features: Tensor,
+    ids: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    places: Tensor | None = None,
 ) -> AttentionMap:
     """Return where the queries look in one image.
 
@@ -67,20 +72,25 @@ def attention_map(
         features: The image's tokens as the encoder gave them [1, P, E].
         ids: The question's word pieces [1, T]; None for a Q-Former that does not read it.
         mask: [1, T], 1 = a token.
+        places: Which tokens show each place, [copies, G * G], of an image that is read in several
+            copies; a place's weight is that of its tokens together.
 
     Raises:
         CloverError: the encoder's tokens form no square grid.
     """
-    side = grid_side(features.shape[1])
+    if places is None:
+        side = grid_side(features.shape[1])
+        # A class token stands before the grid, and is no place in the image.
+        places = torch.arange(-side * side, 0)[None] + features.shape[1]
+    side = math.isqrt(places.shape[1])
     with _recorded(bridge) as passes:
         bridge.visual_hidden(bridge.read_image(features), ids, mask)
     num_queries = bridge.config.num_queries
     cross = torch.stack([item.cross for item in passes if item.cross is not None])  # [L, Q, P]
     rolled = _rollout(passes, num_queries, features.shape[1])
-    # A class token stands before the grid, and is no place in the image.
     return AttentionMap(
-        _shares(cross[..., -side * side :]).view(-1, num_queries, side, side),
-        _shares(rolled[..., -side * side :]).view(num_queries, side, side),
+        _shares(cross[..., places].sum(dim=-2)).view(-1, num_queries, side, side),
+        _shares(rolled[..., places].sum(dim=-2)).view(num_queries, side, side),
     )
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clover.language.words import Words
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.training.objective import Losses
@@ -62,8 +63,8 @@ class GroundingObjective:
     """A rare question is asked up to so many times as often, at most as often as the commonest."""
     seed: int = 0
     """Which questions about an image stand together."""
-    vocabulary: Tensor = field(init=False)
-    """Ids of the tokens that answers are made of [V']."""
+    words: Words = field(init=False)
+    """The tokens that answers are made of."""
 
     def __post_init__(self) -> None:
         spelling = Spelling.of(
@@ -74,14 +75,9 @@ class GroundingObjective:
             kind=self.spelling,
         )
         self._filler, self._spelt = spelling.filler_id, spelling.ids
-        used = {self._filler}.union(*self._spelt.values())
-        device = self.model.device.device
-        self.vocabulary = torch.tensor(sorted(used))
-        self._column = {int(token): place for place, token in enumerate(self.vocabulary)}
-        mean, _ = self.model.language.embedding_statistics()
-        self._mean = mean.to(device)
-        self._words = self.model.language.word_embeddings(self.vocabulary.to(device)).float()
-        self._offsets = self._words - self._mean  # [V', H]
+        used = sorted({self._filler}.union(*self._spelt.values()))
+        self._column = {token: place for place, token in enumerate(used)}
+        self.words = Words.of(self.model.language, used, self.model.device.device)
         self.group(self.repeat)
 
     def group(self, repeat: int) -> None:
@@ -133,16 +129,12 @@ class GroundingObjective:
         return load_instructions(self.model, self.data, rows, together=self.together)
 
     def targets(self, answers: Sequence[str]) -> Tensor:
-        """Return each place's column in `vocabulary` [B, Q]: the answer's tokens, then fillers."""
+        """Return each place's row in `words` [B, Q]: the answer's tokens, then fillers."""
         columns = torch.full((len(answers), self.num_places), self._column[self._filler])
         for row, answer in enumerate(answers):
             spelt = [self._column[token] for token in self._spelt[answer]]
             columns[row, : len(spelt)] = torch.tensor(spelt, dtype=torch.long)
         return columns
-
-    def scores(self, visual: Tensor) -> Tensor:
-        """Return how much visual tokens [B, Q, H] point at each word [B, Q, V']."""
-        return (visual.float() - self._mean) @ self._offsets.t()
 
     def _seen(self, features: Tensor) -> Tensor:
         """Return a random share of each image's tokens: [G, P, E] to [G, P', E]."""
@@ -159,10 +151,10 @@ class GroundingObjective:
         visual = self.model.visual_prefix(features, batch.questions).float()  # [B, Q, H]
         target = self.targets(batch.answers).to(visual.device)
         loss = F.cross_entropy(
-            self.scores(visual).flatten(0, 1), target.flatten(), reduction="none"
+            self.words.scores(visual).flatten(0, 1), target.flatten(), reduction="none"
         )
         if self.anchor:
-            distance = (visual - self._words[target]).square().sum(dim=-1).flatten()
+            distance = (visual - self.words.embeddings[target]).square().sum(dim=-1).flatten()
             loss = loss + self.anchor * distance
         count = torch.tensor(float(len(batch.answers)), device=visual.device)
         return Losses(loss.sum() / self.num_places, count)
@@ -187,7 +179,7 @@ def refit_projection(grounding: GroundingObjective, *, batch_size: int) -> float
     order = random.Random(grounding.seed).sample(
         range(grounding.num_samples()), min(rows_wanted + 1, grounding.num_samples())
     )
-    vocabulary = grounding._words.cpu()
+    vocabulary = grounding.words.embeddings.cpu()
     hidden, words = [], []
     for start in range(0, len(order), batch_size):
         batch = grounding.collate(order[start : start + batch_size])

@@ -18,6 +18,7 @@ from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.language.prompt import EXAMPLES
 from clover.language.protocol import LanguageModel
+from clover.language.words import Words
 from clover.model import (
     Clover,
     build_bridge,
@@ -128,13 +129,13 @@ def tune(
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
         words = objective.words() if recipe.qformer.train_word_embedding else None
         with only_words(bridge.qformer, words):
-            if recipe.tune.grounding_steps:
-                ground(objective, job)
+            spelt = ground(objective, job) if recipe.tune.grounding_steps else None
             is_finished = train(objective, job, measured)
             model.details = {
                 "key": key,
                 "data": {"instructions_sha256": files[_DATA], "summary": data.summary()},
                 "stage_1": files[_STAGE_1],
+                **({"words": spelt.ids.tolist()} if spelt is not None else {}),
             }
             if is_finished and is_first:
                 model.familiarity = describe(data)
@@ -239,10 +240,13 @@ def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageM
     )
 
 
-def ground(objective: TuneObjective, job: TrainingJob) -> None:
+def ground(objective: TuneObjective, job: TrainingJob) -> Words | None:
     """Run the steps before the language model's own, or what is left of them.
 
     Two stages with checkpoints of their own; the closed-form fit between them is made again.
+
+    Returns:
+        The words that visual tokens spell with; None where no answer is short enough to be spelt.
     """
     config = job.config
     assert isinstance(config, TuneConfig)
@@ -257,7 +261,7 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
         seed=job.seed,
     )
     if not grounding.num_samples():
-        return  # every answer is longer than the visual tokens: nothing that can be spelt
+        return None  # every answer is longer than the visual tokens: nothing that can be spelt
     own = config.model_copy(
         update={
             "steps": config.grounding_steps,
@@ -275,6 +279,7 @@ def ground(objective: TuneObjective, job: TrainingJob) -> None:
             grounding.group(config.anchoring_repeat)
         own = own.model_copy(update={"steps": config.anchoring_steps})
         train(grounding, replace(job, stage="anchor", config=own, max_steps=None))
+    return grounding.words
 
 
 def calibrate(objective: TuneObjective, *, num_samples: int, is_aligned: bool) -> None:

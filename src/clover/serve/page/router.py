@@ -155,7 +155,15 @@ def _explained(
     engine: Engine, model: Clover, picture: Image.Image, asked: WhyRequest
 ) -> dict[str, Any]:
     """Return maps, probability of yes, and the deletion test when it is asked for."""
-    from clover.explain import YES_NO, delete, first_word, likelihood, look, yes_probability
+    from clover.explain import (
+        YES_NO,
+        delete,
+        first_word,
+        likelihood,
+        look,
+        token_places,
+        yes_probability,
+    )
 
     # Each piece is one short call, so that answers that are being written go on in between.
     features: Tensor = engine.call(model.encode, picture).result()
@@ -179,7 +187,8 @@ def _explained(
         def measure(stays: Tensor) -> float:
             return engine.call(likelihood, model, stays, asked.question, asked.answer).result()
 
-        test = delete(features, maps.rollout(), measure)
+        places = token_places(model, features)
+        test = delete(features, maps.rollout(), measure, places=places)
         found["deletion"] = {
             "shares": test.shares,
             "attended": test.attended,

@@ -1,0 +1,97 @@
+"""Visual tokens between two words: how they are scored, and how far they are moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from clover.core.config import load_recipe
+from clover.core.errors import CloverError
+from clover.language.words import Words
+from clover.model import load
+from tiny import Tiny, tiny_clover, tiny_recipe
+
+QUESTIONS = ["which tissue is shown ?", "is this liver ?"]
+
+
+@pytest.fixture
+def words() -> Words:
+    """Five words of a language model of 16, 6 wide."""
+    torch.manual_seed(0)
+    every = torch.randn(16, 6) + 1.0
+    ids = torch.tensor([2, 3, 7, 11, 13])
+    return Words(ids, every[ids], every.mean(dim=0))
+
+
+def test_scores_are_products_as_seen_from_the_mean_word(words: Words) -> None:
+    visual = torch.randn(2, 3, 6)
+    found = words.scores(visual)
+    for row in range(2):
+        for place in range(3):
+            for column in range(5):
+                seen = visual[row, place] - words.mean
+                expected = float((seen * (words.embeddings[column] - words.mean)).sum())
+                assert float(found[row, place, column]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_token_goes_its_share_of_the_way_to_the_word_it_points_at(
+    words: Words, share: float
+) -> None:
+    visual = torch.randn(4, 3, 6)
+    found = words.pulled(visual, share)
+    for row in range(4):
+        for place in range(3):
+            token = visual[row, place]
+            scores = [float((token - words.mean) @ (w - words.mean)) for w in words.embeddings]
+            word = words.embeddings[scores.index(max(scores))]
+            expected = token + share * (word - token)
+            torch.testing.assert_close(found[row, place], expected, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_tokens_stay_bfloat16_and_are_scored_in_float32(words: Words) -> None:
+    visual = torch.randn(2, 3, 6).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert words.scores(visual).dtype == torch.float32
+        assert words.pulled(visual, 0.5).dtype == torch.bfloat16
+
+
+def test_a_model_pulls_what_it_was_told_and_only_once_it_has_learnt(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    model = tiny_clover(tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
+    model.details["words"] = [4, 9, 12]
+    model.save(tmp_path / "model")
+    features = model.encode(tiny.image()).expand(2, -1, -1)
+
+    plain = load(tmp_path / "model", precision="float32")
+    assert plain.words is not None and plain.words.ids.tolist() == [4, 9, 12]
+    with torch.no_grad():
+        before = plain.visual_prefix(features, QUESTIONS)
+        evaluate = plain.recipe.evaluate.model_copy(update={"word_pull": 1.0})
+        plain.recipe = plain.recipe.model_copy(update={"evaluate": evaluate})
+        after = plain.visual_prefix(features, QUESTIONS)
+        plain.bridge.train()
+        training = plain.visual_prefix(features, QUESTIONS)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(training, before, msg="training sees what the bridge wrote")
+    nearest = plain.words.scores(before).argmax(dim=-1)
+    torch.testing.assert_close(after, plain.words.embeddings[nearest])
+
+
+def test_a_model_that_was_never_taught_to_spell_is_left_alone(tiny: Tiny) -> None:
+    model = tiny_clover(tiny.recipe)
+    model.bridge.eval()
+    features = model.encode(tiny.image())
+    with torch.no_grad():
+        before = model.visual_prefix(features, QUESTIONS[:1])
+        evaluate = model.recipe.evaluate.model_copy(update={"word_pull": 0.5})
+        model.recipe = model.recipe.model_copy(update={"evaluate": evaluate})
+        assert torch.equal(model.visual_prefix(features, QUESTIONS[:1]), before)
+
+
+def test_the_share_has_limits() -> None:
+    with pytest.raises(CloverError, match=r"word_pull.*1\.5"):
+        load_recipe("phantom", ["evaluate.word_pull=1.5"])
