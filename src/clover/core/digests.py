@@ -116,7 +116,8 @@ class DigestMemory:
             with sqlite3.connect(self._path, timeout=30) as base:
                 base.execute(
                     "create table if not exists digest "
-                    "(path text primary key, size integer, changed_ns integer, sha256 blob)"
+                    "(path text primary key, size integer, changed_ns integer, sha256 blob) "
+                    "without rowid"  # one look-up a path, not two
                 )
                 rows = [(name, *values) for name, values in self._new.items()]
                 base.executemany("insert or replace into digest values (?, ?, ?, ?)", rows)

@@ -19,7 +19,7 @@ from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.record import Record, Rejection
 from clover.slides.picture import is_region, region_digest
-from clover.vision.places import digest_array
+from clover.vision.places import digest_array, first_words
 
 _ABSENT = bytes(32)
 
@@ -51,7 +51,13 @@ class Digests(Sequence[str]):
 
     def num_distinct(self) -> int:
         """Return how many different ones there are."""
-        return len(np.unique(np.ascontiguousarray(self.values).view("S32")))
+        words = first_words(self.values)
+        rows = self.values[np.argsort(words)]
+        is_new = (rows[1:] != rows[:-1]).any(axis=1)
+        words = first_words(rows)
+        if (is_new & (words[1:] == words[:-1])).any():  # by their beginnings they are not sorted
+            return len(np.unique(np.ascontiguousarray(self.values).view("S32")))
+        return int(is_new.sum()) + bool(len(rows))
 
 
 class ImageHashes:
@@ -83,20 +89,24 @@ class ImageHashes:
         wanted = [n for n in dict.fromkeys(names) if n is not None and n not in self._failed]
         known: dict[str | None, bytes] = {}
         for name, found in zip(wanted, self._hash(wanted), strict=True):
-            if isinstance(found, bytes):
+            if type(found) is bytes:
                 known[name] = found
                 continue
             self._failed.add(name)
             reason = "missing image" if isinstance(found, OSError) else str(found)
             self.rejected.append(Rejection(str(self._folder / name), 0, reason))
-        self._parts.append(b"".join(known.get(name, _ABSENT) for name in names))
+        self._parts.append(b"".join([known.get(name, _ABSENT) for name in names]))
 
-    def _hash(self, names: Sequence[str]) -> Iterator[bytes | OSError | CloverError]:
+    def _hash(self, names: Sequence[str]) -> Sequence[bytes | OSError | CloverError]:
         # A # may begin a region; all other names are plain files.
         files = [name for name in names if "#" not in name]
-        plain = dict(zip(files, self._read(files), strict=True))
-        for name in names:
-            yield plain[name] if name in plain else self._region(self._folder / name)
+        read = self._read(files)
+        if len(files) == len(names):
+            return read
+        plain = dict(zip(files, read, strict=True))
+        return [
+            plain[name] if name in plain else self._region(self._folder / name) for name in names
+        ]
 
     def _read(self, names: Sequence[str]) -> Sequence[bytes | OSError]:
         if self._memory is not None:
