@@ -7,7 +7,8 @@ and then losses, gradients, clipping and AdamW computed. "demo": 32 pairs of 196
 recipe's bridge. "published": 8 pairs of 257 x 1408, the published bridge. Each batch is read twice:
 the first time after the system was asked to forget the shards' pages (cold: the disk is read; a
 virtual one may remember more than it says), then once more (warm). By the clock, since waiting for
-a disk takes no processor time: on a core that others share both sides are slower.
+a disk takes no processor time: on a core that others share both sides are slower. The share of the
+processor time is printed beside it.
 
 The share is reading / (reading + computing): what a thread that read ahead could save at most.
 """
@@ -20,8 +21,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -73,10 +75,23 @@ def prepare(folder: Path, images: int, places: int, width: int) -> FeatureSet:
     )
 
 
-def _clock(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+class Times(NamedTuple):
+    """Seconds by the clock, and of the processor."""
+
+    clock: float
+    processor: float
+
+
+def _timed(function: Callable[[], object]) -> Times:
+    start, used = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start
+    return Times(time.perf_counter() - start, time.process_time() - used)
+
+
+def _share(reading: Sequence[float], computing: Sequence[float]) -> float:
+    """Return the percentage; of reading the mean, since what is opened once belongs to it."""
+    mean = statistics.mean(reading)
+    return 100 * mean / (mean + statistics.median(computing))
 
 
 def measure(size: str, steps: int) -> None:
@@ -95,11 +110,13 @@ def measure(size: str, steps: int) -> None:
         objective = AlignObjective(bridge, data, load_tokenizer(recipe), AlignConfig(), device)
         optimizer = make_optimizer(bridge, learning_rate=1e-4, weight_decay=0.05)
         sampler = Sampler(len(data.records), batch, seed=0)
-        cold, warm, computing = [], [], []
+        cold: list[Times] = []
+        warm: list[Times] = []
+        computing: list[Times] = []
         for step in range(sampler.batches_per_epoch):
             indices = sampler.batch(step)
-            cold.append(_clock(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
-            warm.append(_clock(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
+            cold.append(_timed(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
+            warm.append(_timed(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
             read = objective.collate(indices)
 
             def compute(read: object = read) -> None:
@@ -108,16 +125,23 @@ def measure(size: str, steps: int) -> None:
                 losses.sum.backward()  # type: ignore[no-untyped-call]
                 apply_gradients(optimizer, losses.count, clip_norm=1.0)
 
-            computing.append(_clock(compute))
-    step_s = statistics.median(computing)
+            computing.append(_timed(compute))
     for name, times in (("cold", cold), ("warm", warm)):
-        reading = statistics.mean(times)  # what is opened once belongs to it
         print_figure(
             f"share of a stage-1 step that waits for its features, {size} size, {name}",
-            100 * reading / (reading + step_s), "%", batch=batch, steps=steps,
-            read_ms=round(1000 * reading, 2), slowest_read_ms=round(1000 * max(times), 2),
-            compute_ms=round(1000 * step_s, 1), numbers=str(device.dtype),
-        )  # fmt: skip
+            _share([item.clock for item in times], [item.clock for item in computing]),
+            "%",
+            of_processor=round(
+                _share([item.processor for item in times], [item.processor for item in computing]),
+                4,
+            ),
+            read_ms=round(1000 * statistics.mean(item.clock for item in times), 2),
+            slowest_read_ms=round(1000 * max(item.clock for item in times), 2),
+            compute_ms=round(1000 * statistics.median(item.clock for item in computing), 1),
+            batch=batch,
+            steps=steps,
+            numbers=str(device.dtype),
+        )
 
 
 @click.command()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint
+from clover.core.memory import keep_freed_memory
 from clover.core.record import Rejection
 from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region
@@ -195,6 +196,7 @@ class FeatureCache:
         if not chunks:
             return []
         missing = sum(len(self.missing(chunk)) for chunk in chunks)
+        keep_freed_memory()
         with (
             progress("features", missing) as advance,
             Claims(self.path / "claims.lock") as claims,
