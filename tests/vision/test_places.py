@@ -85,6 +85,11 @@ def test_hashes_are_those_of_the_bytes_and_paths_lead_back_to_the_first_name(
         (tmp_path / name).write_bytes(content)
     names = ["b", "a", None, "gone", "c", "x/../a", "b", "gone", "d.e", "a#b"]
     memory = DigestMemory(tmp_path / "memory.sqlite") if is_remembered else None
+    plain = ImageHashes(tmp_path, memory=memory)
+    plain.add(["d.e", "x/../b", "a"])  # all there, each once
+    assert list(Digests(plain.values()[0])) == [
+        hashlib.sha256(text).hexdigest() for text in (b"3", b"2", b"1")
+    ]
     hashes = ImageHashes(tmp_path, memory=memory)
     hashes.add(names[:5])
     hashes.add(names[5:])
