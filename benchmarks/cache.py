@@ -4,7 +4,9 @@
 
 The peer writes each image's tokens with `torch.save` and reads them with `torch.load`, in one
 process. Both sides get the same tokens: of Lite0's size in the demo, and of EVA-g's. Files are read
-from the system's memory, after a first reading that is not counted.
+from the system's memory, after a first reading that is not counted. Time is processor time, the
+system's in it: the core may be shared, and files are written into the system's memory by both.
+Freed memory is kept (`keep_freed_memory`), for both, as `clover features` does.
 """
 
 from __future__ import annotations
@@ -12,12 +14,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.figure import alternating, print_figure
+from clover.core.memory import keep_freed_memory
 from clover.vision.shard import Shard, write_shard
 from clover.vision.storage import STORAGES, Storage, pack
 
@@ -65,10 +69,14 @@ def measure(name: str, folder: Path, *, images: int, runs: int) -> None:
             torch.load(peer / f"{row}.pt", weights_only=True).float()
 
     times = alternating(
-        [lambda: _write_files(peer, tokens), *(lambda s=s: write(s) for s in STORAGES)], runs=runs
+        [lambda: _write_files(peer, tokens), *(lambda s=s: write(s) for s in STORAGES)],
+        runs=runs,
+        clock=time.process_time,
     )
     peer_size = sum(path.stat().st_size for path in peer.iterdir())
-    reads = alternating([read_peer, *(lambda s=s: read(s) for s in STORAGES)], runs=runs)
+    reads = alternating(
+        [read_peer, *(lambda s=s: read(s) for s in STORAGES)], runs=runs, clock=time.process_time
+    )
     for place, storage in enumerate(STORAGES, start=1):
         size = sum(shard.path.stat().st_size for shard in kept[storage])
         shared = {"tokens": name, "storage": storage, "images": images}
@@ -92,6 +100,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
     for name in _SHAPES:
         folder = Path(tempfile.mkdtemp(prefix="clover-cache-"))
         try:

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from benchmarks.figure import alternating, print_figure
+from clover.core.memory import keep_freed_memory
 from clover.training.background import BackgroundWriter
 from clover.training.checkpoint import save_checkpoint
-from clover.training.device import keep_freed_memory
 from clover.training.loop import make_optimizer
 
 

@@ -23,10 +23,10 @@ from benchmarks.train_step import DECODE_START, PLACES, SIZES, TEXT
 from clover.align.cached import backward_in_chunks
 from clover.align.losses import alignment_losses
 from clover.core.config import QFormerConfig
+from clover.core.memory import keep_freed_memory
 from clover.core.run import peak_memory_gib
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
-from clover.training.device import keep_freed_memory
 from clover.training.loop import apply_gradients, make_optimizer
 
 _WAYS = ("plain", "checkpoint_activations", "gradient_chunk", "both")

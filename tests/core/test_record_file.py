@@ -14,7 +14,7 @@ import pytest
 from clover.core import record_file
 from clover.core.errors import CloverError
 from clover.core.record import Needs, read_records
-from clover.core.record_file import RecordFile, open_records, select, sha256_records
+from clover.core.record_file import RecordFile, columns, open_records, select, sha256_records
 
 GOOD: dict[str, Any] = {
     "image": "a/b.png",
@@ -78,6 +78,10 @@ def test_messy_lines_give_the_same_records_and_the_same_rejections(
     assert names == [record.image for record in expected.records]
     told = {(item.source, item.line, item.reason) for item in rejected}
     assert told == {(item.source, item.line, item.reason) for item in expected.rejected}
+    for name in ("id", "caption", "question", "answer", "answer_type", "licence", "site"):
+        wanted = [getattr(record, name, None) for record in expected.records]
+        assert [value for (value,) in columns(records, name)] == wanted
+    assert list(columns(records, "answer", "id")) == list(columns(expected.records, "answer", "id"))
     assert len(rejected) == len(expected.rejected)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from clover.align.contrast import Similarity
 from clover.align.match import Negatives, negative_weights
-from clover.cli import cli
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
@@ -277,6 +276,27 @@ def test_sigterm_to_one_process_saves_and_stops_all(tiny: Tiny, tmp_path: Path) 
     assert len(state["random_others"]) == 1 and 0 < state["step"] < 400
 
 
+@pytest.mark.parametrize("verb", [["demo"], ["tune", "--shots", "1", "--from", "m", "--data", "d"]])
+def test_what_runs_in_one_process_refuses_several_with_one_line(
+    verb: list[str], tmp_path: Path
+) -> None:
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "clover", *verb, "--out", str(tmp_path / "out")],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(rank, 2, port), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    said = said_by(running)
+    assert [process.returncode for process in running] == [2, 2]
+    assert len(said) == 1 and "runs in one process; start it without torchrun" in said[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_environment_that_names_no_others_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -299,9 +319,3 @@ def test_torchrun_with_one_process_is_that_process_alone(monkeypatch: pytest.Mon
         rows = torch.ones(2, 3)
         assert processes.gather_rows(rows, with_gradient=True) is rows
         assert processes.sum_over_processes(rows) is rows and processes.is_first()
-
-
-def test_few_shot_runs_in_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CloverError, match="--shots runs in one process"):
-        cli.main(["tune", "--shots", "1", "--out", str(tmp_path)], standalone_mode=False)

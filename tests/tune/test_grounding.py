@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -101,7 +102,27 @@ def test_a_rare_question_is_asked_more_often_but_never_more_than_the_commonest(t
     assert asked(3) == {0: 3, **dict.fromkeys(range(1, len(records)), 1)}
     assert asked(10_000)[0] == len(records) - 1
     expected = GroundingObjective(found.model, found.data, repeat=3)._groups
-    found.group(3)
+    again = GroundingObjective(found.model, found.data)
+    again.group(3)
+    assert again._groups == expected
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_groups_are_those_made_of_the_records_one_by_one(tiny: Tiny, together: int) -> None:
+    found = objective(tiny, together=together, repeat=2, seed=3)
+    records = list(found.data.records)
+    chance = random.Random(3)
+    asked = Counter(record.question for record in records)
+    by_image = dict[str, list[int]]()
+    for index, record in enumerate(records):
+        if record.answer in found._spelt:
+            times = min(2, max(asked.values()) // asked[record.question])
+            by_image.setdefault(found.data.digests[index], []).extend([index] * times)
+    expected = []
+    for rows in by_image.values():
+        chance.shuffle(rows)
+        rows += [rows[place % len(rows)] for place in range(-len(rows) % together)]
+        expected += [rows[i : i + together] for i in range(0, len(rows), together)]
     assert found._groups == expected
 
 

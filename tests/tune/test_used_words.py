@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +12,9 @@ from torch import nn
 
 from clover.core.config import OptimizerConfig
 from clover.core.run import RunFolder
-from clover.qformer.used_words import UsedWords, only_words
+from clover.model import load_tokenizer
+from clover.qformer import used_words
+from clover.qformer.used_words import UsedPieces, UsedWords, only_words
 from clover.training.loop import TrainingJob, train
 from clover.tune.grounding import GroundingObjective
 from clover.tune.objective import TuneObjective
@@ -25,6 +29,44 @@ def test_rows_are_found_by_their_own_ids_and_others_are_refused() -> None:
     assert torch.equal(used(ids), whole(ids))
     with pytest.raises(IndexError):
         used(torch.tensor([2]))
+
+
+@pytest.mark.parametrize("limit", [3, 4, 6, 50])
+@pytest.mark.parametrize("is_by_words", [True, False])
+def test_the_pieces_of_many_texts_are_those_of_each_read_by_itself(
+    limit: int, is_by_words: bool, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(used_words, "_TEXTS_AT_ONCE", 5)
+    tokenizer = load_tokenizer(tiny.recipe)
+    assert tokenizer.is_by_words
+    draw = random.Random(limit)
+    words = ["fibrosis?", "Is", "necrosis", "seen", "\u0301", "a\tb", "[DEC]x", "", "mitoses-rich"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(0, 12))) for _ in range(60)]
+
+    def encode(some: Sequence[str]) -> list[list[int]]:
+        return [tokenizer([text], limit=limit, side="left").ids[0].tolist() for text in some]
+
+    used = UsedPieces(encode, limit=limit, is_by_words=is_by_words)
+    for text in texts:
+        used.add(text)
+    assert used.found() == {piece for row in encode(texts) for piece in row}
+
+
+def test_words_and_sizes_are_those_of_the_records_read_one_by_one(tiny: Tiny) -> None:
+    model = tiny_clover(tiny.recipe)
+    data = load_feature_set(
+        tiny.instructions, needs="question", encoder=model.encoder, cache=tiny.folder / "cache"
+    )
+    records = list(data.records)
+    sizes = [len(r.answer or "") + len(r.question or "") // 2 for r in records]
+    asked = [model.question_of(record) for record in records]
+    tokens = model.question_tokens(asked)
+    assert tokens is not None
+    expected = {*tokens.ids.flatten().tolist(), model.tokenizer.pad}
+    objective = TuneObjective(model, data)
+    words = objective.words()
+    assert words is not None and words.tolist() == sorted(expected)
+    assert list(objective.sizes()) == list(TuneObjective(model, data).sizes()) == sizes
 
 
 @pytest.mark.parametrize("kind", [GroundingObjective, TuneObjective])

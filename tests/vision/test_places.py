@@ -49,6 +49,24 @@ def test_it_finds_what_a_dictionary_finds_through_additions_and_losses(
             assert table.count(view=view) == len(found)
 
 
+def test_hashes_that_begin_alike_are_told_apart() -> None:
+    draw = random.Random(0)
+    digests = [b"alike..." + bytes([draw.randrange(4)]) * 24 for _ in range(60)]
+    digests += [sha(number) for number in range(5)]
+    table, expected = Places(), dict[tuple[bytes, int], tuple[int, int]]()
+    for shard, (view, part) in enumerate([(0, digests), (2, digests[:20]), (1, digests[40:])]):
+        table.add(shard, make_keys(digest_array(part), view), np.arange(len(part), dtype=np.int32))
+        for row, digest in enumerate(part):
+            expected.setdefault((digest, view), (shard, row))  # of two places the first
+    for view in range(4):
+        asked = [*digests, sha(99), b"alike..." + bytes(24)]
+        found = zip(*table.find(make_keys(digest_array(asked), view)), strict=True)
+        wanted = [expected.get((digest, view), (-1, 0)) for digest in asked]
+        assert [(int(shard), int(row)) for shard, row in found] == wanted
+    for part in ([], digests[:1], digests, digests[60:], digests * 2):
+        assert Digests(digest_array(part)).num_distinct() == len(set(part))
+
+
 def test_an_image_in_two_shards_counts_once() -> None:
     table = Places()
     for shard in range(2):
@@ -67,6 +85,11 @@ def test_hashes_are_those_of_the_bytes_and_paths_lead_back_to_the_first_name(
         (tmp_path / name).write_bytes(content)
     names = ["b", "a", None, "gone", "c", "x/../a", "b", "gone", "d.e", "a#b"]
     memory = DigestMemory(tmp_path / "memory.sqlite") if is_remembered else None
+    plain = ImageHashes(tmp_path, memory=memory)
+    plain.add(["d.e", "x/../b", "a"])  # all there, each once
+    assert list(Digests(plain.values()[0])) == [
+        hashlib.sha256(text).hexdigest() for text in (b"3", b"2", b"1")
+    ]
     hashes = ImageHashes(tmp_path, memory=memory)
     hashes.add(names[:5])
     hashes.add(names[5:])

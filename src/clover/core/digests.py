@@ -64,14 +64,14 @@ class DigestMemory:
             paths: Absolute ones.
         """
         found: list[bytes | OSError] = []
-        add, stat, nothing = found.append, os.stat, (-1, -1, b"")
+        add, stat, nothing = found.append, os.stat, ("", -1, -1, b"")
         for start in range(0, len(paths), _AT_ONCE):
             part = paths[start : start + _AT_ONCE]
             known = self._known(part)
             for path in part:  # of a million: no call but the system's
                 try:
                     now = stat(path)
-                    size, at, sha = known.get(path, nothing)
+                    _, size, at, sha = known.get(path, nothing)
                     if size == now.st_size and at == max(now.st_mtime_ns, now.st_ctime_ns):
                         add(sha)
                     else:
@@ -82,8 +82,8 @@ class DigestMemory:
                 self.save()
         return found
 
-    def _known(self, paths: Sequence[str]) -> dict[str, tuple[int, int, bytes]]:
-        known: dict[str, tuple[int, int, bytes]] = {}
+    def _known(self, paths: Sequence[str]) -> dict[str, tuple[str, int, int, bytes]]:
+        known: dict[str, tuple[str, int, int, bytes]] = {}
         if self._base is not None:
             marks = ",".join("?" * len(paths))
             try:
@@ -91,12 +91,12 @@ class DigestMemory:
                     f"select path, size, changed_ns, sha256 from digest where path in ({marks})",
                     paths,
                 )
-                known = {name: (size, at, sha) for name, size, at, sha in rows}
+                known = {row[0]: row for row in rows}
             except sqlite3.DatabaseError:  # damaged, or not a table of ours
                 self._base.close()
                 self._base = None
         if self._new:
-            known |= {path: self._new[path] for path in paths if path in self._new}
+            known |= {path: (path, *self._new[path]) for path in paths if path in self._new}
         return known
 
     def _read(self, path: str, found: os.stat_result) -> bytes:
@@ -116,7 +116,8 @@ class DigestMemory:
             with sqlite3.connect(self._path, timeout=30) as base:
                 base.execute(
                     "create table if not exists digest "
-                    "(path text primary key, size integer, changed_ns integer, sha256 blob)"
+                    "(path text primary key, size integer, changed_ns integer, sha256 blob) "
+                    "without rowid"  # one look-up a path, not two
                 )
                 rows = [(name, *values) for name, values in self._new.items()]
                 base.executemany("insert or replace into digest values (?, ?, ?, ?)", rows)

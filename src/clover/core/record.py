@@ -25,7 +25,7 @@ AnswerType = Literal["open", "closed"]
 Needs = Literal["caption", "question", "any"]
 
 # What other people call our columns. The first that is present is taken.
-_SYNONYMS: dict[str, tuple[str, ...]] = {
+SYNONYMS: dict[str, tuple[str, ...]] = {
     "id": ("question_id", "qid", "uuid"),
     "image": ("image_path", "path", "img", "file", "filename", "file_name", "image_file"),
     "caption": ("text", "description", "report", "captions"),
@@ -147,7 +147,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _rename(row: dict[str, Any]) -> dict[str, Any]:
-    for ours, others in _SYNONYMS.items():
+    for ours, others in SYNONYMS.items():
         if row.get(ours) in (None, ""):
             found = next((other for other in others if row.get(other) not in (None, "")), None)
             if found is not None:
@@ -185,14 +185,14 @@ def check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
         return
     wanted = ("caption",) if needs == "caption" else ("question", "answer")
     for name in wanted:
-        if name not in columns and not any(other in columns for other in _SYNONYMS[name]):
+        if name not in columns and not any(other in columns for other in SYNONYMS[name]):
             if not columns:
                 is_empty = not path.stat().st_size
                 what = "the file is empty" if is_empty else "no row stands below its header"
                 raise CloverError(f"{path} has no '{name}' column: {what}")
             hint = nearest(name, columns)
             if "did you mean" not in hint:
-                hint = f"; call it one of {', '.join((name, *_SYNONYMS[name]))}"
+                hint = f"; call it one of {', '.join((name, *SYNONYMS[name]))}"
             raise CloverError(f"{path} has no '{name}' column (found: {', '.join(columns)}){hint}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import bisect
+import itertools
 import json
 import threading
 from collections import Counter
@@ -25,6 +26,7 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, sha256_file, write_jsonl
 from clover.core.parquet import parquet_rows
 from clover.core.record import (
+    SYNONYMS,
     Needs,
     Record,
     Rejection,
@@ -45,10 +47,13 @@ _CHUNK = 16384
 """Records that are looked up together."""
 _PIECE = 4096
 """Bytes read at a time: most lines are shorter."""
+_READ = 1 << 18
+"""Bytes read at a time where a file is read from front to back."""
 _FILES = 64
 """Files of a folder that are open at a time; a process may have a thousand."""
-_decode = json.JSONDecoder().raw_decode
+_decode = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _TEXTS = frozenset(Record.model_fields)
+_PLAIN = frozenset((str, type(None)))
 
 Visit = Callable[[Sequence[str | None]], None]
 """Is given the image names of the next records."""
@@ -114,10 +119,12 @@ class RecordFile(Sequence[Record]):
             return [self[place] for place in range(*index.indices(len(self)))]
         start = int(self._starts[index])
         number = bisect.bisect_right(self._ends, start)
-        source = self._sources[number]
         at = start - (self._ends[number - 1] if number else 0)
-        line = int(self._lines[index])
-        row = _parsed(self._read(number, at))
+        return self._record(number, index, _parsed(self._read(number, at)))
+
+    def _record(self, number: int, index: int, row: Any) -> Record:
+        """Return the record of an index, whose row stands in a file."""
+        source, line = self._sources[number], int(self._lines[index])
         item = read_row(source.path, line, row, self._needs, name=source.name)
         if isinstance(item, Rejection):
             raise CloverError(
@@ -128,6 +135,32 @@ class RecordFile(Sequence[Record]):
     def __iter__(self) -> Iterator[Record]:
         """Parse all records in order, one at a time."""
         return (self[index] for index in range(len(self)))
+
+    def columns(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """Yield some fields of every record in order, as the records have them.
+
+        The files are read from front to back and no record is made: a fifth of the time.
+        """
+        synonyms = [name for name in names if name in SYNONYMS]
+        firsts = np.searchsorted(self._starts, [0, *self._ends])
+        for number, (first, last) in enumerate(itertools.pairwise(firsts.tolist())):
+            base = self._ends[number - 1] if number else 0
+            with self._files[number].open("rb", buffering=_READ) as handle:
+                at = 0
+                starts = (self._starts[first:last] - base).tolist()
+                for index, start in enumerate(starts, start=first):
+                    if start != at:
+                        handle.seek(start)
+                    line = handle.readline()
+                    at = start + len(line)
+                    row = _parsed(line)
+                    is_plain = _is_plain(row, self._needs) and b"\\ud" not in line
+                    if is_plain and all(row.get(name) for name in synonyms):
+                        # An empty text is none, as `read_row` has it.
+                        yield tuple([None if (v := row.get(n)) == "" else v for n in names])
+                    else:
+                        record = self._record(number, index, row)
+                        yield tuple([getattr(record, name, None) for name in names])
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> RecordFile:
         """Return those of the records that are chosen [N]."""
@@ -156,6 +189,13 @@ class RecordFile(Sequence[Record]):
                 self._open.pop(next(iter(self._open))).close()
             self._open[number] = self._files[number].open("rb", buffering=0)
         return self._open[number]
+
+
+def columns(records: Sequence[Record], *names: str) -> Iterator[tuple[Any, ...]]:
+    """Yield some fields of every record in order; of a `RecordFile` without making one."""
+    if isinstance(records, RecordFile):
+        return records.columns(*names)
+    return (tuple([getattr(record, name, None) for name in names]) for record in records)
 
 
 def select(records: Sequence[Record], chosen: npt.NDArray[np.bool_]) -> Sequence[Record]:
@@ -385,9 +425,9 @@ def _parsed(line: bytes) -> Any:
     """Return a line's row, or its own text where it is not JSON."""
     try:
         text = line.removeprefix(_MARK).decode("utf-8", "replace").strip()
-        row, end = _decode(text)
+        row, end = _decode(text, 0)
         return row if end == len(text) else text[:200]
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, StopIteration):
         return line.decode("utf-8", "replace")[:200]
 
 
@@ -398,9 +438,10 @@ def _is_plain(row: Any, needs: Needs) -> bool:
     """
     if type(row) is not dict or not row.get("id") or not row.get("image"):
         return False
-    for name, value in row.items():
-        if name in _TEXTS and type(value) is not str and value is not None:
-            return False
+    if not _PLAIN.issuperset(map(type, row.values())):
+        for name, value in row.items():
+            if name in _TEXTS and type(value) is not str and value is not None:
+                return False
     if row.get("answer_type") not in (None, "open", "closed"):
         return False
     return _fills(row, needs)

@@ -44,6 +44,10 @@ def demo(out: Path, fast: bool, recipe: str, settings: tuple[str, ...]) -> None:
     """
     from clover.core.config import load_recipe
     from clover.core.errors import CloverError
+    from clover.training import processes
+
+    # Most of its stages know nothing of other processes: each would write the same files.
+    processes.refuse_several("clover demo")
     from clover.demo.run import run_demo
 
     loaded = load_recipe(recipe, (*(_FAST if fast else ()), *settings))

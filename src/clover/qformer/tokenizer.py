@@ -9,6 +9,9 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
 from clover.core.errors import CloverError
@@ -54,6 +57,20 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, `[DEC]` included."""
         return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def is_by_words(self) -> bool:
+        """Whether the pieces of a text are those of its words, split at blanks, and no others.
+
+        So it is with BERT's: blanks part words before anything else is looked at.
+        """
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return (
+            isinstance(self._tokenizer.pre_tokenizer, BertPreTokenizer)
+            and isinstance(self._tokenizer.model, WordPiece)
+            and isinstance(self._tokenizer.normalizer, BertNormalizer)
+            and not any(" " in token.content for token in added)
+        )
 
     def __call__(
         self, texts: Sequence[str], *, limit: int, side: Literal["left", "right"] = "right"

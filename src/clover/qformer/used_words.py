@@ -9,13 +9,56 @@ numbers in a small bridge. With the rows that are read alone, the mathematics is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clover.qformer.model import QFormer
+
+_TEXTS_AT_ONCE = 4096
+"""Texts that are tokenised together to find their words."""
+
+
+class UsedPieces:
+    """Which word pieces stand in any of a million texts, of which few have a new word.
+
+    Args:
+        encode: Texts -> the pieces that are read of each; none of a text longer than `limit` are
+            left out but beyond it.
+        limit: Longest row that `encode` returns.
+        is_by_words: Whether a text's pieces are those of its words, split at blanks.
+    """
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], list[list[int]]], *, limit: int, is_by_words: bool
+    ) -> None:
+        self._encode, self._limit, self._is_by_words = encode, limit, is_by_words
+        self._found: set[int] = set()
+        self._words: set[str] = set()
+        """Whose pieces are all found: of texts that were read to their end."""
+        self._new: dict[str, None] = {}
+
+    def add(self, text: str) -> None:
+        """Look at one more text."""
+        if not self._words.issuperset(text.split(" ")):
+            self._new[text] = None
+            if len(self._new) == _TEXTS_AT_ONCE:
+                self._look()
+
+    def found(self) -> set[int]:
+        """Return the pieces of all texts so far."""
+        self._look()
+        return self._found
+
+    def _look(self) -> None:
+        texts = list(self._new)
+        self._new = {}
+        for text, pieces in zip(texts, self._encode(texts) if texts else [], strict=True):
+            self._found.update(pieces)
+            if self._is_by_words and len(pieces) < self._limit:
+                self._words.update(text.split(" "))
 
 
 class UsedWords(nn.Embedding):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -11,9 +10,6 @@ from typing import Literal
 import torch
 
 from clover.core.errors import CloverError
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of <malloc.h>
-_LARGEST_KEPT = 2**31 - 1
 
 
 @cache
@@ -29,19 +25,6 @@ def multiplies_bfloat16_fast() -> bool:
     except OSError:
         return False
     return any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let the C library keep large freed blocks instead of giving each back to the system.
-
-    A step frees and asks again for the same tens of megabytes (gradients, activations); each time
-    the system would zero them anew, page by page: a tenth of a small step. Only glibc is asked.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
-        mallopt(_TRIM_THRESHOLD, _LARGEST_KEPT)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from clover.core.config import OptimizerConfig
 from clover.core.errors import CloverError
+from clover.core.memory import keep_freed_memory
 from clover.core.run import RunFolder, seed_everything
 from clover.core.terminal import progress
 from clover.training import processes
@@ -31,7 +32,7 @@ from clover.training.checkpoint import (
     save_checkpoint,
     start_own_random,
 )
-from clover.training.device import Device, keep_freed_memory
+from clover.training.device import Device
 from clover.training.objective import Losses, Objective
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate

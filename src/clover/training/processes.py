@@ -107,6 +107,20 @@ def joined(device: str) -> Iterator[None]:
     _leave()
 
 
+def refuse_several(what: str) -> None:
+    """Raise where more than one process was started; one of them says so for all.
+
+    Args:
+        what: The command, for the message.
+
+    Raises:
+        CloverError: in the process that speaks; the others exit with its code.
+    """
+    if num_started() > 1:
+        with joined("cpu"):
+            raise CloverError(f"{what} runs in one process; start it without torchrun")
+
+
 def together(
     stage: Callable[Concatenate[Recipe, Arguments], Result],
 ) -> Callable[Concatenate[Recipe, Arguments], Result]:

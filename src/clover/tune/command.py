@@ -89,8 +89,7 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
     from clover.tune.run import tune as run_tune
 
     if options["shots"] is not None:
-        if processes.num_started() > 1:
-            raise CloverError("--shots runs in one process; start it without torchrun")
+        processes.refuse_several("--shots")
         _few_shot(out, options)
         return
     if recipe_name is None:

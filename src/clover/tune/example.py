@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from clover.core.config import PromptConfig
 from clover.core.record import Record
+from clover.core.record_file import columns
 from clover.language.prompt import EXAMPLES, turn_end
 
 _CLOSED_SHARE = 4
@@ -42,10 +43,10 @@ def choose_examples(
         fits: Whether an answer can be spelt.
     """
     asked: dict[bool, dict[str, Counter[str]]] = {True: {}, False: {}}
-    for record in records:
-        question, answer = record.question or "", record.answer or ""
-        if answer and not set("{}") & set(question + answer):
-            by_answer = asked[record.answer_type == "closed"]
+    for question, answer, answer_type in columns(records, "question", "answer", "answer_type"):
+        question, answer = question or "", answer or ""
+        if answer and "{" not in (text := question + answer) and "}" not in text:
+            by_answer = asked[answer_type == "closed"]
             by_answer.setdefault(answer, Counter())[question] += 1
     used: Counter[str] = Counter()
 
@@ -74,7 +75,12 @@ def choose_examples(
 
 def _apart(examples: Sequence[Example], records: Sequence[Record]) -> list[Example]:
     """Take one example of each question form in turn."""
-    forms = {record.question: getattr(record, "form", record.question) for record in records}
+    wanted = {example.question for example in examples}
+    forms = {
+        question: question if form is None else form
+        for question, form in columns(records, "question", "form")
+        if question in wanted
+    }
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[str(forms[example.question])].append(example)

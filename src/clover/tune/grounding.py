@@ -21,14 +21,18 @@ Three steps, none of which runs the language model:
 from __future__ import annotations
 
 import random
-from collections import Counter, defaultdict
+from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clover.core.record import Record
+from clover.core.record_file import columns
 from clover.language.words import Words
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
@@ -41,6 +45,29 @@ _RIDGE = 1e-4
 """Of the refit, per row: hidden rows have about unit variance."""
 _REFIT_ROWS = 16_384
 """Query rows that are enough to fit the projection on."""
+
+
+@dataclass
+class _Asked:
+    """Which question and which answer each record has, as numbers: 8 bytes a record."""
+
+    question: Sequence[int]
+    """Number of each record's question [N]: equal where the questions are."""
+    answer: Sequence[int]
+    """Place of each record's answer in `answers` [N]."""
+    answers: list[str]
+    """The different ones."""
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> _Asked:
+        """Read them in one pass."""
+        questions: dict[str | None, int] = {}
+        answers: dict[str, int] = {}
+        asked, said = array("i"), array("i")
+        for question, answer in columns(records, "question", "answer"):
+            asked.append(questions.setdefault(question, len(questions)))
+            said.append(answers.setdefault(answer or "", len(answers)))
+        return cls(asked, said, list(answers))
 
 
 @dataclass
@@ -67,14 +94,17 @@ class GroundingObjective:
     """The tokens that answers are made of."""
 
     def __post_init__(self) -> None:
+        self._asked = _Asked.of(self.data.records)
         spelling = Spelling.of(
-            (record.answer or "" for record in self.data.records),
+            self._asked.answers,
             encode=self.model.language.text_tokens,
             num_places=self.num_places,
             filler=self.filler,
             kind=self.spelling,
         )
         self._filler, self._spelt = spelling.filler_id, spelling.ids
+        self._fits = [answer in self._spelt for answer in self._asked.answers]
+        self._asked.answers.clear()  # long ones are many; those that fit are in `_spelt`
         used = sorted({self._filler}.union(*self._spelt.values()))
         self._column = {token: place for place, token in enumerate(used)}
         self.words = Words.of(self.model.language, used, self.model.device.device)
@@ -87,13 +117,15 @@ class GroundingObjective:
     def _grouped(self, repeat: int) -> list[list[int]]:
         """Return groups of `together` questions about one image, answers too long left out."""
         chance = random.Random(self.seed)
-        asked = Counter(record.question for record in self.data.records)
-        most = max(asked.values())
-        by_image: dict[str, list[int]] = defaultdict(list)
-        for index, record in enumerate(self.data.records):
-            if (record.answer or "") in self._spelt:
-                times = min(repeat, most // asked[record.question])
-                by_image[self.data.digests[index]] += [index] * times
+        asked = np.bincount(self._asked.question)
+        times = np.minimum(repeat, asked.max() // np.maximum(asked, 1)).tolist()
+        by_image: dict[bytes, list[int]] = defaultdict(list)
+        images = np.ascontiguousarray(self.data.digests.values)
+        for index, (question, answer) in enumerate(
+            zip(self._asked.question, self._asked.answer, strict=True)
+        ):
+            if self._fits[answer]:
+                by_image[images[index].tobytes()] += [index] * times[question]
         groups = []
         for found in by_image.values():
             chance.shuffle(found)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clover.core.record_file import columns
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
+from clover.qformer.used_words import UsedPieces
 from clover.training.objective import Losses
 from clover.vision.dataset import FeatureSet
 
-_QUESTIONS_AT_ONCE = 4096
-"""Questions that are tokenised together to find their words."""
+
+def _size(question: str | None, answer: str | None, answer_type: str | None) -> int:
+    return len(answer or "") + len(question or "") // 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class TuneObjective:
 
     model: Clover
     data: FeatureSet
+    _sizes: Sequence[int] | None = field(default=None, init=False, repr=False)
 
     @property
     def module(self) -> Bridge:
@@ -57,21 +63,38 @@ class TuneObjective:
 
     def sizes(self) -> Sequence[int]:
         """Return the answers' lengths: one long answer would pad a whole batch of short ones."""
-        return [
-            len(record.answer or "") + len(record.question or "") // 2
-            for record in self.data.records
-        ]
+        if self._sizes is None:
+            self._sizes = array("i", (_size(*row) for row in self._texts()))
+        return self._sizes
 
     def words(self) -> Tensor | None:
-        """Return the ids that the Q-Former reads of any question, unique [R]; None when of none."""
-        found: set[int] = set()
-        asked = sorted({self.model.question_of(record) for record in self.data.records})
-        for start in range(0, len(asked), _QUESTIONS_AT_ONCE):
-            tokens = self.model.question_tokens(asked[start : start + _QUESTIONS_AT_ONCE])
-            if tokens is None:
-                return None
-            found.update(tokens.ids.flatten().tolist())
-        return torch.tensor(sorted(found | {self.model.tokenizer.pad}))
+        """Return the ids that the Q-Former reads of any question, unique [R]; None when of none.
+
+        One pass over the records, which measures their `sizes` too.
+        """
+        if not self.model.recipe.tune.instruction_aware:
+            return None
+        used = UsedPieces(
+            self._ids,
+            limit=self.model.recipe.tune.max_question_tokens,
+            is_by_words=self.model.tokenizer.is_by_words,
+        )
+        sizes = array("i")
+        put = self.model.prompt.question
+        for question, answer, answer_type in self._texts():
+            used.add(put(question or "", is_closed=answer_type == "closed"))
+            sizes.append(_size(question, answer, answer_type))
+        self._sizes = sizes
+        return torch.tensor(sorted(used.found() | {self.model.tokenizer.pad}))
+
+    def _texts(self) -> Iterator[tuple[Any, ...]]:
+        return columns(self.data.records, "question", "answer", "answer_type")
+
+    def _ids(self, questions: Sequence[str]) -> list[list[int]]:
+        tokens = self.model.question_tokens(questions)
+        assert tokens is not None, "asked of a Q-Former that reads no questions"
+        rows = zip(tokens.ids.tolist(), tokens.mask.sum(dim=1).tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
 
     def names(self, indices: Sequence[int]) -> list[str]:
         """Return the records' ids."""

@@ -14,7 +14,7 @@ from clover.core.config import Recipe, TuneConfig
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, sha256_file
 from clover.core.record import Record
-from clover.core.record_file import sha256_records
+from clover.core.record_file import columns, sha256_records
 from clover.core.run import RunFolder
 from clover.language.prompt import EXAMPLES
 from clover.language.protocol import LanguageModel
@@ -226,7 +226,7 @@ def with_examples(recipe: Recipe, records: Sequence[Record], language: LanguageM
             "tune.worked_examples to 0"
         )
     spelling = Spelling.of(
-        (record.answer or "" for record in records),
+        (answer or "" for (answer,) in columns(records, "answer")),
         encode=language.text_tokens,
         num_places=recipe.qformer.num_queries,
         filler=recipe.tune.grounding_filler,

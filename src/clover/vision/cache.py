@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint
+from clover.core.memory import keep_freed_memory
 from clover.core.record import Rejection
 from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region
@@ -195,6 +196,7 @@ class FeatureCache:
         if not chunks:
             return []
         missing = sum(len(self.missing(chunk)) for chunk in chunks)
+        keep_freed_memory()
         with (
             progress("features", missing) as advance,
             Claims(self.path / "claims.lock") as claims,
@@ -380,6 +382,10 @@ def _packed(keys: Sequence[str], kind: ViewKind) -> tuple[Bytes, Integers]:
 
     A view of another kind is left out: a miss.
     """
+    joined = "".join(keys)
+    if len(joined) == 64 * len(keys) and "@" not in joined:  # all are images as they are
+        digests = np.frombuffer(bytes.fromhex(joined), np.uint8).reshape(-1, 32)
+        return make_keys(digests), np.arange(len(keys), dtype=np.int32)
     packed = bytearray()
     rows = array("i")
     for row, key in enumerate(keys):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
+from clover.core.memory import give_freed_memory_back
 from clover.core.record import Needs, Record, Rejection, set_aside
 from clover.core.record_file import open_records, select
 from clover.vision.cache import FeatureCache, ViewKind
@@ -107,6 +108,8 @@ def load_feature_set(
         is_whole = features.are_whole(digests)
         records, digests = select(records, is_whole), digests[is_whole]
     _check_some(records, rejected, path, folder)
+    del hashes
+    give_freed_memory_back()
     return FeatureSet(records, Digests(digests), features, rejected, folder)
 
 

@@ -1,4 +1,4 @@
-"""Where in a cache each image's tokens lie: 42 bytes an image and view, looked up by thousands.
+"""Where in a cache each image's tokens lie: 50 bytes an image and view, looked up by thousands.
 
 A dictionary of a million hashes would be some 300 MB, in every process of a training.
 """
@@ -33,12 +33,26 @@ def digest_array(digests: Iterable[bytes]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
 
+def first_words(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """Return the first eight bytes of each row [N, W] as a number [N].
+
+    Of hashes these differ, but for one pair of a million in 3e7: sorted and searched by numbers,
+    a table is some ten times as quick as by its strings.
+    """
+    return np.ascontiguousarray(rows[:, :8]).view(np.uint64).ravel()
+
+
+def _bytes_of(keys: Bytes) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(keys).view(np.uint8).reshape(-1, keys.itemsize)
+
+
 class _Table:
-    """Sorted keys and what belongs to them."""
+    """Keys, sorted by their first words, and what belongs to them."""
 
     def __init__(self, keys: Bytes, shards: Integers, rows: Integers) -> None:
-        order = np.argsort(keys, kind="stable")
+        order = np.argsort(first_words(_bytes_of(keys)), kind="stable")
         self.keys, self.shards, self.rows = keys[order], shards[order], rows[order]
+        self.words = first_words(_bytes_of(self.keys))
 
     @classmethod
     def empty(cls) -> _Table:
@@ -54,13 +68,20 @@ class _Table:
     def find(self, keys: Bytes) -> tuple[Integers, Integers]:
         shards = np.full(len(keys), -1, np.int32)
         rows = np.zeros(len(keys), np.int32)
-        if len(self.keys) and len(keys):
-            order = np.argsort(keys, kind="stable")  # neighbours are found in the same cache lines
-            wanted = keys[order]
-            places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-            is_there = self.keys[places] == wanted
-            shards[order[is_there]] = self.shards[places[is_there]]
-            rows[order[is_there]] = self.rows[places[is_there]]
+        if not len(self.keys) or not len(keys):
+            return shards, rows
+        words = first_words(_bytes_of(keys))
+        order = np.argsort(words)  # neighbours are found in the same cache lines
+        places = np.searchsorted(self.words, words[order])
+        while len(order):
+            is_inside = places < len(self.keys)
+            order, places = order[is_inside], places[is_inside]
+            is_there = self.keys[places] == keys[order]
+            found = order[is_there]
+            shards[found], rows[found] = self.shards[places[is_there]], self.rows[places[is_there]]
+            # Another view of the image, or a hash that begins alike: the next place is looked at.
+            is_alike = ~is_there & (self.words[places] == words[order])
+            order, places = order[is_alike], places[is_alike] + 1
         return shards, rows
 
     def without(self, shard: int) -> _Table:

@@ -18,7 +18,7 @@ def pack(tokens: Tensor, storage: Storage) -> dict[str, Tensor]:
         return {"tokens": tokens.to(getattr(torch, storage)).contiguous()}
     tokens = tokens.float()
     scale = (tokens.abs().amax(dim=-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-    rounded = (tokens / scale[..., None]).round().clamp(-_LARGEST, _LARGEST)
+    rounded = (tokens / scale[..., None]).round_().clamp_(-_LARGEST, _LARGEST)
     return {"tokens": rounded.to(torch.int8).contiguous(), "scale": scale.contiguous()}
 
 
