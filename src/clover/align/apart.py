@@ -2,7 +2,7 @@
 
 Matching runs three pairs for each one of the batch, two thirds of a step's activations. It shares
 nothing with contrast and caption but the image keys and the weights, and its loss is a mean over
-pairs: its passes are taken first, each forward and backward before the next begins. Then
+pairs: its two passes are taken first, each forward and backward before the next begins. Then
 contrast and caption go backward, and last the image projections, with the sum of all passes'
 gradients of their keys. Sums of gradients are what autograd makes of one backward, in another
 order.
@@ -11,7 +11,6 @@ order.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,9 +30,6 @@ from clover.core.number_format import without_autocast
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys
 from clover.qformer.tokenizer import Tokens
-
-_HELD = 1 << 22
-"""Numbers in all layers' inputs from which on a pass is cut: one more costs small models more."""
 
 
 def backward_apart(
@@ -95,24 +91,16 @@ def backward_apart(
         if negatives is None:
             negatives = sample_negatives(similar, offset=offset, ignored=ignored)
         parts["match"] = torch.zeros((), device=features.device)
-        source = Everyone(features, texts, offset)
-        for part in _parts(bridge, text):
-            logits = own_image_logits(
-                bridge,
-                _rows(keys, part),
-                Tokens(text.ids[part], text.mask[part]),
-                Negatives(negatives.image_for_text[part], negatives.text_for_image[part]),
-                replace(source, offset=offset + part.start),
-            )
-            is_match = torch.arange(len(logits), device=features.device) % 2 == 0
+        is_own = torch.arange(2 * len(features), device=features.device) % 2 == 0
+        for logits_of, is_match in (
+            (own_image_logits, is_own),
+            (other_image_logits, torch.zeros_like(is_own[::2])),
+        ):
+            logits = logits_of(bridge, keys, text, negatives, everyone)
             share = matching_share(logits, is_match, pairs=3 * len(features))
             _backward(share * scale)
             parts["match"] += share.detach()
-        logits = other_image_logits(bridge, keys, text, negatives, everyone)
-        share = matching_share(logits, torch.zeros_like(logits[:, 0]), pairs=3 * len(features))
-        _backward(share * scale)
-        parts["match"] += share.detach()
-        del logits, share
+            del logits, share
     if "caption" in which:
         inputs = caption_inputs(text.ids, decode_start=decode_start)
         parts["caption"] = caption_loss(
@@ -129,19 +117,6 @@ def backward_apart(
     _backward_into(projected, keys)
     found = {name: parts[name].detach() for name in ALL_LOSSES if name in parts}
     return AlignmentLosses(found, similar)
-
-
-def _parts(bridge: Bridge, text: Tokens) -> list[slice]:
-    """Return which images are matched with their two texts at a time: all, or half of them."""
-    config, (size, length) = bridge.config, text.ids.shape
-    held = size * (config.num_queries + length) * config.hidden_size * config.num_layers
-    if held < _HELD or size < 2:
-        return [slice(0, size)]
-    return [slice(0, size // 2), slice(size // 2, size)]
-
-
-def _rows(keys: ImageKeys, part: slice) -> ImageKeys:
-    return ImageKeys(tuple((key[part], value[part]) for key, value in keys.layers))
 
 
 def _leaf(value: Tensor) -> Tensor:
