@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.figure import alternating, print_figure
+from benchmarks.naive import torch_operations
+from clover.align.apart import backward_apart
 from clover.align.caption import caption_inputs
 from clover.align.contrast import contrastive_loss, similarity
-from clover.align.losses import alignment_losses
 from clover.align.match import matching_loss, sample_negatives
 from clover.core.config import load_recipe
 from clover.model import build_bridge, load_frozen_language, load_tokenizer
@@ -75,14 +76,11 @@ def main() -> None:
 
     def ours() -> None:
         with device.autocast():
-            losses = alignment_losses(
-                bridge, bridge.read_image(features), text, decode_start=tokenizer.decode_start
-            )
-        losses.total.backward()  # type: ignore[no-untyped-call]
+            backward_apart(bridge, features, text, decode_start=tokenizer.decode_start)
         bridge.zero_grad(set_to_none=True)
 
     def peer() -> None:
-        with device.autocast():
+        with device.autocast(), torch_operations():
             separate_passes(bridge, features, text, tokenizer.decode_start)
 
     fast, slow = alternating([ours, peer])

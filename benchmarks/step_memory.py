@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.figure import print_figure
 from benchmarks.train_step import DECODE_START, PLACES, SIZES, TEXT
+from clover.align.apart import backward_apart
 from clover.align.cached import backward_in_chunks
-from clover.align.losses import alignment_losses
 from clover.core.config import QFormerConfig
 from clover.core.memory import keep_freed_memory
 from clover.core.run import peak_memory_gib
@@ -52,10 +52,7 @@ def child(way: str, size: str, pairs: int, steps: int) -> None:
                 bridge, features, text, chunk=max(2, pairs // 4), decode_start=DECODE_START
             )
         else:
-            image = bridge.read_image(features)
-            losses = alignment_losses(bridge, image, text, decode_start=DECODE_START)
-            losses.total.backward()  # type: ignore[no-untyped-call]
-            del losses, image
+            backward_apart(bridge, features, text, decode_start=DECODE_START)
         apply_gradients(optimizer, torch.tensor(1.0), clip_norm=1.0)
         times.append(time.process_time() - begun)
     found = {"gib": peak_memory_gib() - before, "seconds": statistics.median(times)}

@@ -38,8 +38,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.figure import print_figure
+from benchmarks.naive import torch_operations
 from benchmarks.step import separate_passes
-from clover.align.losses import alignment_losses
+from clover.align.apart import backward_apart
 from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
 from clover.core.files import read_json, write_json
 from clover.core.run import peak_memory_gib
@@ -48,7 +49,12 @@ from clover.language.prompt import Prompt
 from clover.plan.step import NoText
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
-from clover.training.device import Device, choose_device, multiplies_bfloat16_fast
+from clover.training.device import (
+    Device,
+    choose_device,
+    keep_freed_memory,
+    multiplies_bfloat16_fast,
+)
 from clover.training.loop import apply_gradients, make_optimizer
 
 Step = Callable[[], object]
@@ -82,15 +88,12 @@ def stage_1(size: str, device: Device) -> tuple[Step, Step]:
 
     def ours() -> None:
         with device.autocast():
-            losses = alignment_losses(
-                bridge, bridge.read_image(features), text, decode_start=DECODE_START
-            )
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        del losses
+            backward_apart(bridge, features, text, decode_start=DECODE_START)
         _finish(bridge, optimizer, is_ours=True)
 
     def peer() -> None:
-        separate_passes(bridge, features, text, DECODE_START, keep_gradients=True)
+        with torch_operations():
+            separate_passes(bridge, features, text, DECODE_START, keep_gradients=True)
         _finish(bridge, optimizer, is_ours=False)
 
     return ours, peer
@@ -139,7 +142,8 @@ def stage_2(size: str, device: Device) -> tuple[Step, Step]:
         _finish(bridge, optimizer, is_ours=True)
 
     def peer() -> None:
-        visual = prefix()
+        with torch_operations():
+            visual = prefix()
         width = INSTRUCTION + max(ANSWERS)
         ids = torch.zeros(BATCH, width, dtype=torch.long)
         labels = torch.full((BATCH, visual.shape[1] + width), -100)
@@ -229,6 +233,8 @@ def measure(stage: str, part: str, size: str, steps: int) -> dict[str, float]:
         seconds, work = floor(ours)
         return {"seconds": seconds, "gflop": work}
     step = peer if part == "peer" else ours
+    if part != "peer":
+        keep_freed_memory()  # as the loop does
     del ours, peer
     step()  # AdamW's state is made here
     times = [_processor(step) for _ in range(steps)]

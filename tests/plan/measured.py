@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clover.align.losses import alignment_losses
+from clover.align.apart import backward_apart
 from clover.core.config import PromptConfig, load_recipe
 from clover.language.decoder_only import DecoderOnly
 from clover.language.prompt import Prompt
@@ -53,11 +53,10 @@ def main(stage: str, path: str) -> None:
         bridge = Bridge(recipe.qformer, language_width=language.hidden_size)
     optimizer = torch.optim.AdamW(parameter_groups(bridge, 0.05), lr=1e-4, fused=True)
     for _ in range(2):
-        image = bridge.read_image(features)
         if stage == "align":
-            alignment_losses(bridge, image, text, decode_start=1).total.backward()
+            backward_apart(bridge, features, text, decode_start=1)
         else:
-            visual = bridge.visual_prefix(image, text.ids, text.mask)
+            visual = bridge.visual_prefix(bridge.read_image(features), text.ids, text.mask)
             question = [[1] * recipe.language.max_instruction_tokens] * part
             answer = [[1] * recipe.language.max_answer_tokens] * part
             language.loss_from_ids(visual, question, answer)[0].backward()

@@ -104,8 +104,8 @@ def alignment_losses(
         image_vectors,
         text_vectors,
         heads.temperature,
-        all_image=_of_all(image_vectors, detach_gathered),
-        all_text=_of_all(text_vectors, detach_gathered),
+        all_image=gathered(image_vectors, detach_gathered),
+        all_text=gathered(text_vectors, detach_gathered),
     )
     parts: dict[str, Tensor] = {}
     texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
@@ -134,7 +134,7 @@ def alignment_losses(
     return AlignmentLosses(parts, similar)
 
 
-def _of_all(vectors: Tensor, is_detached: bool) -> Tensor:
+def gathered(vectors: Tensor, is_detached: bool) -> Tensor:
     """Return the vectors of all processes [N, ...] that this one's [B, ...] are compared with."""
     if is_detached:
         return processes.gather_rows(vectors.detach())
@@ -148,22 +148,43 @@ def match_logits(
     negatives: Negatives,
     everyone: Everyone | None = None,
 ) -> Tensor:
-    """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text).
+    """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text)."""
+    same = own_image_logits(bridge, image, text, negatives, everyone)
+    other = other_image_logits(bridge, image, text, negatives, everyone)
+    return torch.cat([same[0::2], other, same[1::2]])
+
+
+def own_image_logits(
+    bridge: Bridge,
+    image: ImageKeys,
+    text: Tokens,
+    negatives: Negatives,
+    everyone: Everyone | None = None,
+) -> Tensor:
+    """Return matching logits [2B, 2] of each image with its own text, then with its negative."""
+    texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
+    own = torch.arange(len(text.ids), device=text.ids.device) + offset
+    # An image's two texts stand together and ask the same keys, which are never copied.
+    rows = torch.stack([own, negatives.text_for_image], dim=1).flatten()
+    hidden = bridge.qformer.encode_pair(image, texts.ids[rows], texts.mask[rows], queries_only=True)
+    return bridge.alignment.match(hidden)
+
+
+def other_image_logits(
+    bridge: Bridge,
+    image: ImageKeys,
+    text: Tokens,
+    negatives: Negatives,
+    everyone: Everyone | None = None,
+) -> Tensor:
+    """Return matching logits [B, 2] of each text with its negative image.
 
     Where `everyone` is given, a negative image comes as the encoder's tokens and is projected here:
     at the published size its keys have six times the bytes, and gradients that would be sent back.
     """
-    size = len(text.ids)
-    own = torch.arange(size, device=text.ids.device)
-    # An image's two texts stand together and ask the same keys; only other images' are copied.
     if everyone is None:
-        texts = torch.stack([own, negatives.text_for_image], dim=1).flatten()
-        ids, mask = text.ids[texts], text.mask[texts]
-        other_images = image.select(negatives.image_for_text)
+        image = image.select(negatives.image_for_text)
     else:
-        rows = torch.stack([own + everyone.offset, negatives.text_for_image], dim=1).flatten()
-        ids, mask = everyone.text.ids[rows], everyone.text.mask[rows]
-        other_images = bridge.read_image(everyone.features[negatives.image_for_text])
-    same = bridge.qformer.encode_pair(image, ids, mask, queries_only=True)
-    other = bridge.qformer.encode_pair(other_images, text.ids, text.mask, queries_only=True)
-    return bridge.alignment.match(torch.cat([same[0::2], other, same[1::2]]))
+        image = bridge.read_image(everyone.features[negatives.image_for_text])
+    hidden = bridge.qformer.encode_pair(image, text.ids, text.mask, queries_only=True)
+    return bridge.alignment.match(hidden)

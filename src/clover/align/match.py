@@ -66,3 +66,8 @@ def matching_loss(logits: Tensor) -> Tensor:
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     labels[: len(logits) // 3] = 1
     return F.cross_entropy(logits.float(), labels)
+
+
+def matching_share(logits: Tensor, is_match: Tensor, *, pairs: int) -> Tensor:
+    """Return what some pairs [n, 2] add to the mean over all `pairs`; `is_match` [n] says which."""
+    return F.cross_entropy(logits.float(), is_match.long(), reduction="sum") / pairs

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clover.align.apart import backward_apart
 from clover.align.cached import backward_in_chunks
-from clover.align.losses import Everyone, alignment_losses
+from clover.align.losses import AlignmentLosses, Everyone
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import TextTokenizer, Tokens
@@ -55,9 +56,9 @@ class AlignObjective:
         if self.config.gradient_chunk:
             return self._losses_in_chunks(features, text, count)
         everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
-        found = alignment_losses(
+        found = backward_apart(
             self.module,
-            self.module.read_image(features),
+            features,
             text,
             decode_start=self.tokenizer.decode_start,
             everyone=everyone,
@@ -65,11 +66,19 @@ class AlignObjective:
             label_smoothing=self.config.label_smoothing,
             detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
+            scale=len(features),
         )
-        return Losses(found.total * count, count, found.parts)
+        return self._done(found, count)
+
+    def _done(self, found: AlignmentLosses, count: Tensor) -> Losses:
+        """Return losses whose gradients are in the weights already.
+
+        The loop goes back through what it is given: through this, nothing is added.
+        """
+        nothing = 0 * self.module.alignment.temperature
+        return Losses(found.total * count + nothing, count, found.parts)
 
     def _losses_in_chunks(self, features: Tensor, text: Tokens, count: Tensor) -> Losses:
-        """The same losses, whose gradients are in the weights already when this returns."""
         found = backward_in_chunks(
             self.module,
             features,
@@ -82,6 +91,4 @@ class AlignObjective:
             ignore_duplicates=self.config.ignore_duplicates,
             scale=len(features),
         )
-        # The loop goes back through what it is given: through this, nothing is added.
-        nothing = 0 * self.module.alignment.temperature
-        return Losses(found.total * count + nothing, count, found.parts)
+        return self._done(found, count)

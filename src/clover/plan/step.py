@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from clover.align.losses import alignment_losses
+from clover.align.apart import backward_apart
 from clover.core.assets import parse
 from clover.core.config import EncoderConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
@@ -146,15 +146,14 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     text = _tokens(part, min(recipe.align.max_text_tokens, recipe.qformer.max_positions))
 
     def step() -> None:
-        losses = alignment_losses(
+        backward_apart(
             bridge,
-            bridge.read_image(features),
+            features,
             text,
             decode_start=1,
             which=recipe.align.losses,
             label_smoothing=recipe.align.label_smoothing,
         )
-        losses.total.backward()  # type: ignore[no-untyped-call]
 
     return _size(bridge, None, step, features, recipe)
 

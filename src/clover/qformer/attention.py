@@ -5,9 +5,16 @@ Axes: B batch, H heads, R rows (query side), K keys, D width.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from clover.core.attend import attend
+from clover.core.dropout import add_dropped
+from clover.core.number_format import as_multiplied
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values split into heads, each [B, H, K, D/H]."""
@@ -37,6 +44,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> KeyValue:
         """Return keys and values of `x` [B, K, key_width], each [B, H, K, D/H]."""
+        x = as_multiplied(x)
         return self.split(self.key(x)), self.split(self.value(x))
 
     def forward(self, x: Tensor, keys: KeyValue, mask: Tensor | None) -> Tensor:
@@ -51,20 +59,28 @@ class Attention(nn.Module):
             [B, R, D].
         """
         probability = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(
-            self.split(self.query(x)), *keys, attn_mask=mask, dropout_p=probability
-        )
-        context = context.transpose(1, 2).flatten(2)  # [B, R, D]
-        update = F.dropout(self.output(context), self.dropout, self.training)
-        normed: Tensor = self.norm(x + update)
+        context = attend(self.split(self.query(x)), *keys, mask, dropout=probability)  # [B, R, D]
+        normed: Tensor = self.norm(add_dropped(x, self.output(context), probability))
         return normed
 
 
 class FeedForward(nn.Module):
-    """BERT's feed-forward with exact GELU, residual and norm."""
+    """BERT's feed-forward with exact GELU, residual and norm.
 
-    def __init__(self, width: int, *, inner: int, dropout: float, eps: float) -> None:
+    Args:
+        width: D.
+        inner: Width between the two linear layers.
+        dropout: Of the update.
+        eps: Of the norm.
+        keeps_gelu: Keep the GELU's output for the way back; otherwise it is computed again, which
+            is a few thousandths of a step and a quarter of its activations.
+    """
+
+    def __init__(
+        self, width: int, *, inner: int, dropout: float, eps: float, keeps_gelu: bool = False
+    ) -> None:
         super().__init__()
+        self.keeps_gelu = keeps_gelu
         self.dropout = dropout
         self.inner = nn.Linear(width, inner)
         self.outer = nn.Linear(inner, width)
@@ -72,9 +88,41 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, R, D] -> [B, R, D]."""
-        update = self.outer(F.gelu(self.inner(x)))
-        normed: Tensor = self.norm(x + F.dropout(update, self.dropout, self.training))
+        inner = self.inner(x)
+        activated = F.gelu(inner)
+        keeps = self.keeps_gelu or inner.is_meta  # which has no addresses
+        keep = contextlib.nullcontext() if keeps else _computed_again(activated, inner)
+        with keep:
+            update = self.outer(activated)
+        probability = self.dropout if self.training else 0.0
+        normed: Tensor = self.norm(add_dropped(x, update, probability))
         return normed
+
+
+@dataclass(frozen=True)
+class _Gelu:
+    """Stands for a GELU's output in a graph: what it came from [..., D], and its shape there."""
+
+    inner: Tensor
+    shape: torch.Size
+
+
+def _computed_again(activated: Tensor, inner: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block, let a graph keep `inner` where it would keep `activated` = GELU(inner)."""
+    address = activated.data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | _Gelu:
+        if saved.data_ptr() != address or saved.numel() != inner.numel():
+            return saved
+        return _Gelu(inner.detach(), saved.shape)
+
+    def unpack(kept: Tensor | _Gelu) -> Tensor:
+        return F.gelu(kept.inner).view(kept.shape) if isinstance(kept, _Gelu) else kept
+
+    hooks: contextlib.AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(
+        pack, unpack
+    )
+    return hooks
 
 
 def join_keys(first: KeyValue | None, second: KeyValue) -> KeyValue:

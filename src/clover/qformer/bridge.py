@@ -76,7 +76,7 @@ class Bridge(nn.Module):
 
     def read_image(self, features: Tensor) -> ImageKeys:
         """Image tokens [B, P, E] as the encoder gave them -> keys for the Q-Former."""
-        return self.qformer.project_image(self.vision_norm(features.to(self.vision_norm.weight)))
+        return self.qformer.project_image(features.to(self.vision_norm.weight), self.vision_norm)
 
     def visual_hidden(
         self, image: ImageKeys, ids: Tensor | None = None, mask: Tensor | None = None

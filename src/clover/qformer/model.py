@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clover.core.config import QFormerConfig
 from clover.qformer.attention import Attention, FeedForward, KeyValue, join_keys
+from clover.qformer.image_projection import project_images
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ class Layer(nn.Module):
             if has_cross_attention
             else None
         )
-        feed_forward = {"inner": config.intermediate_size, "dropout": config.dropout, "eps": eps}
+        feed_forward = {
+            "inner": config.intermediate_size,
+            "dropout": config.dropout,
+            "eps": eps,
+            # Layers that are computed again keep nothing anyway.
+            "keeps_gelu": config.checkpoint_activations,
+        }
         self.text_feed_forward = FeedForward(width, **feed_forward)  # type: ignore[arg-type]
         self.query_feed_forward = FeedForward(width, **feed_forward)  # type: ignore[arg-type]
 
@@ -166,13 +173,24 @@ class QFormer(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
 
-    def project_image(self, image: Tensor) -> ImageKeys:
-        """Project image tokens [B, P, E] to the keys and values of each cross-attention layer."""
+    def project_image(self, features: Tensor, norm: nn.LayerNorm) -> ImageKeys:
+        """Project image tokens to the keys and values of each cross-attention layer.
+
+        Args:
+            features: [B, P, E] as the encoder gave them.
+            norm: The LayerNorm that stands before the projections.
+        """
+        crossing = [
+            layer.cross_attention
+            for layer in self.layers
+            if isinstance(layer, Layer) and layer.cross_attention is not None
+        ]
+        linear = [part for attention in crossing for part in (attention.key, attention.value)]
+        found = iter(project_images(features, norm, linear))
         return ImageKeys(
             tuple(
-                layer.cross_attention.project(image)
-                for layer in self.layers
-                if isinstance(layer, Layer) and layer.cross_attention is not None
+                (attention.split(next(found)), attention.split(next(found)))
+                for attention in crossing
             )
         )
 

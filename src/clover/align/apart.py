@@ -1,0 +1,141 @@
+"""The losses of a step whose largest graphs are never held together.
+
+Matching runs three pairs for each one of the batch, two thirds of a step's activations. It shares
+nothing with contrast and caption but the image keys and the weights, and its loss is a mean over
+pairs: its two passes are taken first, each forward and backward before the next begins. Then
+contrast and caption go backward, and last the image projections, with the sum of all passes'
+gradients of their keys. Sums of gradients are what autograd makes of one backward, in another
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from clover.align.caption import caption_inputs, caption_loss
+from clover.align.contrast import contrastive_loss, same_caption, similarity
+from clover.align.losses import (
+    ALL_LOSSES,
+    AlignmentLosses,
+    Everyone,
+    gathered,
+    other_image_logits,
+    own_image_logits,
+)
+from clover.align.match import Negatives, matching_share, sample_negatives
+from clover.core.number_format import without_autocast
+from clover.qformer.bridge import Bridge
+from clover.qformer.model import ImageKeys
+from clover.qformer.tokenizer import Tokens
+
+
+def backward_apart(
+    bridge: Bridge,
+    features: Tensor,
+    text: Tokens,
+    *,
+    decode_start: int,
+    everyone: Everyone | None = None,
+    which: Collection[str] = ALL_LOSSES,
+    label_smoothing: float = 0.1,
+    negatives: Negatives | None = None,
+    detach_gathered: bool = False,
+    ignore_duplicates: bool = False,
+    scale: float = 1.0,
+) -> AlignmentLosses:
+    """Compute the losses of `losses.alignment_losses` and add their gradients to the weights'.
+
+    Args:
+        bridge: With alignment heads.
+        features: Image tokens [B, P, E] as the encoder gave them.
+        text: Their captions.
+        decode_start: Id of `[DEC]`.
+        everyone: The pairs of all processes, where there are several.
+        which: Names of the losses wanted.
+        label_smoothing: Of the contrast and the caption.
+        negatives: Given ones, for tests; drawn by similarity otherwise.
+        detach_gathered: See `alignment_losses`.
+        ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
+        scale: Factor of the gradients.
+
+    Returns:
+        The losses, detached.
+    """
+    heads, qformer = bridge.alignment, bridge.qformer
+    projected = bridge.read_image(features)
+    keys = ImageKeys(tuple((_leaf(key), _leaf(value)) for key, value in projected.layers))
+    image_pass = qformer.encode_queries(keys)
+    text_rows = qformer.encode_text(text.ids, text.mask, first_row=True)
+    image_vectors = heads.embed_image(image_pass.hidden)
+    text_vectors = heads.embed_text(text_rows[:, 0])
+    similar = similarity(
+        image_vectors,
+        text_vectors,
+        heads.temperature,
+        all_image=gathered(image_vectors, detach_gathered),
+        all_text=gathered(text_vectors, detach_gathered),
+    )
+    texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
+    ignored = None
+    if ignore_duplicates:
+        ignored = same_caption(texts.ids, texts.mask, offset=offset, size=len(text.ids))
+    parts: dict[str, Tensor] = {}
+    if "contrast" in which:
+        parts["contrast"] = contrastive_loss(
+            similar, label_smoothing=label_smoothing, offset=offset, ignored=ignored
+        )
+    if "match" in which:
+        if negatives is None:
+            negatives = sample_negatives(similar, offset=offset, ignored=ignored)
+        parts["match"] = torch.zeros((), device=features.device)
+        is_own = torch.arange(2 * len(features), device=features.device) % 2 == 0
+        for logits_of, is_match in (
+            (own_image_logits, is_own),
+            (other_image_logits, torch.zeros_like(is_own[::2])),
+        ):
+            logits = logits_of(bridge, keys, text, negatives, everyone)
+            share = matching_share(logits, is_match, pairs=3 * len(features))
+            _backward(share * scale)
+            parts["match"] += share.detach()
+            del logits, share
+    if "caption" in which:
+        inputs = caption_inputs(text.ids, decode_start=decode_start)
+        parts["caption"] = caption_loss(
+            qformer.decode_text(inputs, text.mask, image_pass.cache),
+            inputs,
+            text.mask,
+            heads=heads,
+            word_embedding=qformer.word_embedding.weight,
+            label_smoothing=label_smoothing,
+        )
+    rest = [parts[name] for name in ("contrast", "caption") if name in parts]
+    if rest:
+        _backward(torch.stack(rest).sum() * scale)
+    _backward_into(projected, keys)
+    found = {name: parts[name].detach() for name in ALL_LOSSES if name in parts}
+    return AlignmentLosses(found, similar)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    """Return the same numbers, at which the way back stops and gradients add up."""
+    return value.detach().requires_grad_(value.requires_grad)
+
+
+def _backward(loss: Tensor) -> None:
+    # Outside autocast, as a loop's own backward is: gradients are not converted on their way.
+    with without_autocast(loss.device):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _backward_into(projected: ImageKeys, keys: ImageKeys) -> None:
+    """Carry the gradients of the cut keys on into the projections."""
+    pairs = zip(projected.layers, keys.layers, strict=True)
+    cut = [both for layer in pairs for both in zip(*layer, strict=True)]
+    reached = [(whole, leaf.grad) for whole, leaf in cut if leaf.grad is not None]
+    if reached:
+        wholes, grads = [whole for whole, _ in reached], [grad for _, grad in reached]
+        with without_autocast(wholes[0].device):
+            torch.autograd.backward(wholes, grads)

@@ -1,0 +1,91 @@
+"""Losses taken one after another have the gradients of their sum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_everyone import CONFIG, PAIRS, WORDS, batch, gradients_of, negatives
+from torch import Tensor
+
+from clover.align.apart import backward_apart
+from clover.align.losses import ALL_LOSSES, Everyone, alignment_losses
+from clover.align.match import Negatives
+from clover.qformer.bridge import Bridge
+from clover.qformer.tokenizer import Tokens
+from clover.training import processes
+from together import run_together
+
+
+def apart(rank: int, size: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return gradients of the mean over all pairs, and the losses of this process."""
+    torch.manual_seed(0)
+    bridge = Bridge(CONFIG, has_alignment=True).train()
+    features, ids, mask = batch()
+    share = PAIRS // size
+    part = slice(rank * share, (rank + 1) * share)
+    width = int(mask[part].sum(dim=1).max())
+    text = Tokens(ids[part, :width], mask[part, :width])
+    chosen = negatives()
+    found = backward_apart(
+        bridge,
+        features[part],
+        text,
+        decode_start=WORDS - 1,
+        everyone=Everyone.gather(features[part], text) if size > 1 else None,
+        negatives=Negatives(chosen.image_for_text[part], chosen.text_for_image[part]),
+        scale=share,
+        **settings,
+    )
+    processes.sum_gradients(list(bridge.parameters()))
+    gradients = {
+        name: item.grad / PAIRS for name, item in bridge.named_parameters() if item.grad is not None
+    }
+    return gradients, found.parts
+
+
+@pytest.mark.parametrize("which", [ALL_LOSSES, ("contrast",), ("match",), ("caption", "match")])
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_gradients_are_those_of_the_sum(which: tuple[str, ...], is_detached: bool) -> None:
+    settings = {"which": which, "detach_gathered": is_detached, "ignore_duplicates": True}
+    expected, _ = gradients_of(0, 1, **settings)
+    found, losses = apart(0, 1, **settings)
+    assert list(losses) == [name for name in ALL_LOSSES if name in which]
+    assert not any(value.requires_grad for value in losses.values())
+    for name, item in expected.items():
+        if item.any():
+            torch.testing.assert_close(found[name], item, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.alone  # forks
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_two_processes_are_one(is_detached: bool, tmp_path: Path) -> None:
+    expected, _ = gradients_of(0, 1, detach_gathered=is_detached)
+    both = run_together(lambda rank: apart(rank, 2, detach_gathered=is_detached)[0], tmp_path)
+    for gradients in both:
+        for name, wanted in expected.items():
+            torch.testing.assert_close(gradients[name], wanted, atol=1e-5, rtol=0, msg=name)
+
+
+def test_in_bfloat16_products_the_gradients_stay_near() -> None:
+    expected, _ = gradients_of(0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = apart(0, 1)
+    for name, wanted in expected.items():
+        assert found[name].dtype == torch.float32
+        limit = 0.1 * float(wanted.norm()) + 1e-2
+        assert float((found[name] - wanted).norm()) < limit, name
+
+
+def test_losses_are_those_of_the_sum() -> None:
+    torch.manual_seed(0)
+    bridge = Bridge(CONFIG, has_alignment=True).eval()
+    features, ids, mask = batch()
+    text = Tokens(ids, mask)
+    settings: dict[str, Any] = {"decode_start": WORDS - 1, "negatives": negatives()}
+    whole = alignment_losses(bridge, bridge.read_image(features), text, **settings)
+    found = backward_apart(bridge, features, text, **settings)
+    for name, value in whole.parts.items():
+        torch.testing.assert_close(found.parts[name], value.detach(), rtol=1e-6, atol=1e-6)
