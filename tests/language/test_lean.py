@@ -204,6 +204,21 @@ def test_a_single_short_answer_packs_nothing(visual: Tensor) -> None:
 
 
 @needs_packing
+def test_who_writes_much_packs_at_once() -> None:
+    language = tiny_llama()
+    language.prepare_to_write()
+    assert lean_of(language).is_packed
+    language.model.train()
+    lean_of(language).unpack()
+    language.prepare_to_write()  # paper_dropout: the weights are about to be learnt through
+    assert not lean_of(language).is_packed
+    language.model.eval()
+    driven(
+        "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0
+    ).prepare_to_write()
+
+
+@needs_packing
 @torch.no_grad()
 def test_weights_that_change_while_packed_are_those_that_are_used() -> None:
     language = driven("llama", tie_word_embeddings=True)

@@ -360,7 +360,8 @@ class LeanDecoder:
 
     def unpack(self) -> None:
         """Put the plain weights back, bit for bit."""
-        with self._lock:
+        # What comes back must be fit to learn through, whoever asks for it.
+        with self._lock, torch.inference_mode(False):
             self._passes = 0
             packed, self._packed = self._packed, []
             head, self._packed_head = self._packed_head, None
