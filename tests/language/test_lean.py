@@ -89,6 +89,12 @@ def theirs(language: DecoderOnly) -> DecoderOnly:
     return other
 
 
+def only(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let weights stay plain, as where torch cannot pack them."""
+    if not is_packed:
+        monkeypatch.setattr(module, "can_pack", lambda dtype: False)
+
+
 @pytest.fixture(params=sorted(BUILDS))
 def built(request: pytest.FixtureRequest) -> DecoderOnly:
     kind, more = BUILDS[request.param]
@@ -101,13 +107,14 @@ def is_packed(request: pytest.FixtureRequest) -> bool:
 
 
 @torch.no_grad()
-def test_logits_equal_those_of_transformers(built: DecoderOnly, is_packed: bool) -> None:
+def test_logits_equal_those_of_transformers(
+    built: DecoderOnly, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     visual = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
     rows = [built.instruction_ids(question) for question in QUESTIONS]
     ids, mask = built._padded(rows)
     expected = theirs(built).logits_from_ids(visual, ids, mask)
-    if is_packed:
-        assert lean_of(built).pack()
+    only(is_packed, monkeypatch)
     found = built.logits_from_ids(visual, ids, mask)
     assert lean_of(built).is_packed == is_packed
     seen = torch.cat([mask.new_ones(3, 4), mask], dim=1).bool()
@@ -122,8 +129,7 @@ def test_what_is_written_equals_what_transformers_writes(
     visual = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
     expected = theirs(built).generate(visual, QUESTIONS, GREEDY)
     ranks = theirs(built).rank(visual[:1], QUESTIONS[0], ANSWERS)
-    # From the third pass on, so that weights change their place in the middle of an answer.
-    monkeypatch.setattr(module, "_PASSES_BEFORE_PACKING", 3 if is_packed else 1 << 40)
+    only(is_packed, monkeypatch)
     assert built.generate(visual, QUESTIONS, GREEDY) == expected
     assert lean_of(built).is_packed == is_packed
     assert built.rank(visual[:1], QUESTIONS[0], ANSWERS) == pytest.approx(ranks, abs=1e-3)
@@ -131,11 +137,10 @@ def test_what_is_written_equals_what_transformers_writes(
 
 @torch.no_grad()
 def test_rows_in_one_batch_read_as_through_transformers(
-    built: DecoderOnly, is_packed: bool
+    built: DecoderOnly, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = theirs(built)
-    if is_packed:
-        lean_of(built).pack()
+    only(is_packed, monkeypatch)
     rows = [built.instruction_ids(question) for question in QUESTIONS]
 
     def run(language: DecoderOnly) -> Iterator[Tensor]:
@@ -192,30 +197,17 @@ def test_learning_and_beam_search_find_plain_weights(visual: Tensor) -> None:
 
 
 @needs_packing
-def test_a_single_short_answer_packs_nothing(visual: Tensor) -> None:
+def test_reading_the_beginning_of_what_is_learnt_packs_nothing(
+    visual: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     language = tiny_llama()
-    language.generate(visual, QUESTIONS, GenerationSettings(max_tokens=3))
-    assert not lean_of(language).is_packed
-    language.loss(visual.requires_grad_(), QUESTIONS, ANSWERS)  # and learning begins the count anew
-    language.generate(visual, QUESTIONS, GenerationSettings(max_tokens=6, min_tokens=6))
-    assert not lean_of(language).is_packed
-    language.generate(visual, QUESTIONS, GenerationSettings(max_tokens=6, min_tokens=6))
-    assert lean_of(language).is_packed
-
-
-@needs_packing
-def test_who_writes_much_packs_at_once() -> None:
-    language = tiny_llama()
-    language.prepare_to_write()
-    assert lean_of(language).is_packed
-    language.model.train()
-    lean_of(language).unpack()
-    language.prepare_to_write()  # paper_dropout: the weights are about to be learnt through
-    assert not lean_of(language).is_packed
-    language.model.eval()
-    driven(
-        "qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0
-    ).prepare_to_write()
+    packings: list[bool] = []
+    monkeypatch.setattr(LeanDecoder, "pack", lambda *_: bool(packings.append(True)))
+    language.loss(visual.requires_grad_(), QUESTIONS, ANSWERS)
+    assert len(language._prefixes) == 1 and not packings
+    with torch.no_grad():
+        language.loss(visual, QUESTIONS, ANSWERS)
+    assert packings
 
 
 @needs_packing
@@ -235,7 +227,10 @@ def test_weights_that_change_while_packed_are_those_that_are_used() -> None:
 
 
 @torch.no_grad()
-def test_bfloat16_is_as_near_to_float32_as_transformers_is(is_packed: bool) -> None:
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(is_packed, monkeypatch)
     ids, mask = tiny_llama()._padded([tiny_llama().instruction_ids(QUESTIONS[2])])
     exact = tiny_llama().logits_from_ids(None, ids, mask)
     language = tiny_llama()

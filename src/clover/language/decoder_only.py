@@ -85,16 +85,6 @@ class DecoderOnly(FrozenLanguage):
         """Longest sequence the model was made for."""
         return int(getattr(self.model.config, "max_position_embeddings", 1 << 30))
 
-    def prepare_to_write(self) -> None:
-        """Bring the weights into the order in which they are read quickest, where there is one.
-
-        For those who will write many answers; who writes a few need not wait for it.
-        """
-        if self._lean is not None:
-            with torch.no_grad():
-                if self._lean.is_usable:
-                    self._lean.pack()
-
     def text_ids(self, after_image: str) -> list[int]:
         """Return the ids of a text after the image; a long one loses its beginning."""
         limit = self.config.max_instruction_tokens - len(self._start_text)
@@ -278,9 +268,12 @@ class DecoderOnly(FrozenLanguage):
         if key not in self._prefixes:
             cache = DynamicCache(config=self.model.config)
             # no_grad, not inference_mode: training joins these with tensors that learn.
+            is_learning = torch.is_grad_enabled()
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=self.device)
-                self.hidden(input_ids=ids, past_key_values=cache)
+                # Not packed for this one pass where the next one learns.
+                read = self._body if is_learning else self.hidden
+                read(input_ids=ids, past_key_values=cache, use_cache=True)
             while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             self._prefixes[key] = SharedPrefix.from_cache(cache) if self._is_shared else cache

@@ -3,9 +3,12 @@
 In: embeddings `[B, T, H]`, positions, a cache. Out: last hidden states `[B, T, H]`, up to rounding
 those of transformers. On a CPU one token costs what reading the weights costs, so two things count:
 few calls a layer, and weights in the order in which the matrix product reads them (oneDNN's packed
-form: about twice the bytes a second of the plain one). Packed weights take the place of the plain
-ones, which come back, exactly, as soon as transformers' own forward runs (training, beam search);
-only the head of a model that shares it with its embeddings is held twice.
+form: about twice the bytes a second of the plain one).
+
+Packed weights take the place of the plain ones from the first pass on, so that a question meets the
+same numbers whenever it is asked. The plain ones come back, exactly, as soon as transformers' own
+forward runs (training, beam search). Going to and fro costs each time what some eight passes save.
+Only the head of a model that shares it with its embeddings is held twice.
 
 Models of another build, other devices, gradients and training mode are transformers' business.
 
@@ -35,8 +38,6 @@ _PARTS = {
 }
 _FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary angles that do not change with the length of the text."""
-_PASSES_BEFORE_PACKING = 8
-"""Packing costs about what it saves in so many passes: a single short answer does without."""
 _FEWEST_ROWS = 4
 """oneDNN multiplies one row more slowly than four: 1.15 to 1.3 times as long."""
 _HIDDEN = -1e30
@@ -89,7 +90,6 @@ class LeanDecoder:
         self._packed: list[_Packed] = []
         self._packed_head: Tensor | None = None
         self._head_version = 0
-        self._passes = 0
         self._can_pack: dict[torch.dtype, bool] = {}
         self._wide: dict[int, tuple[tuple[Tensor, ...], Wide]] = {}
         self._lock = threading.RLock()
@@ -157,7 +157,7 @@ class LeanDecoder:
         if positions is None:
             positions = torch.arange(num_before, num_before + length)[None]
         # Held for the whole pass: another thread may want the plain weights back meanwhile.
-        matrices: Sequence[_Packed | None] = self._count_pass(dtype) or [None] * len(self._layers)
+        matrices: Sequence[_Packed | None] = self._matrices(dtype) or [None] * len(self._layers)
         prefix = active_prefix()
         wide = None if prefix is None else self._widened(prefix)
         not_before = None
@@ -304,14 +304,12 @@ class LeanDecoder:
 
     # -- where the weights are ---------------------------------------------------------------
 
-    def _count_pass(self, dtype: torch.dtype) -> list[_Packed]:
-        """Note that a pass is made; return the packed matrices it uses, or nothing."""
+    def _matrices(self, dtype: torch.dtype) -> list[_Packed]:
+        """Return the packed matrices, or nothing where none can be."""
         with self._lock:
             if self._packed and self._packed[0].gate.dtype != dtype:
                 self.unpack()  # the model was moved to another format meanwhile
-            self._passes += 1
-            if not self._packed and self._passes >= _PASSES_BEFORE_PACKING:
-                self.pack(dtype)
+            self.pack(dtype)
             return self._packed
 
     def pack(self, dtype: torch.dtype | None = None) -> bool:
@@ -362,7 +360,6 @@ class LeanDecoder:
         """Put the plain weights back, bit for bit."""
         # What comes back must be fit to learn through, whoever asks for it.
         with self._lock, torch.inference_mode(False):
-            self._passes = 0
             packed, self._packed = self._packed, []
             head, self._packed_head = self._packed_head, None
             for layer, item in zip(self._layers, packed, strict=False):
@@ -382,7 +379,7 @@ class LeanDecoder:
 
     def _give_back(self, *_: Any, **__: Any) -> None:
         """Before transformers' own forward."""
-        if self._packed or self._passes:
+        if self._packed:
             self.unpack()
 
 

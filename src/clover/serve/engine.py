@@ -583,9 +583,6 @@ class Engine:
         """Read the constant text before the image of every model, once."""
         if self._batch is None:
             return
-        assert isinstance(self._language, DecoderOnly), "it has a batch"
-        # At once, so that the first answers are computed as all later ones are.
-        self._language.prepare_to_write()
         for ids in {served.language.prefix_ids for served in self.models.values() if served.clover}:
             if ids:
                 words = self._language.word_embeddings(
