@@ -22,7 +22,9 @@ import torch
 
 import clover
 from benchmarks.figure import print_figure
+from clover.language.load import load_weights
 from clover.language.protocol import GenerationSettings
+from clover.model import open_image
 from clover.serve.app import create_app
 from clover.serve.engine import Engine
 from clover.serve.request import Served
@@ -55,8 +57,9 @@ def main(arguments: list[str]) -> int:
         first_token(client, model.name, paths)
         company(client, model.name, paths, url, length=None)
         company(client, model.name, paths, url, length=LONG)
-        one_stream(client, model, paths[0])
     engine.close()
+    parts(model, paths)
+    one_stream(model, paths[0])
     return 0
 
 
@@ -155,9 +158,48 @@ def health(url: str, stop: threading.Event, found: list[float]) -> None:
         time.sleep(0.02)
 
 
-def one_stream(client: openai.OpenAI, model: clover.Clover, path: Path) -> None:
+def parts(model: clover.Clover, paths: Sequence[Path]) -> None:
+    """Processor time, on one thread, of what a first token is made of; the server apart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one waits by spinning, which would be counted
+    language: Any = model.language
+    question = QUESTIONS[1]
+    rows = [language.instruction_ids(question)]
+    with torch.no_grad(), model.device.autocast():
+        pixels = [model.encoder.prepare(open_image(path))[None] for path in paths[:ROUNDS]]
+        features = [model.encoder.encode(item).float() for item in pixels]
+        visual = model.visual_prefix(features[0], [question])
+
+        def read(_: int) -> None:
+            language._begin(visual, rows, language.prefix_ids, 8)
+
+        for _ in range(8):  # the weights come into the order in which they stay
+            read(0)
+        steps: dict[str, Callable[[int], object]] = {
+            "reading and preparing the image": lambda i: model.encoder.prepare(
+                open_image(paths[i])
+            ),
+            "encoder": lambda i: model.encoder.encode(pixels[i]),
+            "Q-Former": lambda i: model.visual_prefix(features[i], [question]),
+            f"{visual.shape[1]} visual and {len(rows[0])} text tokens, head included": read,
+        }
+        for name, function in steps.items():
+            times = []
+            for number in range(ROUNDS):
+                start = time.thread_time()
+                function(number)
+                times.append(time.thread_time() - start)
+            print_figure(f"first token, {name}", 1000 * min(times), "ms of processor time")
+    torch.set_num_threads(threads)
+
+
+def one_stream(model: clover.Clover, path: Path) -> None:
     """Tokens a second of one answer against `transformers` generate on the same embeddings."""
     language: Any = model.language
+    # Weights of its own: ours are held packed while we write, and taken apart for others.
+    other = load_weights(
+        model.recipe.language, device=model.device.device, dtype=model.device.dtype
+    ).model.eval()
     question, length = QUESTIONS[0], 48
     prefix = model.visual_prefix(model.encode(path), [question])
     embeds, mask = language._embedded(
@@ -166,7 +208,7 @@ def one_stream(client: openai.OpenAI, model: clover.Clover, path: Path) -> None:
 
     def theirs() -> int:
         with torch.no_grad():
-            out = language.model.generate(
+            out = other.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 max_new_tokens=length,
@@ -206,7 +248,6 @@ def written(engine: Engine, model: clover.Clover, path: Path, question: str, len
     import queue
 
     from clover.core.files import sha256_file
-    from clover.model import open_image
     from clover.serve.request import Event, Picture, Question
     from clover.serve.writing import Piece
 

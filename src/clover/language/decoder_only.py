@@ -23,6 +23,7 @@ from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
 from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.grouping import length_groups
+from clover.language.lean import LeanDecoder
 from clover.language.prompt import Prompt
 from clover.language.shared_prefix import SharedPrefix, behind, share_prefix
 
@@ -65,6 +66,7 @@ class DecoderOnly(FrozenLanguage):
         self._head = model.get_output_embeddings()
         self._prefixes: dict[Any, Any] = {}
         self._is_shared = share_prefix(model)
+        self._lean = LeanDecoder.of(model) if self._is_shared else None
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         for scale in ("logit_scale", "logits_scaling"):
             if getattr(model.config, scale, None) not in (None, 1, 1.0):
@@ -204,12 +206,39 @@ class DecoderOnly(FrozenLanguage):
 
         For callers that keep a cache of their own (`clover.language.rows`).
         """
+        if self._lean is not None and self._lean.is_usable:
+            return self._lean_hidden(self._lean, **inputs)
         states: Tensor = self._body(**{"use_cache": True, **inputs}).last_hidden_state
         return states
 
+    def _lean_hidden(
+        self,
+        lean: LeanDecoder,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """Return the same from our own forward; arguments are transformers'."""
+        if inputs_embeds is None:
+            assert input_ids is not None, "a pass reads ids or embeddings"
+            inputs_embeds = self._embed(input_ids)
+        return lean.hidden(
+            inputs_embeds,
+            mask=attention_mask,
+            positions=position_ids,
+            cache=past_key_values if use_cache else None,
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits `[..., V]` of hidden states `[..., H]`."""
-        logits: Tensor = self._head(hidden).float()
+        if self._lean is not None and self._lean.is_usable:
+            logits = self._lean.logits(hidden)
+        else:
+            logits = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
@@ -239,9 +268,12 @@ class DecoderOnly(FrozenLanguage):
         if key not in self._prefixes:
             cache = DynamicCache(config=self.model.config)
             # no_grad, not inference_mode: training joins these with tensors that learn.
+            is_learning = torch.is_grad_enabled()
             with torch.no_grad():
                 ids = torch.tensor([list(prefix)], device=self.device)
-                self.hidden(input_ids=ids, past_key_values=cache)
+                # Not packed for this one pass where the next one learns.
+                read = self._body if is_learning else self.hidden
+                read(input_ids=ids, past_key_values=cache, use_cache=True)
             while len(self._prefixes) >= _KEPT_PREFIXES:
                 self._prefixes.pop(next(iter(self._prefixes)))
             self._prefixes[key] = SharedPrefix.from_cache(cache) if self._is_shared else cache

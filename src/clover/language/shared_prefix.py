@@ -61,6 +61,11 @@ def behind(prefix: SharedPrefix | None) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def active_prefix() -> SharedPrefix | None:
+    """Return the beginning that stands before every row now."""
+    return _ACTIVE.get()
+
+
 def share_prefix(model: Any) -> bool:
     """Prepare a causal language model for `behind`; return whether it can.
 
