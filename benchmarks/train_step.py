@@ -43,18 +43,14 @@ from benchmarks.step import separate_passes
 from clover.align.apart import backward_apart
 from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
 from clover.core.files import read_json, write_json
+from clover.core.memory import keep_freed_memory
 from clover.core.run import peak_memory_gib
 from clover.language.decoder_only import DecoderOnly
 from clover.language.prompt import Prompt
 from clover.plan.step import NoText
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
-from clover.training.device import (
-    Device,
-    choose_device,
-    keep_freed_memory,
-    multiplies_bfloat16_fast,
-)
+from clover.training.device import Device, choose_device, multiplies_bfloat16_fast
 from clover.training.loop import apply_gradients, make_optimizer
 
 Step = Callable[[], object]
