@@ -184,6 +184,8 @@ def test_it_explains_and_evaluates_as_any_model(
         for name in ("predictions", "turned")
     ]
     assert found[0] == found[1]
+    header = json.loads((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[0])
+    assert header["header"]["turns"] == 8, "what is read once is another prediction"
     assert len(list((tmp_path / "cache").glob("tiny-*"))) == 2, "the probe reads images once"
 
 

@@ -56,13 +56,16 @@ class LocalModel:
 
     def identity(self) -> Row:
         """Return what the header says of it."""
+        config = self.model.recipe.evaluate
         return {
             "model": self.model.name,
             "model_key": self.model_key,
             "model_hash": self.model_hash,
             "prompt": self.model.recipe.prompt.model_dump(),
             "decoding": self.decoding.row(),
-            **({"word_pull": share} if (share := self.model.recipe.evaluate.word_pull) else {}),
+            # As they are by default they stand in no header: predictions from before are read.
+            **({"word_pull": config.word_pull} if config.word_pull else {}),
+            **({"turns": config.turns} if config.turns > 1 else {}),
         }
 
     def viewer(self, view: View) -> FeatureViewer:
