@@ -165,7 +165,7 @@ class Clover:
         details: Further entries of the model folder's `config.json`.
         aligned: Stage 1's own weights, for what they alone can do; see `attach_alignment`.
         familiarity: Of what images it learnt; None where nobody wrote it down.
-        words: What its visual tokens were taught to spell with; None where they were not.
+        words: What its visual tokens are pulled to; None where they are left as they are.
     """
 
     recipe: Recipe
@@ -218,10 +218,9 @@ class Clover:
             questions: B questions.
         """
         visual = self.bridge.project(self.visual_hidden(features, questions))
-        share = self.recipe.evaluate.word_pull
-        if not share or self.words is None or self.bridge.training:
+        if self.words is None or not self.word_pull or self.bridge.training:
             return visual
-        return self.words.pulled(visual, share)
+        return self.words.pulled(visual, self.word_pull)
 
     def loss(
         self, features: Tensor, questions: Sequence[str], answers: Sequence[str]
@@ -265,6 +264,11 @@ class Clover:
         if isinstance(image, bytes | Image.Image) or not is_region(image):
             return None
         return self.microns_per_pixel
+
+    @property
+    def word_pull(self) -> float:
+        """How far a visual token is moved to its word (`evaluate.word_pull`)."""
+        return 0.0 if self.words is None else self.recipe.evaluate.word_pull
 
     @property
     def microns_per_pixel(self) -> float:
@@ -391,20 +395,20 @@ class Clover:
 
     def caption(self, image: ImageLike, settings: CaptionSettings | None = None) -> str:
         """Describe an image with stage 1's next-word head; `ask` does with the language model."""
-        return self._stage_1().caption(self.encode(image), settings)
+        return self._stage_1().caption(self.upright(self.encode(image)), settings)
 
     def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
         """Return the probability that each text belongs to the image."""
-        return self._stage_1().match(self.encode(image), texts)
+        return self._stage_1().match(self.upright(self.encode(image)), texts)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Return cosines [B, N] of B images and N texts."""
-        features = torch.cat([self.encode(image) for image in images])
+        features = torch.cat([self.upright(self.encode(image)) for image in images])
         return self._stage_1().similarity(features, texts)
 
     def features(self, image: ImageLike) -> Tensor:
         """Return an image's contrastive unit vectors [Q, C]; `encode` gives its tokens."""
-        return self._stage_1().image_vectors(self.encode(image))[0]
+        return self._stage_1().image_vectors(self.upright(self.encode(image)))[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""
@@ -637,7 +641,7 @@ def load(
         model.attach_alignment(path / "align.safetensors")
     if (path / _FAMILIAR).exists():
         model.familiarity = Familiarity.load(path / _FAMILIAR)
-    if "words" in kept:
+    if recipe.evaluate.word_pull and "words" in kept:
         model.words = Words.of(language, kept["words"], where.device)
     return model
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -283,3 +285,90 @@ def test_prompts_of_the_same_model_share_its_weights_state() -> None:
     language = tiny_llama()
     assert theirs(language).model is language.model
     assert LeanDecoder.of(language.model) is lean_of(language)
+
+
+def test_a_long_text_is_read_in_pieces_and_alike(
+    built: DecoderOnly, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(is_packed, monkeypatch)
+    embeds = torch.randn(2, 19, built.hidden_size, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 19, dtype=torch.long)
+    mask[1, :6] = 0
+    lean = lean_of(built)
+    with torch.no_grad():
+        whole = lean.hidden(embeds, mask=mask)
+        monkeypatch.setattr(module, "_SCORES", 2 * lean._heads * 19 * 4)  # four tokens at a time
+        pieces = lean.hidden(embeds, mask=mask)
+        monkeypatch.setattr(module, "_SCORES", 1)
+        singly = lean.hidden(embeds, mask=mask)
+    for found in (pieces, singly):
+        torch.testing.assert_close(found[0], whole[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[1, 6:], whole[1, 6:], atol=1e-5, rtol=1e-4)
+
+
+@needs_packing
+def test_a_pack_that_fails_half_way_gives_back_what_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    language = tiny_llama()
+    before = {name: item.clone() for name, item in language.model.state_dict().items()}
+    pack, made = module._pack, []
+
+    def tight(weight: Tensor) -> Tensor:
+        made.append(0)
+        if len(made) == 8:  # in the second layer
+            raise MemoryError
+        return pack(weight)
+
+    monkeypatch.setattr(module, "_pack", tight)
+    lean = lean_of(language)
+    with pytest.raises(MemoryError):
+        lean.pack()
+    assert not lean.is_packed and not lean.pack(), "it is not tried again"
+    after = language.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@needs_packing
+def test_nothing_is_packed_under_a_pass_of_transformers_in_another_thread() -> None:
+    language = tiny_llama()
+    lean, layer = lean_of(language), language.model.base_model.layers[0]
+    seen: list[bool] = []
+
+    def meanwhile(*_: Any) -> None:
+        with torch.no_grad():
+            lean.hidden(torch.zeros(1, 2, language.hidden_size))
+        seen.append(lean.is_packed)
+
+    def run_aside(*_: Any) -> None:
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        thread.join()
+
+    handle = layer.register_forward_pre_hook(run_aside)
+    with torch.no_grad():
+        found = language.model(torch.tensor([[1, 2, 3]])).logits
+    handle.remove()
+    assert seen == [False]
+    assert not found.isnan().any()
+    with torch.no_grad():
+        lean.hidden(torch.zeros(1, 2, language.hidden_size))
+    assert lean.is_packed, "afterwards it is"
+
+
+@needs_packing
+def test_a_copy_of_a_packed_model_stands_by_itself() -> None:
+    language = tiny_llama()
+    before = {name: item.clone() for name, item in language.model.state_dict().items()}
+    lean_of(language).pack()
+    copied = copy.deepcopy(language.model)
+    other = LeanDecoder.of(copied)
+    assert other is not None and other is not lean_of(language)
+    assert other._model is copied
+    other.pack()
+    assert not lean_of(language).is_packed
+    found = copied.state_dict()
+    assert all(torch.equal(before[name], found[name]) for name in before)
+    body = language.model.base_model
+    lean_of(language).pack()
+    assert not any(item.isnan().any() for item in body.state_dict().values())

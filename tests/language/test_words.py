@@ -67,18 +67,21 @@ def test_a_model_pulls_what_it_was_told_and_only_once_it_has_learnt(
     features = model.encode(tiny.image()).expand(2, -1, -1)
 
     plain = load(tmp_path / "model", precision="float32")
-    assert plain.words is not None and plain.words.ids.tolist() == [4, 9, 12]
+    assert plain.words is None, "nothing is looked up that is not asked for"
+    evaluate = plain.recipe.evaluate.model_copy(update={"word_pull": 1.0})
+    plain.recipe = plain.recipe.model_copy(update={"evaluate": evaluate})
+    plain.save(tmp_path / "pulled")
+    pulled = load(tmp_path / "pulled", precision="float32")
+    assert pulled.words is not None and pulled.words.ids.tolist() == [4, 9, 12]
     with torch.no_grad():
         before = plain.visual_prefix(features, QUESTIONS)
-        evaluate = plain.recipe.evaluate.model_copy(update={"word_pull": 1.0})
-        plain.recipe = plain.recipe.model_copy(update={"evaluate": evaluate})
-        after = plain.visual_prefix(features, QUESTIONS)
-        plain.bridge.train()
-        training = plain.visual_prefix(features, QUESTIONS)
+        after = pulled.visual_prefix(features, QUESTIONS)
+        pulled.bridge.train()
+        training = pulled.visual_prefix(features, QUESTIONS)
     assert not torch.equal(before, after)
     torch.testing.assert_close(training, before, msg="training sees what the bridge wrote")
-    nearest = plain.words.scores(before).argmax(dim=-1)
-    torch.testing.assert_close(after, plain.words.embeddings[nearest])
+    nearest = pulled.words.scores(before).argmax(dim=-1)
+    torch.testing.assert_close(after, pulled.words.embeddings[nearest])
 
 
 def test_a_model_that_was_never_taught_to_spell_is_left_alone(tiny: Tiny) -> None:

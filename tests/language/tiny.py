@@ -36,14 +36,16 @@ def word_tokenizer() -> Any:
     return fast
 
 
-def tiny_llama(template: str = TEMPLATE, **limits: int) -> DecoderOnly:
+def tiny_llama(
+    template: str = TEMPLATE, *, width: int = 32, inner: int = 48, **limits: int
+) -> DecoderOnly:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

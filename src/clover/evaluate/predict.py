@@ -21,6 +21,7 @@ from clover.evaluate.view import FeatureViewer, View, Viewer
 from clover.model import Clover
 from clover.vision.dataset import FeatureSet
 from clover.vision.leaks import Pictured
+from clover.vision.turned import num_turns
 
 Row = dict[str, Any]
 NOTICE = "research use only, not for diagnosis"
@@ -56,7 +57,6 @@ class LocalModel:
 
     def identity(self) -> Row:
         """Return what the header says of it."""
-        config = self.model.recipe.evaluate
         return {
             "model": self.model.name,
             "model_key": self.model_key,
@@ -64,8 +64,8 @@ class LocalModel:
             "prompt": self.model.recipe.prompt.model_dump(),
             "decoding": self.decoding.row(),
             # As they are by default they stand in no header: predictions from before are read.
-            **({"word_pull": config.word_pull} if config.word_pull else {}),
-            **({"turns": config.turns} if config.turns > 1 else {}),
+            **({"word_pull": share} if (share := self.model.word_pull) else {}),
+            **({"turns": turns} if (turns := num_turns(self.model.encoder)) > 1 else {}),
         }
 
     def viewer(self, view: View) -> FeatureViewer:

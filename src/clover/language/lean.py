@@ -42,6 +42,8 @@ _FEWEST_ROWS = 4
 """oneDNN multiplies one row more slowly than four: 1.15 to 1.3 times as long."""
 _HIDDEN = -1e30
 """Added to what may not be seen. Not infinity: a padding token may see nothing at all."""
+_SCORES = 1 << 24
+"""Attention scores held at once (64 MB): a long text is read in pieces."""
 _WIDE_PREFIXES = 4
 """Shared beginnings whose keys and values are also kept in float32."""
 _ATTRIBUTE = "_clover_lean"
@@ -93,11 +95,29 @@ class LeanDecoder:
         self._can_pack: dict[torch.dtype, bool] = {}
         self._wide: dict[int, tuple[tuple[Tensor, ...], Wide]] = {}
         self._lock = threading.RLock()
+        self._num_plain = 0
+        """Passes that read the plain weights now, in whichever thread: nothing is packed then."""
         # Whoever calls transformers' own forward, or reads the weights, finds them in place.
-        body.register_forward_pre_hook(self._give_back)
+        body.register_forward_pre_hook(self._plain_begins)
+        body.register_forward_hook(self._plain_ends, always_call=True)
         if not self._is_tied:
             self._head.register_forward_pre_hook(self._give_back)
         model.register_state_dict_pre_hook(self._give_back)
+        body.register_state_dict_pre_hook(self._give_back)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model needs: plain weights, and no lock of this process."""
+        self.unpack()
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_lock", "_wide", "_num_plain")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what `__getstate__` gave."""
+        self.__dict__.update(state)
+        self._lock, self._wide, self._num_plain = threading.RLock(), {}, 0
 
     @classmethod
     def of(cls, model: Any) -> LeanDecoder | None:
@@ -145,19 +165,28 @@ class LeanDecoder:
             positions: `[B, T]` or `[1, T]`; counted on from the cache where absent.
             cache: Takes keys and values as transformers' caches do; none where nothing is kept.
         """
-        with torch.autocast("cpu", enabled=False):
-            return self._hidden(embeds, mask, positions, cache)
+        # Held for the whole pass: another thread may want the plain weights back meanwhile.
+        matrices = self._begun(self._embed.weight.dtype)
+        try:
+            with torch.autocast("cpu", enabled=False):
+                return self._hidden(embeds, mask, positions, cache, matrices)
+        finally:
+            if matrices[0] is None:
+                self._plain_ends()
 
     def _hidden(
-        self, embeds: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Any,
+        matrices: Sequence[_Packed | None],
     ) -> Tensor:
         batch, length, _ = embeds.shape
         dtype = self._embed.weight.dtype
         num_before = 0 if cache is None else int(cache.get_seq_length())
         if positions is None:
             positions = torch.arange(num_before, num_before + length)[None]
-        # Held for the whole pass: another thread may want the plain weights back meanwhile.
-        matrices: Sequence[_Packed | None] = self._matrices(dtype) or [None] * len(self._layers)
         prefix = active_prefix()
         wide = None if prefix is None else self._widened(prefix)
         not_before = None
@@ -193,7 +222,8 @@ class LeanDecoder:
                 flat = _at_least(_FEWEST_ROWS, hidden.reshape(-1, hidden.shape[-1]))
                 scores = _product(flat, packed, head.bias)
                 return scores[: hidden[..., 0].numel()].view(*hidden.shape[:-1], -1).float()
-            return F.linear(hidden, head.weight, head.bias).float()
+            with self._lock:  # nobody packs it meanwhile
+                return F.linear(hidden, head.weight, head.bias).float()
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines `[B, T, N+K, D]`; queries' carry the scores' scale."""
@@ -250,6 +280,21 @@ class LeanDecoder:
             not_before: `[B, 1, 1, P]`, added to the scores of the shared beginning.
         """
         batch, length, heads, width = queries.shape
+        num_seen = keys.shape[2] + (0 if before is None else before[0].shape[1])
+        at_once = max(1, _SCORES // (batch * heads * num_seen))
+        if length > at_once:
+            parts = [
+                self._attend(
+                    queries[:, start : start + at_once],
+                    keys,
+                    values,
+                    None if bias is None else bias[..., start : start + at_once, :],
+                    before,
+                    not_before,
+                )
+                for start in range(0, length, at_once)
+            ]
+            return torch.cat(parts, dim=1)
         groups = self._groups
         rows = heads // groups * length
         grouped = queries.view(batch, length, groups, -1, width).permute(0, 2, 3, 1, 4)
@@ -304,13 +349,25 @@ class LeanDecoder:
 
     # -- where the weights are ---------------------------------------------------------------
 
-    def _matrices(self, dtype: torch.dtype) -> list[_Packed]:
-        """Return the packed matrices, or nothing where none can be."""
+    def _begun(self, dtype: torch.dtype) -> Sequence[_Packed | None]:
+        """Return a pass's packed matrices; or none, a layer each, and note a plain pass."""
         with self._lock:
             if self._packed and self._packed[0].gate.dtype != dtype:
                 self.unpack()  # the model was moved to another format meanwhile
-            self.pack(dtype)
-            return self._packed
+            if self._num_plain == 0 and self.pack(dtype):
+                return tuple(self._packed)
+            self._num_plain += 1
+            return (None,) * len(self._layers)
+
+    def _plain_begins(self, *_: Any, **__: Any) -> None:
+        """Before transformers' own forward."""
+        with self._lock:
+            self._num_plain += 1
+            self._give_back()
+
+    def _plain_ends(self, *_: Any, **__: Any) -> None:
+        with self._lock:
+            self._num_plain -= 1
 
     def pack(self, dtype: torch.dtype | None = None) -> bool:
         """Bring the weights into packed form; return whether this build of torch can."""
@@ -322,34 +379,43 @@ class LeanDecoder:
                 self._can_pack[dtype] = can_pack(dtype)
             if not self._can_pack[dtype]:
                 return False
-            packed = []
-            for layer in self._layers:
-                own, mlp = layer.self_attn, layer.mlp
-                parts = (own.q_proj, own.k_proj, own.v_proj)
-                bias = None
-                if own.q_proj.bias is not None:
-                    bias = torch.cat([part.bias.data for part in parts])
-                packed.append(
-                    _Packed(
-                        _pack(torch.cat([part.weight.data for part in parts])),
-                        bias,
-                        *(
-                            _pack(part.weight.data)
-                            for part in (own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-                        ),
-                        *(
-                            norm.weight.data.float() * norm.weight.numel() ** 0.5
-                            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-                        ),
-                    )
-                )
-                for part in (*parts, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                    _empty(part.weight)
-            self._pack_head()
-            if not self._is_tied:
-                _empty(self._head.weight)
+            packed: list[_Packed] = []
+            try:
+                for layer in self._layers:
+                    packed.append(self._packed_layer(layer))
+                    for part in _linears(layer):
+                        _empty(part.weight)
+                self._pack_head()
+                if not self._is_tied:
+                    _empty(self._head.weight)
+            except BaseException:
+                # No memory, or interrupted: what was taken comes back, and is left alone.
+                self._packed = packed
+                self.unpack()
+                self._can_pack[dtype] = False
+                raise
             self._packed = packed
             return True
+
+    @staticmethod
+    def _packed_layer(layer: Any) -> _Packed:
+        own, mlp = layer.self_attn, layer.mlp
+        parts = (own.q_proj, own.k_proj, own.v_proj)
+        bias = None
+        if own.q_proj.bias is not None:
+            bias = torch.cat([part.bias.data for part in parts])
+        return _Packed(
+            _pack(torch.cat([part.weight.data for part in parts])),
+            bias,
+            *(
+                _pack(part.weight.data)
+                for part in (own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            ),
+            *(
+                norm.weight.data.float() * norm.weight.numel() ** 0.5
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            ),
+        )
 
     def _pack_head(self) -> Tensor:
         self._packed_head = _pack(self._head.weight.data)
@@ -362,7 +428,9 @@ class LeanDecoder:
         with self._lock, torch.inference_mode(False):
             packed, self._packed = self._packed, []
             head, self._packed_head = self._packed_head, None
-            for layer, item in zip(self._layers, packed, strict=False):
+            packed.reverse()
+            for layer in self._layers[: len(packed)]:
+                item = packed.pop()  # its memory goes before the next layer's comes
                 own, mlp = layer.self_attn, layer.mlp
                 parts = (own.q_proj, own.k_proj, own.v_proj)
                 sizes = [part.weight.shape[0] for part in parts]
@@ -432,6 +500,14 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
+def _linears(layer: Any) -> tuple[nn.Linear, ...]:
+    own, mlp = layer.self_attn, layer.mlp
+    return (
+        *(own.q_proj, own.k_proj, own.v_proj, own.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
 def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
     return packed
@@ -451,12 +527,12 @@ def _product_and(
     return found
 
 
-def _empty(weight: nn.Parameter) -> None:
+def _empty(weight: Tensor) -> None:
     """Take a weight's memory and keep its shape; a product with what is left shows at once."""
     weight.data = weight.data.new_full((), torch.nan).expand(weight.shape)
 
 
-def _fill(weight: nn.Parameter, values: Tensor) -> None:
+def _fill(weight: Tensor, values: Tensor) -> None:
     weight.data = values.to(weight.device, weight.dtype)
 
 

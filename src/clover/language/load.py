@@ -22,7 +22,7 @@ from clover.language.decoder_only import DecoderOnly
 from clover.language.dequantise import dequantised_folder
 from clover.language.encoder_decoder import EncoderDecoder
 from clover.language.prompt import Prompt
-from clover.language.quantise import bitsandbytes_config, quantise_int8
+from clover.language.quantise import bitsandbytes_config, keep_gradients, quantise_int8
 
 _LOG = logging.getLogger(__name__)
 
@@ -186,6 +186,8 @@ def _load_model(
             f"{folder} does not fit its own config.json: {len(missing)} tensors are missing, "
             f"for instance {missing[0]}; the files are not whole, or another model's"
         )
+    if config.quantise == "bnb-4bit":
+        keep_gradients(model)
     if config.quantise == "int8":
         quantise_int8(model)
     return model if more else model.to(device)

@@ -82,6 +82,17 @@ def quantise_int8(model: nn.Module) -> int:
     return count
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Keep bitsandbytes' layers of 4 bits fit to learn through, on whichever processor.
+
+    Where a CPU multiplies bfloat16, such a layer orders its weight anew at its first answer, for a
+    kernel that knows no gradient: a stage 2 that went on after an answer would learn nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+
+
 def bitsandbytes_config(config: LanguageConfig, dtype: torch.dtype) -> Any:
     """Return transformers' configuration for 8 or 4 bits through bitsandbytes.
 

@@ -55,7 +55,10 @@ class _Project(Function):
         rows = x.flatten(0, -2)
         found: list[Tensor | None] = []
         of_gain, of_shift = torch.zeros_like(gain), torch.zeros_like(shift)
-        is_tiny = bool((gain.abs() < _LEAST).any())
+        # Dividing a difference of like numbers loses the digits they share: where a shift is large
+        # beside its gain, the products' rounding would be all that is left.
+        least = _LEAST + 8 * torch.finfo(x.dtype).eps * shift.abs()
+        is_tiny = bool((gain.abs() < least).any())
         of_x = torch.zeros_like(rows, dtype=gain.dtype) if is_tiny else None
         with without_autocast(x.device):
             for weight, grad in zip(weights, grads, strict=True):

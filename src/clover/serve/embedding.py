@@ -71,7 +71,9 @@ def _embed_image(
     alignment: Aligned, engine: Engine, served: Served, picture: Picture
 ) -> tuple[Tensor, int]:
     """Return an image's unit vector and how many queries it is the mean of."""
-    vectors = alignment.image_vectors(engine.features_of(served, picture))[0]
+    assert served.clover is not None, "stage 1 stands beside a model that sees"
+    features = served.clover.upright(engine.features_of(served, picture))
+    vectors = alignment.image_vectors(features)[0]
     return F.normalize(vectors.float().mean(dim=0), dim=0).cpu(), len(vectors)
 
 

@@ -153,6 +153,7 @@ def _key(model: Clover, slide: Slide, question: str, settings: GenerationSetting
             weights,
             [slide.path.name, file.st_size, file.st_mtime_ns, scale.x, scale.y],
             [question, model.field_um, vars(settings)],
+            *([model.word_pull] if model.word_pull else []),
         ]
     )
 

@@ -29,6 +29,7 @@ from clover.tune.spelling import Spelling
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.leaks import refuse_leaks
 from clover.vision.probe import fit_softmax, nearest_class_mean, pooled
+from clover.vision.turned import plain_encoder
 
 OURS = "CLOVER"
 JOINT = "CLOVER and probe"
@@ -166,7 +167,11 @@ def _labelled(job: ShotJob, model: Clover) -> tuple[FeatureSet, FeatureSet]:
         folder = source if source.is_dir() else job.images or source.parent
         sets.append(
             load_feature_set(
-                path, needs="question", encoder=model.encoder, cache=job.cache, images=folder
+                path,
+                needs="question",
+                encoder=plain_encoder(model.encoder),  # as the probe beside it, and as it is saved
+                cache=job.cache,
+                images=folder,
             )
         )
     pool, test = sets
@@ -364,7 +369,13 @@ def _save(model: Clover, taught: Taught, folder: Path) -> None:
     projection.weight.add_(torch.from_numpy(taught.change / PRIOR).to(projection.weight))
     projection.bias.add_(torch.from_numpy(taught.shift / PRIOR).to(projection.bias))
     model.familiarity = None  # the shots are not among what it describes
-    model.details = {**model.details, "key": fingerprint([model.details.get("key"), "few-shot"])}
+    key = fingerprint([model.details.get("key"), "few-shot"])
+    # Its answers may be spelt in words the model never knew: nothing pulls it to the old ones. It
+    # was measured on images read once, and so it answers.
+    kept = {name: value for name, value in model.details.items() if name != "words"}
+    model.details = {**kept, "key": key}
+    reads = model.recipe.evaluate.model_copy(update={"turns": 1, "word_pull": 0.0})
+    model.recipe = model.recipe.model_copy(update={"evaluate": reads})
     model.save(folder)
 
 
