@@ -248,8 +248,15 @@ class Clover:
 
     def encode(self, image: ImageLike) -> Tensor:
         """Return one image's tokens [1, P, E]."""
+        return self._encoded(image, self.encoder)
+
+    def _encode_once(self, image: ImageLike) -> Tensor:
+        """Return an image's tokens as stage 1 learnt them: of the image as it is, without turns."""
+        return self._encoded(image, plain_encoder(self.encoder))
+
+    def _encoded(self, image: ImageLike, encoder: ImageEncoder) -> Tensor:
         picture = open_image(image, self.resolution_for(image))
-        return self.encoder.encode(self.encoder.prepare(picture)[None]).float()
+        return encoder.encode(encoder.prepare(picture)[None]).float()
 
     def upright(self, features: Tensor) -> Tensor:
         """Return of an image's tokens [1, P, E] those of the image as it is, without its turns."""
@@ -395,20 +402,20 @@ class Clover:
 
     def caption(self, image: ImageLike, settings: CaptionSettings | None = None) -> str:
         """Describe an image with stage 1's next-word head; `ask` does with the language model."""
-        return self._stage_1().caption(self.upright(self.encode(image)), settings)
+        return self._stage_1().caption(self._encode_once(image), settings)
 
     def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
         """Return the probability that each text belongs to the image."""
-        return self._stage_1().match(self.upright(self.encode(image)), texts)
+        return self._stage_1().match(self._encode_once(image), texts)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Return cosines [B, N] of B images and N texts."""
-        features = torch.cat([self.upright(self.encode(image)) for image in images])
+        features = torch.cat([self._encode_once(image) for image in images])
         return self._stage_1().similarity(features, texts)
 
     def features(self, image: ImageLike) -> Tensor:
         """Return an image's contrastive unit vectors [Q, C]; `encode` gives its tokens."""
-        return self._stage_1().image_vectors(self.upright(self.encode(image)))[0]
+        return self._stage_1().image_vectors(self._encode_once(image))[0]
 
     def save(self, path: str | Path) -> Path:
         """Write the model folder: `config.json`, `bridge.safetensors`, `README.md`."""

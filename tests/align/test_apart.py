@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_everyone import CONFIG, PAIRS, WORDS, batch, gradients_of, negatives
+from test_everyone import CONFIG, PAIRS, WORDS, batch, gradients_of, negatives, part_of
 from torch import Tensor
 
 from clover.align.apart import backward_apart
-from clover.align.losses import ALL_LOSSES, Everyone, alignment_losses
-from clover.align.match import Negatives
+from clover.align.losses import ALL_LOSSES, alignment_losses
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
 from clover.training import processes
@@ -21,24 +20,8 @@ from together import run_together
 
 def apart(rank: int, size: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return gradients of the mean over all pairs, and the losses of this process."""
-    torch.manual_seed(0)
-    bridge = Bridge(CONFIG, has_alignment=True).train()
-    features, ids, mask = batch()
-    share = PAIRS // size
-    part = slice(rank * share, (rank + 1) * share)
-    width = int(mask[part].sum(dim=1).max())
-    text = Tokens(ids[part, :width], mask[part, :width])
-    chosen = negatives()
-    found = backward_apart(
-        bridge,
-        features[part],
-        text,
-        decode_start=WORDS - 1,
-        everyone=Everyone.gather(features[part], text) if size > 1 else None,
-        negatives=Negatives(chosen.image_for_text[part], chosen.text_for_image[part]),
-        scale=share,
-        **settings,
-    )
+    bridge, features, text, told = part_of(rank, size)
+    found = backward_apart(bridge, features, text, scale=len(features), **told, **settings)
     processes.sum_gradients(list(bridge.parameters()))
     gradients = {
         name: item.grad / PAIRS for name, item in bridge.named_parameters() if item.grad is not None

@@ -55,8 +55,8 @@ def negatives() -> Negatives:
     return Negatives(torch.tensor([5, 2, 7, 4, 1, 6, 0, 3]), torch.tensor([4, 7, 0, 6, 5, 3, 2, 1]))
 
 
-def losses_of(rank: int, size: int, **settings: Any) -> tuple[AlignmentLosses, Bridge, int]:
-    """Return the losses of one process's part of the batch."""
+def part_of(rank: int, size: int) -> tuple[Bridge, Tensor, Tokens, dict[str, Any]]:
+    """Return a bridge, one process's images and texts, and what the losses are told besides."""
     torch.manual_seed(0)
     bridge = Bridge(CONFIG, has_alignment=True).train()
     features, ids, mask = batch()
@@ -65,16 +65,19 @@ def losses_of(rank: int, size: int, **settings: Any) -> tuple[AlignmentLosses, B
     width = int(mask[part].sum(dim=1).max())
     text = Tokens(ids[part, :width], mask[part, :width])
     chosen = negatives()
-    found = alignment_losses(
-        bridge,
-        bridge.read_image(features[part]),
-        text,
-        decode_start=WORDS - 1,
-        everyone=Everyone.gather(features[part], text) if size > 1 else None,
-        negatives=Negatives(chosen.image_for_text[part], chosen.text_for_image[part]),
-        **settings,
-    )
-    return found, bridge, share
+    told = {
+        "decode_start": WORDS - 1,
+        "everyone": Everyone.gather(features[part], text) if size > 1 else None,
+        "negatives": Negatives(chosen.image_for_text[part], chosen.text_for_image[part]),
+    }
+    return bridge, features[part], text, told
+
+
+def losses_of(rank: int, size: int, **settings: Any) -> tuple[AlignmentLosses, Bridge, int]:
+    """Return the losses of one process's part of the batch."""
+    bridge, features, text, told = part_of(rank, size)
+    found = alignment_losses(bridge, bridge.read_image(features), text, **told, **settings)
+    return found, bridge, len(features)
 
 
 def gradients_of(rank: int, size: int, **settings: Any) -> tuple[dict[str, Tensor], Tensor]:

@@ -43,7 +43,7 @@ def likeliest(similar: Similarity, *, offset: int = 0, ignored: Tensor | None = 
 @pytest.fixture
 def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     """No chance, and no Adam: it would blow up rounding where a gradient is nearly zero."""
-    monkeypatch.setattr("clover.align.apart.sample_negatives", likeliest)
+    monkeypatch.setattr("clover.align.losses.sample_negatives", likeliest)
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda groups, lr, **_: torch.optim.SGD(groups, lr=lr)
     )

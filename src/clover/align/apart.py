@@ -15,17 +15,15 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from clover.align.caption import caption_inputs, caption_loss
-from clover.align.contrast import contrastive_loss, same_caption, similarity
 from clover.align.losses import (
     ALL_LOSSES,
     AlignmentLosses,
     Everyone,
-    gathered,
+    compare,
     other_image_logits,
     own_image_logits,
 )
-from clover.align.match import Negatives, matching_share, sample_negatives
+from clover.align.match import Negatives, matching_share
 from clover.core.number_format import without_autocast
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys
@@ -64,32 +62,22 @@ def backward_apart(
     Returns:
         The losses, detached.
     """
-    heads, qformer = bridge.alignment, bridge.qformer
     projected = bridge.read_image(features)
     keys = ImageKeys(tuple((_leaf(key), _leaf(value)) for key, value in projected.layers))
-    image_pass = qformer.encode_queries(keys)
-    text_rows = qformer.encode_text(text.ids, text.mask, first_row=True)
-    image_vectors = heads.embed_image(image_pass.hidden)
-    text_vectors = heads.embed_text(text_rows[:, 0])
-    similar = similarity(
-        image_vectors,
-        text_vectors,
-        heads.temperature,
-        all_image=gathered(image_vectors, detach_gathered),
-        all_text=gathered(text_vectors, detach_gathered),
+    compared = compare(
+        bridge,
+        keys,
+        text,
+        everyone,
+        detach_gathered=detach_gathered,
+        ignore_duplicates=ignore_duplicates,
     )
-    texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
-    ignored = None
-    if ignore_duplicates:
-        ignored = same_caption(texts.ids, texts.mask, offset=offset, size=len(text.ids))
     parts: dict[str, Tensor] = {}
     if "contrast" in which:
-        parts["contrast"] = contrastive_loss(
-            similar, label_smoothing=label_smoothing, offset=offset, ignored=ignored
-        )
+        parts["contrast"] = compared.contrast(label_smoothing)
     if "match" in which:
         if negatives is None:
-            negatives = sample_negatives(similar, offset=offset, ignored=ignored)
+            negatives = compared.negatives()
         parts["match"] = torch.zeros((), device=features.device)
         is_own = torch.arange(2 * len(features), device=features.device) % 2 == 0
         for logits_of, is_match in (
@@ -102,21 +90,15 @@ def backward_apart(
             parts["match"] += share.detach()
             del logits, share
     if "caption" in which:
-        inputs = caption_inputs(text.ids, decode_start=decode_start)
-        parts["caption"] = caption_loss(
-            qformer.decode_text(inputs, text.mask, image_pass.cache),
-            inputs,
-            text.mask,
-            heads=heads,
-            word_embedding=qformer.word_embedding.weight,
-            label_smoothing=label_smoothing,
+        parts["caption"] = compared.caption(
+            bridge, text, decode_start=decode_start, label_smoothing=label_smoothing
         )
     rest = [parts[name] for name in ("contrast", "caption") if name in parts]
     if rest:
         _backward(torch.stack(rest).sum() * scale)
     _backward_into(projected, keys)
     found = {name: parts[name].detach() for name in ALL_LOSSES if name in parts}
-    return AlignmentLosses(found, similar)
+    return AlignmentLosses(found, compared.similar)
 
 
 def _leaf(value: Tensor) -> Tensor:

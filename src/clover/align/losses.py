@@ -20,7 +20,7 @@ from clover.align.caption import caption_inputs, caption_loss
 from clover.align.contrast import Similarity, contrastive_loss, same_caption, similarity
 from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.qformer.bridge import Bridge
-from clover.qformer.model import ImageKeys
+from clover.qformer.model import ImageKeys, QueryPass
 from clover.qformer.tokenizer import Tokens
 from clover.training import processes
 
@@ -95,6 +95,79 @@ def alignment_losses(
             whichever process they came from.
         ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
     """
+    compared = compare(
+        bridge,
+        image,
+        text,
+        everyone,
+        detach_gathered=detach_gathered,
+        ignore_duplicates=ignore_duplicates,
+    )
+    parts: dict[str, Tensor] = {}
+    if "contrast" in which:
+        parts["contrast"] = compared.contrast(label_smoothing)
+    if "match" in which:
+        if negatives is None:
+            negatives = compared.negatives()
+        parts["match"] = matching_loss(match_logits(bridge, image, text, negatives, everyone))
+    if "caption" in which:
+        parts["caption"] = compared.caption(
+            bridge, text, decode_start=decode_start, label_smoothing=label_smoothing
+        )
+    return AlignmentLosses(parts, compared.similar)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the losses of a batch of B pairs start from.
+
+    Attributes:
+        image_pass: The queries' pass over the images, whose cache the caption reads.
+        similar: Similarities with the N pairs of all processes.
+        offset: This process's first row among them.
+        ignored: Pairs that are no negatives of each other [B, N]; None for none.
+    """
+
+    image_pass: QueryPass
+    similar: Similarity
+    offset: int
+    ignored: Tensor | None
+
+    def contrast(self, label_smoothing: float) -> Tensor:
+        """Return the contrastive loss."""
+        return contrastive_loss(
+            self.similar, label_smoothing=label_smoothing, offset=self.offset, ignored=self.ignored
+        )
+
+    def negatives(self) -> Negatives:
+        """Draw hard negatives by similarity."""
+        return sample_negatives(self.similar, offset=self.offset, ignored=self.ignored)
+
+    def caption(
+        self, bridge: Bridge, text: Tokens, *, decode_start: int, label_smoothing: float
+    ) -> Tensor:
+        """Return the captioning loss."""
+        inputs = caption_inputs(text.ids, decode_start=decode_start)
+        return caption_loss(
+            bridge.qformer.decode_text(inputs, text.mask, self.image_pass.cache),
+            inputs,
+            text.mask,
+            heads=bridge.alignment,
+            word_embedding=bridge.qformer.word_embedding.weight,
+            label_smoothing=label_smoothing,
+        )
+
+
+def compare(
+    bridge: Bridge,
+    image: ImageKeys,
+    text: Tokens,
+    everyone: Everyone | None,
+    *,
+    detach_gathered: bool,
+    ignore_duplicates: bool,
+) -> Compared:
+    """Run the passes that see image and text apart, and compare what they give."""
     heads = bridge.alignment
     image_pass = bridge.qformer.encode_queries(image)
     text_rows = bridge.qformer.encode_text(text.ids, text.mask, first_row=True)
@@ -104,37 +177,17 @@ def alignment_losses(
         image_vectors,
         text_vectors,
         heads.temperature,
-        all_image=gathered(image_vectors, detach_gathered),
-        all_text=gathered(text_vectors, detach_gathered),
+        all_image=_gathered(image_vectors, detach_gathered),
+        all_text=_gathered(text_vectors, detach_gathered),
     )
-    parts: dict[str, Tensor] = {}
     texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
     ignored = None
     if ignore_duplicates:
         ignored = same_caption(texts.ids, texts.mask, offset=offset, size=len(text.ids))
-    if "contrast" in which:
-        parts["contrast"] = contrastive_loss(
-            similar, label_smoothing=label_smoothing, offset=offset, ignored=ignored
-        )
-    if "match" in which:
-        if negatives is None:
-            negatives = sample_negatives(similar, offset=offset, ignored=ignored)
-        parts["match"] = matching_loss(match_logits(bridge, image, text, negatives, everyone))
-    if "caption" in which:
-        inputs = caption_inputs(text.ids, decode_start=decode_start)
-        hidden = bridge.qformer.decode_text(inputs, text.mask, image_pass.cache)
-        parts["caption"] = caption_loss(
-            hidden,
-            inputs,
-            text.mask,
-            heads=heads,
-            word_embedding=bridge.qformer.word_embedding.weight,
-            label_smoothing=label_smoothing,
-        )
-    return AlignmentLosses(parts, similar)
+    return Compared(image_pass, similar, offset, ignored)
 
 
-def gathered(vectors: Tensor, is_detached: bool) -> Tensor:
+def _gathered(vectors: Tensor, is_detached: bool) -> Tensor:
     """Return the vectors of all processes [N, ...] that this one's [B, ...] are compared with."""
     if is_detached:
         return processes.gather_rows(vectors.detach())
