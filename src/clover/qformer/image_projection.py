@@ -67,7 +67,7 @@ class _Project(Function):
                 of_bias = flat.sum(dim=0, dtype=weight.dtype)
                 of_shift += of_bias @ weight
                 if of_x is None:
-                    of_gain += torch.einsum("de,de->e", of_weight, weight)
+                    of_gain += (of_weight * weight).sum(dim=0)  # einsum: D dot products apart
                 else:
                     of_x += flat.to(weight.dtype) @ weight
                 found += [of_weight, of_bias]
