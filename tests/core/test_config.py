@@ -130,7 +130,13 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
     recipe = load_recipe("phantom", ("tune.anchoring_repeat=null",))
     # The key as the first release made it, which knew none of these fields.
     tree = recipe.model_dump(mode="json", include={"encoder", "language", "qformer", "tune"})
-    for field in ("grounding_spelling", "grounding_tokens", "worked_examples", "anchoring_repeat"):
+    for field in (
+        "grounding_spelling",
+        "grounding_tokens",
+        "grounding_channels",
+        "worked_examples",
+        "anchoring_repeat",
+    ):
         del tree["tune"][field]
     for field in ("train_word_embedding", "checkpoint_activations"):
         del tree["qformer"][field]

@@ -229,13 +229,39 @@ def test_calibration_gives_each_channel_mean_zero_and_unit_spread(tiny: Tiny) ->
 
 def test_a_training_step_sees_a_share_of_the_tokens_and_an_answer_all(tiny: Tiny) -> None:
     still = replace(tiny, recipe=tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
-    grounding = objective(still, share_seen=0.25)
+    grounding = objective(still, tokens_seen=0.25)
     features = torch.arange(2 * 16 * 3, dtype=torch.float32).view(2, 16, 3)
     seen = grounding._seen(features)
     assert seen.shape == (2, 4, 3)
     for image, kept in zip(features, seen, strict=True):
         rows = {tuple(row) for row in image.tolist()}
         assert len({tuple(row) for row in kept.tolist()} & rows) == 4
+    grounding.module.train()
+    batch = grounding.collate([0, 1])
+    first, second = (grounding.losses(batch).sum.item() for _ in range(2))
+    assert first != second
+    grounding.module.eval()
+    assert grounding.losses(batch).sum.item() == grounding.losses(batch).sum.item()
+
+
+def test_a_training_step_sees_some_channels_and_the_others_at_their_mean(tiny: Tiny) -> None:
+    still = replace(tiny, recipe=tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
+    grounding = objective(still, channels_seen=0.5)
+    data = grounding.data
+    every = data.cache.get(list(dict.fromkeys(data.digests)))
+    mean = every.mean(dim=(0, 1))
+    features = data.features(range(40))
+    before = torch.get_rng_state()
+    torch.testing.assert_close(grounding._mean_over_images(), mean, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)  # a resumed run draws the same numbers
+    seen = grounding._seen(features)
+    assert seen.shape == features.shape
+    hidden = (seen - grounding._channel_means).abs().amax(dim=1) == 0  # [40, E]
+    kept = (seen == features).all(dim=1)
+    assert bool((hidden | kept).all())  # whole channels, and nothing between
+    share = hidden.float().mean()
+    assert 0.4 < float(share) < 0.6
+    assert not torch.equal(hidden[0], hidden[1])  # each image loses others
     grounding.module.train()
     batch = grounding.collate([0, 1])
     first, second = (grounding.losses(batch).sum.item() for _ in range(2))

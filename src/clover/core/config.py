@@ -33,7 +33,7 @@ _LATER = (
     ("qformer", "train_word_embedding"),
     *(("align", name) for name in ("ignore_duplicates", "gather", "gradient_chunk")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
-    ("tune", "anchoring_repeat"),
+    *(("tune", name) for name in ("grounding_channels", "anchoring_repeat")),
     *(("evaluate", name) for name in ("turns", "word_pull")),
     *((stage, "keep_weights") for stage in ("align", "tune")),
 )
@@ -337,6 +337,10 @@ class TuneConfig(OptimizerConfig):
     grounding_tokens: float = Field(1.0, gt=0, le=1)
     """Share of an image's tokens that such a step sees, drawn anew each time: against over-fitting
     where images are few."""
+    grounding_channels: float = Field(1.0, gt=0, le=1)
+    """Share of the encoder's channels that such a step sees, other ones of each image, drawn anew
+    each time; the rest stand at their mean over the training images. Against over-fitting, too:
+    no answer can lean on few channels."""
     worked_examples: int = Field(0, ge=0)
     """Training questions and answers shown to the language model, at `prompt.template`'s
     `{examples}`; one for each frequent answer is worth most."""

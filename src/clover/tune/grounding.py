@@ -45,6 +45,8 @@ _RIDGE = 1e-4
 """Of the refit, per row: hidden rows have about unit variance."""
 _REFIT_ROWS = 16_384
 """Query rows that are enough to fit the projection on."""
+_MEAN_OF = 256
+"""Records whose images are enough for the channels' means."""
 
 
 @dataclass
@@ -84,8 +86,10 @@ class GroundingObjective:
     """Weight of the squared distance to the word's embedding."""
     spelling: SpellingKind = "whole"
     """Whether an answer is spelt whole, or as far as it differs from every other."""
-    share_seen: float = 1.0
+    tokens_seen: float = 1.0
     """Share of an image's tokens that a training step sees."""
+    channels_seen: float = 1.0
+    """Share of an image's channels that a training step sees; the others stand at their mean."""
     repeat: int = 1
     """A rare question is asked up to so many times as often, at most as often as the commonest."""
     seed: int = 0
@@ -109,6 +113,8 @@ class GroundingObjective:
         self._column = {token: place for place, token in enumerate(used)}
         self.words = Words.of(self.model.language, used, self.model.device.device)
         self.group(self.repeat)
+        if self.channels_seen < 1:
+            self._channel_means = self._mean_over_images()
 
     def group(self, repeat: int) -> None:
         """Put questions about one image into groups, rare ones up to `repeat` times."""
@@ -168,14 +174,23 @@ class GroundingObjective:
             columns[row, : len(spelt)] = torch.tensor(spelt, dtype=torch.long)
         return columns
 
+    def _mean_over_images(self) -> Tensor:
+        """Return the mean of each channel [E] over the tokens of some training images."""
+        digests = list(dict.fromkeys(self.data.evenly(_MEAN_OF).digests))
+        # As they are, not in a drawn view: random numbers belong to the steps.
+        return torch.stack([self.data.cache.get([item])[0].mean(dim=0) for item in digests]).mean(0)
+
     def _seen(self, features: Tensor) -> Tensor:
-        """Return a random share of each image's tokens: [G, P, E] to [G, P', E]."""
+        """Return a random share of each image's tokens and channels: [G, P, E] to [G, P', E]."""
         images, places, width = features.shape
-        kept = max(1, round(self.share_seen * places))
-        if kept == places:
-            return features
-        chosen = torch.rand(images, places, device=features.device).argsort(dim=1)[:, :kept]
-        return features.gather(1, chosen[..., None].expand(-1, -1, width))
+        kept = max(1, round(self.tokens_seen * places))
+        if kept < places:
+            chosen = torch.rand(images, places, device=features.device).argsort(dim=1)[:, :kept]
+            features = features.gather(1, chosen[..., None].expand(-1, -1, width))
+        if self.channels_seen < 1:
+            is_seen = torch.rand(images, 1, width, device=features.device) < self.channels_seen
+            features = torch.where(is_seen, features, self._channel_means.to(features))
+        return features
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return the summed loss of the batch, averaged over places."""

@@ -257,7 +257,8 @@ def ground(objective: TuneObjective, job: TrainingJob) -> Words | None:
         filler=config.grounding_filler,
         repeat=config.grounding_repeat,
         spelling=config.grounding_spelling,
-        share_seen=config.grounding_tokens,
+        tokens_seen=config.grounding_tokens,
+        channels_seen=config.grounding_channels,
         seed=job.seed,
     )
     if not grounding.num_samples():
