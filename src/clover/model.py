@@ -578,6 +578,22 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def recipe_of(config: dict[str, Any], path: Path) -> Recipe:
+    """Return the recipe in a model folder's `config.json`.
+
+    Args:
+        config: From `read_config`.
+        path: The folder; for the error.
+
+    Raises:
+        CloverError: it is no recipe.
+    """
+    try:
+        return Recipe.model_validate(config["recipe"])
+    except ValidationError as error:
+        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
+
+
 def _place(recipe: dict[str, Any], path: Path) -> None:
     """Write out where the folder's own files lie; the folder may have been moved.
 
@@ -610,10 +626,7 @@ def load(
     """
     path = Path(path)
     config = read_config(path)
-    try:
-        recipe = Recipe.model_validate(config["recipe"])
-    except ValidationError as error:
-        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
+    recipe = recipe_of(config, path)
     # A recipe that insists on a format is answered in it as well.
     numbers = recipe.precision if precision == "auto" else precision
     where = choose_device(device, numbers)  # type: ignore[arg-type]
