@@ -18,17 +18,15 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clover import __version__
 from clover.aligned import Aligned
 from clover.core.assets import resolve, stamp
-from clover.core.config import LanguageConfig, PromptConfig, Recipe, explain_error
+from clover.core.config import LanguageConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, read_json, sha256_file, write_json, write_text
+from clover.core.files import atomic_path, sha256_file
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
 from clover.language.load import Weights, drive, load_weights
@@ -36,6 +34,10 @@ from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.language.spread import spread_layers
 from clover.language.words import Words
+from clover.model_folder import NOTICE as NOTICE
+from clover.model_folder import read_config as read_config
+from clover.model_folder import recipe_of as recipe_of
+from clover.model_folder import write_config as write_config
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
@@ -48,13 +50,9 @@ from clover.vision.familiar import UNFAMILIAR, Familiarity
 from clover.vision.turned import TurnedEncoder, plain_encoder
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
-NOTICE = "Research use only, not for diagnosis."
-_FORMAT = 1
 _FAMILIAR = "familiarity.safetensors"
 _DETAILS = ("key", "data", "stage_1", "converted_from", "weights", "words")
 """Entries of `config.json` that a model keeps when it is saved again."""
-_BESIDE = "beside:"
-"""Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
 
 
 def load_frozen_language(
@@ -492,103 +490,6 @@ def save_folder(model: Clover, path: Path) -> Path:
     return path
 
 
-def write_config(
-    path: Path,
-    *,
-    name: str,
-    recipe: dict[str, Any],
-    encoder: dict[str, Any],
-    language: dict[str, Any],
-    trainable: int,
-    details: dict[str, Any],
-) -> None:
-    """Write the model card and, last, `config.json` of a folder whose bridge is there.
-
-    Args:
-        path: The folder.
-        name: Shown with every answer.
-        recipe: As JSON; what lies in the folder may be named `beside:FILE`.
-        encoder: id, revision, width, licence.
-        language: id, width, licence.
-        trainable: Parameters of the bridge.
-        details: Further entries.
-    """
-    config = {
-        "format": _FORMAT,
-        "clover": __version__,
-        "name": name,
-        "recipe": recipe,
-        "encoder": encoder,
-        "language": language,
-        "trainable_parameters": trainable,
-        "bridge_sha256": sha256_file(path / "bridge.safetensors"),
-        "notice": NOTICE,
-        **details,
-    }
-    write_text(path / "README.md", _card(config))
-    write_json(path / "config.json", config)
-
-
-def _card(config: dict[str, Any]) -> str:
-    encoder, language = config["encoder"], config["language"]
-    places = [config["recipe"][part].get("weights") or "" for part in ("encoder", "language")]
-    sees, speaks = ("" if p.startswith(_BESIDE) else ", not in this folder" for p in places)
-    note = encoder.get("licence_note")
-    said = (
-        f"\n**The image encoder's licence {note}. This model was trained on them.**\n"
-        if note
-        else ""
-    )
-    return f"""# {config["name"]}: a CLOVER model
-
-**{NOTICE}**
-
-| part | what | licence |
-|---|---|---|
-| image encoder, frozen{sees} | {encoder["id"]} | {encoder["licence"]} |
-| language model, frozen{speaks} | {language["id"]} | {language["licence"]} |
-| bridge: trained parameters | {config["trainable_parameters"]:,} | its data's |
-{said}
-    clover ask FOLDER image.png "Is there necrosis?"
-    clover chat FOLDER image.png
-
-`config.json` holds the recipe, the prompt, and the hashes of everything frozen.
-"""
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a model folder's `config.json`.
-
-    Raises:
-        CloverError: not a model folder, or one of another version.
-    """
-    if not (path / "config.json").exists():
-        raise CloverError(f"{path} is not a model folder: it holds no config.json")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise CloverError(
-            f"{path} is a model folder of format {found}, this CLOVER reads {_FORMAT}; "
-            "use the CLOVER version named in its config.json"
-        )
-    lacking = [name for name in ("name", "recipe", "encoder", "language") if name not in config]
-    if lacking:
-        raise CloverError(f"{path}/config.json lacks '{lacking[0]}': it is not whole")
-    _place(config["recipe"], path)
-    return config
-
-
-def _place(recipe: dict[str, Any], path: Path) -> None:
-    """Write out where the folder's own files lie; the folder may have been moved.
-
-    In full: features are cached under the weights' place, and `model/` is another one elsewhere.
-    """
-    for section in recipe.values():
-        for name, value in section.items() if isinstance(section, dict) else ():
-            if isinstance(value, str) and value.startswith(_BESIDE):
-                section[name] = str(path.resolve() / value.removeprefix(_BESIDE))
-
-
 def load(
     path: str | Path,
     *,
@@ -610,10 +511,7 @@ def load(
     """
     path = Path(path)
     config = read_config(path)
-    try:
-        recipe = Recipe.model_validate(config["recipe"])
-    except ValidationError as error:
-        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
+    recipe = recipe_of(config, path)
     # A recipe that insists on a format is answered in it as well.
     numbers = recipe.precision if precision == "auto" else precision
     where = choose_device(device, numbers)  # type: ignore[arg-type]

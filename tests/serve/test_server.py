@@ -21,9 +21,11 @@ import torch
 from tests.serve.running import Running, data_uri, environment, running, seen, tiny_folder
 from tests.tiny import Tiny
 
+from clover.core.errors import CloverError
 from clover.language.protocol import GenerationSettings
 from clover.model import Clover, build_bridge, load, save_bridge
 from clover.qformer.bridge import Bridge
+from clover.serve.run import _check_formats
 
 QUESTION = "describe the image"
 
@@ -355,6 +357,44 @@ def test_a_port_in_use_is_one_line(server: Running, parts: tuple[Tiny, Path]) ->
         refused.stderr
         == f"clover: port {server.port} is taken; choose another, or 0 for a free one\n"
     )
+
+
+def test_models_of_unlike_precision_are_refused_in_one_line_and_served_in_one_format(
+    parts: tuple[Tiny, Path], tmp_path: Path
+) -> None:
+    other = shutil.copytree(parts[1], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    assert config["recipe"]["precision"] == "float32"
+    config["recipe"]["precision"] = "bfloat16"
+    (other / "config.json").write_text(json.dumps(config))
+    models = [str(parts[1]), f"other={other}"]
+    command = [sys.executable, "-m", "clover.cli", "serve", *models, "--port", "0"]
+    refused = subprocess.run(
+        [*command, "--device", "cpu"], capture_output=True, text=True, env=environment()
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"clover: {parts[1]} has precision float32, {other} has precision bfloat16, and models "
+        "that are served together share one language model; give --precision float32 or "
+        "--precision bfloat16 for all of them\n"
+    )
+    with running(*models, "--precision", "float32") as server:
+        assert "other: tiny/patches, bridge of" in server.banner
+
+
+@pytest.mark.parametrize(("is_fast", "refusal"), [(True, "auto (bfloat16 here)"), (False, None)])
+def test_auto_is_the_format_it_means_here(
+    parts: tuple[Tiny, Path], monkeypatch: pytest.MonkeyPatch, is_fast: bool, refusal: str | None
+) -> None:
+    monkeypatch.setattr("clover.training.device.multiplies_bfloat16_fast", lambda: is_fast)
+    recipe = parts[0].recipe
+    recipes = {Path("a"): recipe, Path("b"): recipe.model_copy(update={"precision": "auto"})}
+    if refusal is None:
+        _check_formats(recipes, "cpu")
+        return
+    with pytest.raises(CloverError) as error:
+        _check_formats(recipes, "cpu")
+    assert str(error.value).startswith(f"a has precision float32, b has precision {refusal}, and")
 
 
 NODE = """

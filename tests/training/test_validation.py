@@ -23,7 +23,7 @@ from clover.training.loop import train
 from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.tune.run import tune
 from clover.tune.validate import AnswerLoss, other_images
-from clover.vision.dataset import load_feature_set
+from clover.vision.dataset import FeatureSet, load_feature_set
 from line import Line, job_of
 from tiny import Tiny, tiny_clover, tiny_recipe
 
@@ -87,6 +87,30 @@ def test_validation_may_begin_in_the_middle_and_an_odd_step_ends_with_one(
     assert parts.read_bytes() == whole.read_bytes()
     rows = RunFolder(tmp_path / "parts").metrics(f"{stage}-validation")
     assert [row["step"] for row in rows] == [10, 12]
+
+
+@pytest.mark.parametrize("every", [0, 6])
+def test_held_out_pairs_of_stage_1_are_opened_once(
+    tiny: Tiny, tmp_path: Path, held_out: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+    every: int,
+) -> None:  # fmt: skip
+    opened: list[Path] = []
+
+    def opens(path: Path, **more: Any) -> FeatureSet:
+        opened.append(path)
+        return load_feature_set(path, **more)
+
+    monkeypatch.setattr("clover.align.run.load_feature_set", opens)
+    settings = {"steps": 6, "batch_size": 4, "validate_every": every}
+    align(
+        tiny_recipe(tiny.folder, align=settings),
+        captions=tiny.captions,
+        out=tmp_path,
+        cache=tiny.folder / "cache",
+        validation=held_out["align"],
+    )
+    assert opened == [held_out["align"]]
+    assert read_json(tmp_path / "align.scores.json")["num_pairs"] == 10
 
 
 def test_the_last_validation_of_stage_1_is_the_score_at_the_end(

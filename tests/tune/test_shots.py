@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import clover
 from clover.cli import main
@@ -17,6 +19,7 @@ from clover.core.record import Record
 from clover.tune.curve import chart, curve_lines, summarise
 from clover.tune.fewshot import PENALTY, Candidates, opinions, teach
 from clover.tune.labelled import draw_shots, read_labelled, split
+from clover.tune.shots import ShotJob, _labelled, _Trial
 from tiny import Tiny, tiny_clover
 
 
@@ -203,6 +206,56 @@ def test_a_curve_is_made_in_one_call_and_continued_by_the_same(
     assert run(*command)[0] == 0
     assert json.loads((tmp_path / "few" / "shots.json").read_text()) == found
     assert len((tmp_path / "few" / "shots.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_a_further_model_reads_as_many_turns_as_its_own_recipe_says(
+    tiny: Tiny, folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Against the rows that the model itself makes of each image, one by one."""
+    model, data = folder
+    turned = tiny.recipe.evaluate.model_copy(update={"turns": 8})
+    other = tiny_clover(tiny.recipe.model_copy(update={"evaluate": turned})).save(tmp_path / "o")
+    job = ShotJob(
+        *(model, data, tmp_path / "few", tmp_path / "features", (2,), 1),
+        question="which tissue is shown ?",
+        beside={"turned": other, "once": model},
+        allow_leaks=True,
+    )
+    job.out.mkdir()
+    ours = clover.load(model)
+    trial = _Trial(job, ours, *_labelled(job, ours))
+    own = clover.load(other)
+    rows = {name: trial._reader(name).test for name in ("turned", "once", "CLOVER")}
+    for row, record in enumerate(trial.test.records):
+        features = own.encode(data / str(record.image))
+        assert features.shape[1] == 8 * ours.encoder.num_tokens
+        with torch.no_grad():
+            expected = own.visual_hidden(features, [own.question_of(record)])[0].double().numpy()
+        assert rows["turned"][row] == pytest.approx(expected, abs=2e-3)
+        assert np.abs(rows["once"][row] - expected).max() > 2e-2
+    assert np.array_equal(rows["once"], rows["CLOVER"])
+
+
+def test_fits_of_a_further_model_that_read_otherwise_are_made_again(
+    folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, data = folder
+    other = shutil.copytree(model, tmp_path / "other")
+    command = (
+        *("tune", "--from", model, "--data", data, "--out", tmp_path / "few", "--shots", "1"),
+        *("--seeds", "1", "--allow-leaks", "--beside", f"other={other}"),
+        *("--features", tmp_path / "features"),
+    )
+    assert run(*command)[0] == 0
+    before = (tmp_path / "few" / "shots.jsonl").read_text()
+    config = json.loads((other / "config.json").read_text())
+    config["recipe"]["evaluate"]["turns"] = 8
+    (other / "config.json").write_text(json.dumps(config))
+    assert run(*command)[0] == 0
+    after = (tmp_path / "few" / "shots.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == 2 * before.count("\n")
+    assert run(*command)[0] == 0
+    assert (tmp_path / "few" / "shots.jsonl").read_text() == after
 
 
 def test_the_taught_model_is_a_model_folder(folder: tuple[Path, Path], tmp_path: Path) -> None:

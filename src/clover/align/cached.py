@@ -42,21 +42,8 @@ def backward_in_chunks(
 ) -> AlignmentLosses:
     """Compute the losses of `losses.alignment_losses` and add their gradients to the weights'.
 
-    Args:
-        bridge: With alignment heads.
-        features: Image tokens [B, P, E].
-        text: Their captions.
-        chunk: Pairs that have a graph at a time.
-        decode_start: Id of `[DEC]`.
-        which: Names of the losses wanted.
-        label_smoothing: Of the contrast and the caption.
-        negatives: Given ones, for tests; drawn by similarity otherwise.
-        detach_gathered: See `alignment_losses`.
-        ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
-        scale: Factor of the gradients.
-
-    Returns:
-        The losses, detached.
+    Args and result are those of `apart.backward_apart`, for one process; `chunk` pairs have a graph
+    at a time.
 
     Raises:
         CloverError: several processes train together, whose negatives this does not gather.

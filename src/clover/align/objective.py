@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from clover.align.apart import backward_apart
 from clover.align.cached import backward_in_chunks
-from clover.align.losses import AlignmentLosses, Everyone
+from clover.align.losses import Everyone
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import TextTokenizer, Tokens
@@ -54,41 +55,22 @@ class AlignObjective:
         features, text = batch
         count = torch.tensor(float(len(features)), device=features.device)
         if self.config.gradient_chunk:
-            return self._losses_in_chunks(features, text, count)
-        everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
-        found = backward_apart(
+            backward = partial(backward_in_chunks, chunk=self.config.gradient_chunk)
+        else:
+            everyone = Everyone.gather(features, text) if processes.num_processes() > 1 else None
+            backward = partial(backward_apart, everyone=everyone)
+        found = backward(
             self.module,
             features,
             text,
             decode_start=self.tokenizer.decode_start,
-            everyone=everyone,
             which=self.config.losses,
             label_smoothing=self.config.label_smoothing,
             detach_gathered=self.config.gather == "detached",
             ignore_duplicates=self.config.ignore_duplicates,
             scale=len(features),
         )
-        return self._done(found, count)
-
-    def _done(self, found: AlignmentLosses, count: Tensor) -> Losses:
-        """Return losses whose gradients are in the weights already.
-
-        The loop goes back through what it is given: through this, nothing is added.
-        """
+        # The gradients are in the weights already. The loop goes back through what it is given:
+        # through this, nothing is added.
         nothing = 0 * self.module.alignment.temperature
         return Losses(found.total * count + nothing, count, found.parts)
-
-    def _losses_in_chunks(self, features: Tensor, text: Tokens, count: Tensor) -> Losses:
-        found = backward_in_chunks(
-            self.module,
-            features,
-            text,
-            chunk=self.config.gradient_chunk,
-            decode_start=self.tokenizer.decode_start,
-            which=self.config.losses,
-            label_smoothing=self.config.label_smoothing,
-            detach_gathered=self.config.gather == "detached",
-            ignore_duplicates=self.config.ignore_duplicates,
-            scale=len(features),
-        )
-        return self._done(found, count)

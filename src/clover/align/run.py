@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,14 @@ from clover.core.files import fingerprint, read_json, write_json
 from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
-from clover.qformer.bridge import Bridge
 from clover.qformer.calibrate import calibrate_alignment, calibrate_image
-from clover.qformer.tokenizer import TextTokenizer
 from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
-from clover.training.device import Device, choose_device
+from clover.training.device import choose_device
 from clover.training.loop import TrainingJob, train
 from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
-from clover.vision.dataset import load_feature_set
-from clover.vision.encoder import ImageEncoder, load_encoder
+from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.encoder import load_encoder
 from clover.vision.leaks import load_training_set
 
 
@@ -99,13 +98,29 @@ def align(
     processes.check_same("results in --out", is_finished)
     is_trained_here = not is_finished
     kept = None
+
+    @lru_cache(maxsize=1)  # once, whether it is read while training goes on, after, or both
+    def unseen(path: Path) -> FeatureSet:
+        return load_feature_set(
+            path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
+        )
+
     if is_trained_here:
-        measured = _validation(recipe, bridge, tokenizer, device, encoder, cache, validation, key)
+        objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
+        measured = Validation.of(
+            "align",
+            recipe.align,
+            validation,
+            lambda path: _recall(objective, unseen(path)),
+            lacking="captions; give --validation FILE",
+            figure="mean_recall",
+            is_larger_better=True,
+            training=key,
+        )
         seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
         settings = {**recipe.settings(*sections), "the captions' sha256": captions_hash}
         job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps, settings)
         with run.timed("align") as details:
-            objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
             calibrate(objective, num_samples=recipe.qformer.calibrate)
             is_finished = train(objective, job, measured)
             details["trainable_parameters"] = bridge.num_trainable()
@@ -133,11 +148,8 @@ def align(
     scores = None
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it
-        unseen = load_feature_set(
-            validation, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
-        )
         bridge.to(device.device).eval()
-        scores = evaluate_alignment(bridge, unseen, tokenizer, recipe.align, device)
+        scores = evaluate_alignment(bridge, unseen(validation), tokenizer, recipe.align, device)
         write_json(out / "align.scores.json", scores.row())
     return AlignResult(weights, data.summary(), scores, True, kept)
 
@@ -147,40 +159,19 @@ def _beside(weights: Path, which: Kept) -> Path:
     return weights.with_suffix(f".{which}.safetensors")
 
 
-def _validation(
-    recipe: Recipe,
-    bridge: Bridge,
-    tokenizer: TextTokenizer,
-    device: Device,
-    encoder: ImageEncoder,
-    cache: Path,
-    path: Path | None,
-    key: str,
-) -> Validation | None:
-    """Return what is measured while training goes on, if anything.
-
-    Raises:
-        CloverError: something is to be measured, and nothing to measure it on.
-    """
-    config = recipe.align
-    if not config.validate_every:
-        return None
-    if path is None:
-        raise CloverError(
-            f"align.validate_every is {config.validate_every}, but there are no held-out captions; "
-            "give --validation FILE, or set align.validate_every=0"
-        )
-    unseen = load_feature_set(
-        path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
-    ).evenly(config.validate_samples)
+def _recall(objective: AlignObjective, unseen: FeatureSet) -> Callable[[], dict[str, float]]:
+    """Return what measures retrieval among held-out pairs while training goes on."""
+    config = objective.config
+    some = unseen.evenly(config.validate_samples)
 
     def scores() -> dict[str, float]:
-        found = evaluate_alignment(bridge, unseen, tokenizer, config, device).row()
+        found = evaluate_alignment(
+            objective.module, some, objective.tokenizer, config, objective.device
+        ).row()
         recalls = [value for name, value in found.items() if "recall" in name]
         return {**found, "mean_recall": round(sum(recalls) / len(recalls), 3)}
 
-    held_out = fingerprint([key, sha256_records(path), config.validate_samples])
-    return Validation(config.validate_every, scores, "mean_recall", True, held_out)
+    return scores
 
 
 def calibrate(objective: AlignObjective, *, num_samples: int) -> None:

@@ -91,8 +91,9 @@ def generate(
     if workers == 1 and not ray:
         _report(generate_file(captions, out=out, settings=settings), out)
         return
+    from clover.core.cluster import import_ray
     from clover.instruct.shard import generate_in_shards
-    from clover.instruct.workers import import_ray, run_locally, run_under_ray
+    from clover.instruct.workers import run_locally, run_under_ray
 
     if ray:
         import_ray()  # its absence shows before anything is sent

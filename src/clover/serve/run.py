@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.language.frozen import FrozenLanguage
-from clover.model import NOTICE, Clover, load, read_config
+from clover.model import NOTICE, Clover, load, read_config, recipe_of
 from clover.serve.app import create_app
 from clover.serve.engine import Engine
 from clover.serve.page.folder import SlideFolder
@@ -21,6 +24,7 @@ from clover.serve.page.router import page_router
 from clover.serve.request import Served
 from clover.serve.server import build_server
 from clover.serve.settings import ServeSettings
+from clover.training.device import choose_device
 
 
 def run(
@@ -52,8 +56,9 @@ def run(
     """
     folder = None if slides is None else SlideFolder(slides)
     named = [_named(text) for text in models]
-    for _, path in named:
-        read_config(path)
+    recipes = {path: recipe_of(read_config(path), path) for _, path in named}
+    if precision == "auto":
+        _check_formats(recipes, device)
     served = load_served(named, device=device, precision=precision)
     if align is not None:
         first = served[0]
@@ -90,6 +95,24 @@ def load_served(
         assert isinstance(model.language, FrozenLanguage), "load gives no other"
         served.append(Served(name or model.name, model.language, model))
     return served
+
+
+def _check_formats(recipes: Mapping[Path, Recipe], device: str) -> None:
+    """Refuse recipes that insist on unlike number formats before gigabytes are loaded in both.
+
+    Raises:
+        CloverError: two of them would not share a language model.
+    """
+    said: dict[torch.dtype, str] = {}
+    for path, recipe in recipes.items():
+        dtype = choose_device(device, recipe.precision).dtype
+        here = f" ({str(dtype).removeprefix('torch.')} here)" if recipe.precision == "auto" else ""
+        said.setdefault(dtype, f"{path} has precision {recipe.precision}{here}")
+    if len(said) > 1:
+        raise CloverError(
+            f"{', '.join(said.values())}, and models that are served together share one language "
+            "model; give --precision float32 or --precision bfloat16 for all of them"
+        )
 
 
 def describe(engine: Engine, settings: ServeSettings, port: int) -> list[str]:

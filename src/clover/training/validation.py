@@ -15,8 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from clover.core.config import OptimizerConfig
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path
+from clover.core.files import atomic_path, fingerprint
+from clover.core.record_file import sha256_records
 from clover.training import processes
 from clover.training.checkpoint import TORN
 
@@ -37,6 +39,44 @@ class Validation:
     is_larger_better: bool
     key: str
     """Fingerprint of training and of the held-out samples: figures of another are no match."""
+
+    @classmethod
+    def of(
+        cls,
+        stage: str,
+        config: OptimizerConfig,
+        path: Path | None,
+        scores_on: Callable[[Path], Callable[[], dict[str, float]]],
+        *,
+        lacking: str,
+        figure: str,
+        is_larger_better: bool,
+        training: str,
+    ) -> Validation | None:
+        """Return what a stage's section of the recipe asks for; None where it asks for nothing.
+
+        Args:
+            stage: The section's name.
+            config: The section.
+            path: The held-out records.
+            scores_on: Opens them, and returns what measures.
+            lacking: Says what is not there where there is no path, and how it is named.
+            figure: Name of the score that decides.
+            is_larger_better: Of it.
+            training: Fingerprint of what is trained, and on what.
+
+        Raises:
+            CloverError: something is to be measured, and nothing to measure it on.
+        """
+        if not config.validate_every:
+            return None
+        if path is None:
+            raise CloverError(
+                f"{stage}.validate_every is {config.validate_every}, but there are no held-out "
+                f"{lacking}, or set {stage}.validate_every=0"
+            )
+        key = fingerprint([training, sha256_records(path), config.validate_samples])
+        return cls(config.validate_every, scores_on(path), figure, is_larger_better, key)
 
     def is_due(self, done: int, steps: int) -> bool:
         """Return whether to validate after `done` of `steps` steps."""

@@ -121,7 +121,16 @@ def tune(
     if start is not None:
         load_bridge(bridge, start, without=("heads.", "projection."))
     model = Clover(recipe, encoder, bridge, language, tokenizer, device, name=recipe.name)
-    measured = _validation(model, validation, cache, key)
+    measured = Validation.of(
+        "tune",
+        recipe.tune,
+        validation,
+        lambda path: _answer_loss(model, path, cache),
+        lacking="questions; give --validation FILE, name data.validation",
+        figure=FIGURE,
+        is_larger_better=False,
+        training=key,
+    )
     seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
     job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps, settings)
     with folder.timed("tune") as details:
@@ -179,20 +188,9 @@ def _said(out: Path, run: Path) -> str | None:
     return say_kept(note, out, _beside(run, "last" if note["kept"] == "best" else "best"))
 
 
-def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Validation | None:
-    """Return what is measured while training goes on, if anything.
-
-    Raises:
-        CloverError: something is to be measured, and nothing to measure it on.
-    """
+def _answer_loss(model: Clover, path: Path, cache: Path) -> AnswerLoss:
+    """Return what measures the answer loss on held-out questions while training goes on."""
     config = model.recipe.tune
-    if not config.validate_every:
-        return None
-    if path is None:
-        raise CloverError(
-            f"tune.validate_every is {config.validate_every}, but there are no held-out questions; "
-            "give --validation FILE, name data.validation, or set tune.validate_every=0"
-        )
     unseen = load_feature_set(
         path,
         needs="question",
@@ -201,9 +199,7 @@ def _validation(model: Clover, path: Path | None, cache: Path, key: str) -> Vali
         images=model.recipe.data.images,
     ).evenly(config.validate_samples)
     share = config.batch_size // config.accumulate // processes.num_processes()
-    scores = AnswerLoss(model, unseen, max(1, share))
-    held_out = fingerprint([key, sha256_records(path), config.validate_samples])
-    return Validation(config.validate_every, scores, FIGURE, False, held_out)
+    return AnswerLoss(model, unseen, max(1, share))
 
 
 def _clear(run: RunFolder) -> None:

@@ -21,12 +21,13 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, growing, sha256_file, whole_lines, write_json, write_text
 from clover.core.record import Record, write_records
 from clover.core.terminal import progress
-from clover.model import Clover, build_bridge, load, load_bridge
+from clover.model import Clover, build_bridge, load, load_bridge, read_config, recipe_of
 from clover.tune.curve import chart, summarise
 from clover.tune.fewshot import PENALTY, PRIOR, Candidates, Floats, Taught, opinions, teach
 from clover.tune.labelled import QUESTION, draw_shots, read_labelled, split
 from clover.tune.spelling import Spelling
 from clover.vision.dataset import FeatureSet, load_feature_set
+from clover.vision.encoder import ImageEncoder
 from clover.vision.leaks import refuse_leaks
 from clover.vision.probe import fit_softmax, nearest_class_mean, pooled
 from clover.vision.turned import plain_encoder
@@ -55,7 +56,8 @@ class ShotJob:
         images: Where a table's image paths start.
         question: What is asked.
         answers: Label -> answer; the label in words by default.
-        beside: Name -> a further model folder, or a run folder of stage 1 alone.
+        beside: Name -> a further model folder, which reads an image as its own recipe says
+            (`evaluate.turns`), or a run folder of stage 1 alone, which reads it once.
         allow_leaks: Go on where shots and test share images.
     """
 
@@ -145,6 +147,13 @@ def _weights(path: Path) -> Path:
     raise CloverError(f"{path} is no model folder and no run folder of clover align")
 
 
+def _turns(path: Path) -> int:
+    """Return how many copies of an image a further model reads, as its folder says."""
+    if _weights(path).stem != "bridge":
+        return 1  # stage 1
+    return recipe_of(read_config(path), path).evaluate.turns
+
+
 def _labelled(job: ShotJob, model: Clover) -> tuple[FeatureSet, FeatureSet]:
     """Read the labelled images and their features: a pool to draw from, and a test set."""
     job.out.mkdir(parents=True, exist_ok=True)
@@ -162,22 +171,20 @@ def _labelled(job: ShotJob, model: Clover) -> tuple[FeatureSet, FeatureSet]:
     for name, part, source in zip(("pool", "test"), parts, sources, strict=True):
         if not part:
             raise CloverError(f"{source}: no image is left for the {name}; give --validation DATA")
-        path = job.out / f"{name}.jsonl"
-        write_records(path, part)
+        write_records(job.out / f"{name}.jsonl", part)
         folder = source if source.is_dir() else job.images or source.parent
-        sets.append(
-            load_feature_set(
-                path,
-                needs="question",
-                encoder=plain_encoder(model.encoder),  # as the probe beside it, and as it is saved
-                cache=job.cache,
-                images=folder,
-            )
-        )
+        # Read once, as the probe beside it, and as it is saved.
+        sets.append(_features(job, name, plain_encoder(model.encoder), folder))
     pool, test = sets
     if not job.allow_leaks:
         refuse_leaks(pool, test, cache=job.cache, what="shots and test images")
     return pool, test
+
+
+def _features(job: ShotJob, name: str, encoder: ImageEncoder, images: Path) -> FeatureSet:
+    """Read `pool` or `test` as `_labelled` wrote it, with an encoder's features."""
+    path = job.out / f"{name}.jsonl"
+    return load_feature_set(path, needs="question", encoder=encoder, cache=job.cache, images=images)
 
 
 class _Trial:
@@ -212,7 +219,7 @@ class _Trial:
                 [self.pool.digests, self.test.digests],
                 [self.job.question, PRIOR, PENALTY],
                 [sha256_file(path) for path in weights],
-                list(self.job.beside),
+                [[name, _turns(path)] for name, path in self.job.beside.items()],
             ]
         )
 
@@ -249,6 +256,15 @@ class _Trial:
     def _flat(self) -> tuple[Floats, Floats]:
         return pooled(self.pool).astype(np.float64), pooled(self.test).astype(np.float64)
 
+    def _as_seen_by(self, encoder: ImageEncoder) -> tuple[FeatureSet, FeatureSet]:
+        """Return pool and test with the features of a further model's own encoder."""
+        job = self.job
+        pool, test = (
+            _features(job, name, encoder, found.images)
+            for name, found in (("pool", self.pool), ("test", self.test))
+        )
+        return pool, test
+
     def _reader(self, method: str) -> _Reader:
         if method not in self._readers:
             path = self.job.model if method == OURS else self.job.beside[method]
@@ -256,7 +272,7 @@ class _Trial:
             needed = sorted({index for draw in self.draws.values() for index in draw})
             self._readers[method] = _read(
                 model,
-                (self.pool, self.test),
+                (self.pool, self.test) if method == OURS else self._as_seen_by(model.encoder),
                 needed,
                 names=self.names,
                 is_taught=_weights(path).stem == "bridge",
@@ -283,14 +299,13 @@ def _beside(path: Path, model: Clover) -> Clover:
     """Load a further model: tuned, or stage 1 alone under a projection that learns from shots."""
     if _weights(path).stem == "bridge":
         return load(path)
+    encoder = plain_encoder(model.encoder)  # stage 1 reads an image once
     bridge = build_bridge(
-        model.recipe, model.encoder, model.tokenizer, language_width=model.language.hidden_size
+        model.recipe, encoder, model.tokenizer, language_width=model.language.hidden_size
     )
     load_bridge(bridge, path / "align.safetensors", without=("heads.", "projection."))
     bridge.to(model.device.device).eval()
-    return Clover(
-        model.recipe, model.encoder, bridge, model.language, model.tokenizer, model.device
-    )
+    return Clover(model.recipe, encoder, bridge, model.language, model.tokenizer, model.device)
 
 
 @torch.no_grad()

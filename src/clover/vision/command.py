@@ -37,6 +37,7 @@ from clover.core.options import feature_option
     show_default=True,
     help="Processes that share the work; the same command on other machines shares it too.",
 )
+@click.option("--ray", is_flag=True, help="Run the workers under Ray (extra [ray], RAY_ADDRESS).")
 @feature_option
 def features(data: Path, encoder: str, settings: tuple[str, ...], **options: Any) -> None:
     """Fill the feature cache with the images of DATA; what is there already is not computed again.
@@ -48,7 +49,7 @@ def features(data: Path, encoder: str, settings: tuple[str, ...], **options: Any
     from clover.core.record import write_rejected
     from clover.vision.cache import FeatureCache
     from clover.vision.encoder import load_encoder
-    from clover.vision.workers import FillJob, fill
+    from clover.vision.workers import FillJob, fill, fill_under_ray
 
     settings += tuple(
         f"encoder.{name}={options[name]}" for name in ("storage", "views") if options[name]
@@ -59,7 +60,8 @@ def features(data: Path, encoder: str, settings: tuple[str, ...], **options: Any
         cache = FeatureCache(folder, load_encoder(config), storage=config.storage)
         for shard in cache.verify():
             click.echo(f"{shard} was damaged; it lies in {shard.parent}/broken now", err=True)
-    found = fill(FillJob(data, config, folder, options["images"]), workers=options["workers"])
+    run = fill_under_ray if options["ray"] else fill
+    found = run(FillJob(data, config, folder, options["images"]), workers=options["workers"])
     write_rejected(folder / "rejected.jsonl", found.rejected)
     tokens = found.cache.get(found.digests[:1])[0]
     click.echo(
