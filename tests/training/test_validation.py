@@ -293,6 +293,9 @@ def test_no_held_out_file_and_best_without_validation_are_one_line(
     for stage in STAGES:
         with pytest.raises(CloverError, match=rf"{stage}\.validate_every is 3, but there are no"):
             run_stage(stage, tiny, tmp_path, {stage: None}, validate_every=3)  # type: ignore[dict-item]
+        nothing = tmp_path / "nothing.jsonl"
+        with pytest.raises(CloverError, match=r"no file .*nothing\.jsonl"):
+            run_stage(stage, tiny, tmp_path, {stage: nothing}, validate_every=3)
     with pytest.raises(CloverError, match="keep_weights is best, but validate_every is 0"):
         load_recipe("phantom", ("align.keep_weights=best",))
 

@@ -247,7 +247,14 @@ def test_a_training_step_sees_a_share_of_the_tokens_and_an_answer_all(tiny: Tiny
 def test_a_training_step_sees_some_channels_and_the_others_at_their_mean(tiny: Tiny) -> None:
     still = replace(tiny, recipe=tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
     grounding = objective(still, channels_seen=0.5)
-    data = grounding.data
+    data = load_feature_set(
+        tiny.instructions,
+        needs="question",
+        encoder=grounding.model.encoder,
+        cache=tiny.folder / "cache",
+        views=2,
+    )
+    grounding = GroundingObjective(grounding.model, data, channels_seen=0.5)
     every = data.cache.get(list(dict.fromkeys(data.digests)))
     mean = every.mean(dim=(0, 1))
     features = data.features(range(40))

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ import clover
 from clover.cli import main
 from clover.core.errors import CloverError
 from clover.core.record import Record
+from clover.tune import shots
 from clover.tune.curve import chart, curve_lines, summarise
 from clover.tune.fewshot import PENALTY, Candidates, opinions, teach
 from clover.tune.labelled import draw_shots, read_labelled, split
 from clover.tune.shots import ShotJob, _labelled, _Trial
+from clover.vision.dataset import FeatureSet
 from tiny import Tiny, tiny_clover
 
 
@@ -234,6 +237,29 @@ def test_a_further_model_reads_as_many_turns_as_its_own_recipe_says(
         assert rows["turned"][row] == pytest.approx(expected, abs=2e-3)
         assert np.abs(rows["once"][row] - expected).max() > 2e-2
     assert np.array_equal(rows["once"], rows["CLOVER"])
+
+
+def test_a_further_model_that_cannot_read_an_image_is_named(
+    folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = folder
+    job = ShotJob(
+        *(model, data, tmp_path / "few", tmp_path / "features", (2,), 1),
+        question="which tissue is shown ?",
+        beside={"other": model},
+        allow_leaks=True,
+    )
+    job.out.mkdir()
+    ours = clover.load(model)
+    trial = _Trial(job, ours, *_labelled(job, ours))
+    whole = shots._features
+
+    def one_less(*given: Any) -> FeatureSet:
+        return whole(*given).evenly(len(trial.pool.records) - 1)
+
+    monkeypatch.setattr(shots, "_features", one_less)
+    with pytest.raises(CloverError, match=r"cannot read every image .* leave it out of --beside"):
+        trial._reader("other")
 
 
 def test_fits_of_a_further_model_that_read_otherwise_are_made_again(

@@ -190,6 +190,49 @@ def test_a_worker_that_dies_is_one_line(tmp_path: Path, ray: FakeRay) -> None:
     assert ray.is_over
 
 
+def test_of_a_task_that_failed_the_last_line_of_its_trace_is_said(
+    tmp_path: Path, ray: FakeRay
+) -> None:
+    trace = (
+        "\x1b[36mray::Map(run)()\x1b[39m (pid=54700, ip=10.0.0.7)\n"
+        '  File "worker.py", line 1, in run\n'
+        "MemoryError: CUDA out of memory\n"
+    )
+
+    def fails(_: object, **__: object) -> object:
+        raise ArithmeticError(trace)
+
+    ray.data.from_items = lambda *_, **__: SimpleNamespace(map=fails)  # type: ignore[attr-defined]
+    job = FillJob(captions(tmp_path / "i", 3), CONFIG, tmp_path / "c")
+    with pytest.raises(CloverError, match=r"\(ArithmeticError: MemoryError: CUDA out of memory\)"):
+        fill_under_ray(job)
+
+
+def test_a_cluster_that_lets_nobody_in_is_no_worker_that_failed(
+    tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(**_: object) -> None:
+        raise ArithmeticError("Token authentication is enabled")
+
+    monkeypatch.setattr(ray, "init", refuses)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    job = FillJob(captions(tmp_path / "i", 3), CONFIG, tmp_path / "c")
+    with pytest.raises(CloverError, match=r"no Ray at head:6379 \(Token .*RAY_AUTH_TOKEN"):
+        fill_under_ray(job)
+
+
+def test_a_worker_without_this_folder_names_it(
+    tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(module.os, "chdir", cannot)
+    job = FillJob(captions(tmp_path / "i", 3), CONFIG, tmp_path / "c")
+    with pytest.raises(CloverError, match=r"on .*: No such file or directory; workers need it too"):
+        fill_under_ray(job)
+
+
 @pytest.mark.parametrize(
     ("ray", "workers", "share"),
     [(0, 2, None), (1, 2, 1 / 2), (2, 2, 1), (8, 2, 1), (3, 4, 1 / 2)],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from clover.core.errors import CloverError
+
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def import_ray() -> Any:
@@ -71,14 +74,24 @@ def under_ray(
         for row in done.iter_rows():
             yield row.pop("number"), row
     except ray.exceptions.RayError as error:
-        first = (str(error).splitlines() or ["no reason"])[0]
         raise CloverError(
-            f"a worker failed under Ray ({type(error).__name__}: {first[:160]}); what arrived is "
-            "kept, the same command continues"
+            f"a worker failed under Ray ({type(error).__name__}: {_reason(error)}); what arrived "
+            "is kept, the same command continues"
         ) from error
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of Ray's says in one line, without a terminal's colours.
+
+    A task's error shows the worker's trace, whose last line is the reason; others begin with it.
+    """
+    lines = [line for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    if not lines:
+        return "no reason given"
+    return lines[-1 if lines[0].startswith("ray::") else 0].strip()[:160]
 
 
 def _gpus_each(gpus: float, workers: int) -> float:
@@ -94,9 +107,13 @@ def _start(ray: Any, cpus: int) -> None:
         else:
             quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
             ray.init(address="local", num_cpus=cpus, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        advice = "set RAY_ADDRESS to a cluster"
+        if address:
+            advice = (
+                "check RAY_ADDRESS, and RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for them"
+            )
         raise CloverError(
-            f"no Ray at {address or 'this machine'} ({first[:160]}); set RAY_ADDRESS to a cluster, "
-            "or leave --ray out to use processes on this machine"
+            f"no Ray at {address or 'this machine'} ({_reason(error)}); {advice}, or leave --ray "
+            "out to use processes on this machine"
         ) from error

@@ -339,8 +339,8 @@ class TuneConfig(OptimizerConfig):
     where images are few."""
     grounding_channels: float = Field(1.0, gt=0, le=1)
     """Share of the encoder's channels that such a step sees, other ones of each image, drawn anew
-    each time; the rest stand at their mean over the training images. Against over-fitting, too:
-    no answer can lean on few channels."""
+    each time; the rest stand at their mean over up to 256 training images. Against over-fitting,
+    too: no answer can lean on few channels."""
     worked_examples: int = Field(0, ge=0)
     """Training questions and answers shown to the language model, at `prompt.template`'s
     `{examples}`; one for each frequent answer is worth most."""

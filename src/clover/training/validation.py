@@ -75,8 +75,9 @@ class Validation:
                 f"{stage}.validate_every is {config.validate_every}, but there are no held-out "
                 f"{lacking}, or set {stage}.validate_every=0"
             )
+        scores = scores_on(path)  # first: it says what is wrong with the file
         key = fingerprint([training, sha256_records(path), config.validate_samples])
-        return cls(config.validate_every, scores_on(path), figure, is_larger_better, key)
+        return cls(config.validate_every, scores, figure, is_larger_better, key)
 
     def is_due(self, done: int, steps: int) -> bool:
         """Return whether to validate after `done` of `steps` steps."""

@@ -263,6 +263,13 @@ class _Trial:
             _features(job, name, encoder, found.images)
             for name, found in (("pool", self.pool), ("test", self.test))
         )
+        for found, own in ((pool, self.pool), (test, self.test)):
+            # Draws and folds are places in these records.
+            if [record.id for record in found.records] != [record.id for record in own.records]:
+                raise CloverError(
+                    f"{encoder.id} cannot read every image that the model to be taught reads "
+                    f"({len(found.records):,} of {len(own.records):,}); leave it out of --beside"
+                )
         return pool, test
 
     def _reader(self, method: str) -> _Reader:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,7 +106,12 @@ def fill_under_ray(job: FillJob, *, workers: int = 1) -> FeatureSet:
     here = Path.cwd()
 
     def work(_: int) -> dict[str, str]:
-        os.chdir(here)  # relative names, also of the encoder's weights, mean what they mean here
+        try:
+            os.chdir(
+                here
+            )  # relative names, also of the encoder's weights, mean what they mean here
+        except OSError as error:
+            return {"error": f"{here} on {platform.node()}: {error.strerror}; workers need it too"}
         return {"error": _work(job, threads)}
 
     encoder = load_encoder(job.config)
