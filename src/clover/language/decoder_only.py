@@ -5,7 +5,8 @@ In: visual tokens `[B, Q, H]`, instructions, answers. Out: loss or text. A train
 is ``[before image][visual][pads][instruction]``, so that all rows end together (SPEC 4.2, 4.3).
 Four things keep it quick: the constant text before the image is computed once and read by all rows
 without a copy (`shared_prefix`), the vocabulary is scored only where an answer token is predicted,
-rows of like length run together, and nothing longer than the longest of them is computed.
+rows are learnt from one after another without padding (`packed`), and where that cannot be, rows of
+like length run together.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
+from clover.core.product import quick_products
 from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.grouping import length_groups
 from clover.language.lean import LeanDecoder
+from clover.language.packed import PackedRows, packed, reads_token_by_token
 from clover.language.prompt import Prompt
 from clover.language.shared_prefix import SharedPrefix, behind, share_prefix
 
@@ -67,6 +70,7 @@ class DecoderOnly(FrozenLanguage):
         self._prefixes: dict[Any, Any] = {}
         self._is_shared = share_prefix(model)
         self._lean = LeanDecoder.of(model) if self._is_shared else None
+        self._is_token_wise = reads_token_by_token(model)
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
         for scale in ("logit_scale", "logits_scaling"):
             if getattr(model.config, scale, None) not in (None, 1, 1.0):
@@ -115,7 +119,7 @@ class DecoderOnly(FrozenLanguage):
         total = torch.zeros((), device=self.device)
         # Short and long answers apart: yes/no rows do not pay for a long description's width.
         overhead = _PASS_TOKENS_CPU if self.device.type == "cpu" else _PASS_TOKENS_DEVICE
-        if getattr(self.model, "is_spread", False):
+        if getattr(self.model, "is_spread", False) or self._packs:
             overhead = _NO_SECOND_PASS
         for rows in length_groups(lengths, overhead):
             losses, _ = self._answer_losses(
@@ -167,12 +171,9 @@ class DecoderOnly(FrozenLanguage):
         """Return the loss of each answer token `[N]` and the row it belongs to `[N]`."""
         joined = [[*i, *a] for i, a in zip(instruction_ids, answer_ids, strict=True)]
         # The last token predicts nothing that is asked for.
-        ids, _ = self._padded([row[:-1] for row in joined])
-        embeds = self._joined((), visual, ids)  # [B, Q+T, H]
-        num_queries = embeds.shape[1] - ids.shape[1]
-        # No mask: pads are on the right and attention is causal, so no answer token sees one.
-        positions = torch.arange(embeds.shape[1], device=self.device)[None] + past.num_tokens
-        hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
+        read = self._read_packed if self._packs else self._read_padded
+        hidden, starts = read(visual, [row[:-1] for row in joined], past)
+        num_queries = 0 if visual is None else visual.shape[1]
         rows: list[int] = []
         columns: list[int] = []
         labels: list[int] = []
@@ -180,11 +181,54 @@ class DecoderOnly(FrozenLanguage):
             first = num_queries + len(instruction) - 1
             assert first >= 0, "an answer needs at least one visual or instruction token before it"
             rows += [row] * len(answer)
-            columns += range(first, first + len(answer))
+            columns += range(starts[row] + first, starts[row] + first + len(answer))
             labels += answer
         row_index = torch.tensor(rows, device=self.device)
-        picked = hidden[row_index, torch.tensor(columns, device=self.device)]  # [N, H]
+        picked = hidden[torch.tensor(columns, device=self.device)]  # [N, H]
         return self._cross_entropy(picked, torch.tensor(labels, device=self.device)), row_index
+
+    @property
+    def _packs(self) -> bool:
+        """Whether rows are read one after another now, without padding: to learn, on the CPU."""
+        # A device reads a padded batch by fused kernels, and processes a spread model together.
+        return (
+            self._is_shared
+            and self._is_token_wise
+            and self.device.type == "cpu"
+            and torch.is_grad_enabled()
+            and not self.model.training
+            and not getattr(self.model, "is_spread", False)
+        )
+
+    def _read_padded(
+        self, visual: Tensor | None, ids: Ids, past: _Past
+    ) -> tuple[Tensor, Sequence[int]]:
+        """Return hidden states `[B T, H]` of ``[visual][ids][pads]`` and where each row begins."""
+        embeds = self._joined((), visual, self._padded(ids)[0])  # [B, T, H]
+        batch, length, _ = embeds.shape
+        # No mask: pads are on the right and attention is causal, so no answer token sees one.
+        positions = torch.arange(length, device=self.device)[None] + past.num_tokens
+        hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
+        return hidden.flatten(0, 1), range(0, batch * length, length)
+
+    def _read_packed(
+        self, visual: Tensor | None, ids: Ids, past: _Past
+    ) -> tuple[Tensor, Sequence[int]]:
+        """Return hidden states `[N, H]` of ``[visual][ids]`` of each row, and where it begins."""
+        assert past.cache is None, "packed rows are read once, and kept by nobody"
+        sizes = list(map(len, ids))
+        flat = torch.tensor([token for row in ids for token in row], dtype=torch.long)
+        words = self._embed(flat)
+        num_queries = 0
+        if visual is not None:
+            num_queries = visual.shape[1]
+            parts = zip(self._as_words(visual), words.split(sizes), strict=True)
+            words = torch.cat([part for pair in parts for part in pair])
+        rows = PackedRows([num_queries + size for size in sizes])
+        positions = rows.places[None] + past.num_tokens
+        with packed(rows), quick_products():
+            hidden = self._read(past, inputs_embeds=words[None], position_ids=positions)
+        return hidden[0], rows.starts
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return `[N]` float32 cross-entropies of `[N, H]` hidden states, in chunks."""
@@ -238,7 +282,8 @@ class DecoderOnly(FrozenLanguage):
         if self._lean is not None and self._lean.is_usable:
             logits = self._lean.logits(hidden)
         else:
-            logits = self._head(hidden).float()
+            with quick_products():
+                logits = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits

@@ -331,13 +331,18 @@ class FrozenLanguage(ABC):
             start = self._embed(torch.tensor([list(prefix)], device=ids.device))
             before.append(start.expand(len(ids), -1, -1))
         if visual is not None:
-            if visual.shape[-1] != self.hidden_size:
-                raise CloverError(
-                    f"visual tokens are {visual.shape[-1]} wide, {self.id} reads "
-                    f"{self.hidden_size}; the bridge was trained for another language model"
-                )
-            before.append(visual.to(words.device, words.dtype))
+            before.append(self._as_words(visual))
         return torch.cat([*before, words], dim=1) if before else words
+
+    def _as_words(self, visual: Tensor) -> Tensor:
+        """Return visual tokens `[B, Q, H]` where and as the words' embeddings are."""
+        if visual.shape[-1] != self.hidden_size:
+            raise CloverError(
+                f"visual tokens are {visual.shape[-1]} wide, {self.id} reads "
+                f"{self.hidden_size}; the bridge was trained for another language model"
+            )
+        words = self._embed.weight
+        return visual.to(words.device, words.dtype)
 
     def _padded(self, rows: Ids, *, is_left: bool = False) -> tuple[Tensor, Tensor]:
         """Return ids `[B, T]` and mask `[B, T]`, as wide as the longest row."""

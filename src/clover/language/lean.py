@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clover.language.packed import FIXED_ROTATIONS
 from clover.language.shared_prefix import SharedPrefix, active_prefix
 
 _LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -36,8 +37,6 @@ _PARTS = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
-_FIXED_ROTATIONS = {"default", "linear", "llama3"}
-"""Rotary angles that do not change with the length of the text."""
 _FEWEST_ROWS = 4
 """oneDNN multiplies one row more slowly than four: 1.15 to 1.3 times as long."""
 _HIDDEN = -1e30
@@ -458,7 +457,7 @@ def is_llama_shaped(model: Any) -> bool:
     if not isinstance(layers, nn.ModuleList) or not len(layers) or model is body:
         return False
     rotary = getattr(body, "rotary_emb", None)
-    if getattr(rotary, "rope_type", None) not in _FIXED_ROTATIONS or not hasattr(body, "norm"):
+    if getattr(rotary, "rope_type", None) not in FIXED_ROTATIONS or not hasattr(body, "norm"):
         return False
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
         return False

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clover.core.attend import attend as attend_rows
+from clover.language.packed import active_rows, attend_packed
 
 NAME = "clover_shared_prefix"
 """Under which transformers knows this attention."""
@@ -88,8 +89,12 @@ def share_prefix(model: Any) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    def mask(*given: Any, **named: Any) -> Any:
+        # Packed rows know for themselves what they see: no mask of all tokens by all tokens.
+        return None if active_rows() is not None else sdpa_mask(*given, **named)
+
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
     return True
 
@@ -108,7 +113,13 @@ def attend(
     Returns:
         `[B, T, heads, d]`, and no weights.
     """
-    prefix = _ACTIVE.get()
+    prefix, rows = _ACTIVE.get(), active_rows()
+    if rows is not None:
+        before = None
+        if prefix is not None:
+            pair = (prefix.keys[module.layer_idx], prefix.values[module.layer_idx])
+            before = (pair[0].to(query.dtype), pair[1].to(query.dtype))
+        return attend_packed(query, key, value, rows=rows, before=before, scale=scaling), None
     if prefix is None and _is_slow_in_torch(query):
         dropout = other.get("dropout", 0.0)
         return _attend_grouped(query, key, value, attention_mask, scaling, dropout), None
@@ -123,12 +134,12 @@ def attend(
     before_values = prefix.values[module.layer_idx].to(query.dtype)
     batch, heads, length, width = query.shape
     groups = before_keys.shape[0]
-    rows = heads // groups * length
+    queries = heads // groups * length
     scale = width**-0.5 if scaling is None else scaling
     # Heads first: the queries of all rows are one matrix before the keys that they share.
-    own_query = query.reshape(batch, groups, rows, width).transpose(0, 1) * scale  # [K, B, R, d]
-    all_queries = own_query.reshape(groups, batch * rows, width)
-    shared = (all_queries @ before_keys.transpose(1, 2)).view(groups, batch, rows, -1)
+    own_query = query.reshape(batch, groups, queries, width).transpose(0, 1) * scale  # [K, B, R, d]
+    all_queries = own_query.reshape(groups, batch * queries, width)
+    shared = (all_queries @ before_keys.transpose(1, 2)).view(groups, batch, queries, -1)
     if prefix.hidden is not None:
         shared = shared.masked_fill(prefix.hidden[None, :, None], -torch.inf)
     own = own_query @ key.permute(1, 0, 3, 2)  # [K, B, R, S]
