@@ -22,7 +22,6 @@ from torch import Tensor
 
 from clover.core.config import LanguageConfig
 from clover.core.errors import CloverError
-from clover.core.product import quick_products
 from clover.language.frozen import FrozenLanguage, Ids, with_ones_before
 from clover.language.grouping import length_groups
 from clover.language.lean import LeanDecoder
@@ -226,7 +225,7 @@ class DecoderOnly(FrozenLanguage):
             words = torch.cat([part for pair in parts for part in pair])
         rows = PackedRows([num_queries + size for size in sizes])
         positions = rows.places[None] + past.num_tokens
-        with packed(rows), quick_products():
+        with packed(rows):
             hidden = self._read(past, inputs_embeds=words[None], position_ids=positions)
         return hidden[0], rows.starts
 
@@ -282,8 +281,7 @@ class DecoderOnly(FrozenLanguage):
         if self._lean is not None and self._lean.is_usable:
             logits = self._lean.logits(hidden)
         else:
-            with quick_products():
-                logits = self._head(hidden).float()
+            logits = self._head(hidden).float()
         if self._softcap:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
