@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clover.core.config import LanguageConfig, PromptConfig
 from clover.language.decoder_only import DecoderOnly
+from clover.language.packed import FAMILIES as PACKED
 from clover.language.packed import PackedRows, attend_packed
 from clover.language.prompt import Prompt
 
@@ -37,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
     "gpt_neox": {},
     "mistral": {"num_key_value_heads": 2, "sliding_window": None},
 }
@@ -143,6 +145,11 @@ def test_each_row_attends_to_itself_and_to_what_is_before_it(
     )
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.float(), theirs, **loose)
+
+
+def test_every_family_that_is_packed_is_tried_here() -> None:
+    assert set(FAMILIES) == PACKED
+    assert all(family(name)._packs for name in FAMILIES)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -262,6 +269,7 @@ def test_it_is_for_learning_and_for_one_process() -> None:
     [
         ("mistral", {"sliding_window": 4}),
         ("gemma2", {"num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}),
+        ("olmo2", {"num_key_value_heads": 2}),
         ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
     ],

@@ -110,9 +110,7 @@ def _start(ray: Any, cpus: int) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         advice = "set RAY_ADDRESS to a cluster"
         if address:
-            advice = (
-                "check RAY_ADDRESS, and RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for them"
-            )
+            advice = "check RAY_ADDRESS, and RAY_AUTH_MODE and RAY_AUTH_TOKEN if it asks for them"
         raise CloverError(
             f"no Ray at {address or 'this machine'} ({_reason(error)}); {advice}, or leave --ray "
             "out to use processes on this machine"

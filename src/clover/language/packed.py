@@ -24,6 +24,9 @@ from torch.autograd import Function
 
 from clover.core.number_format import without_autocast
 
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox"}
+"""Whose layers let tokens meet in attention alone, behind the mask that transformers makes: proved
+for each in `tests/language/test_packed.py`. Others are read padded."""
 FIXED_ROTATIONS = {"default", "linear", "llama3"}
 """Rotary angles that do not change with the length of the text."""
 
@@ -96,7 +99,8 @@ def reads_token_by_token(model: Any) -> bool:
     rotation = getattr(getattr(body, "rotary_emb", None), "rope_type", None)
     crosses = (nn.Conv1d, nn.RNNBase)
     return (
-        kinds == {"full_attention"}
+        config.model_type in FAMILIES
+        and kinds == {"full_attention"}
         and getattr(config, "is_causal", True)
         and isinstance(rotation, str)
         and rotation in FIXED_ROTATIONS

@@ -115,6 +115,7 @@ def attend(
     """
     prefix, rows = _ACTIVE.get(), active_rows()
     if rows is not None:
+        assert attention_mask is None, "packed rows have masks of their own"
         before = None
         if prefix is not None:
             pair = (prefix.keys[module.layer_idx], prefix.values[module.layer_idx])

@@ -107,9 +107,7 @@ def fill_under_ray(job: FillJob, *, workers: int = 1) -> FeatureSet:
 
     def work(_: int) -> dict[str, str]:
         try:
-            os.chdir(
-                here
-            )  # relative names, also of the encoder's weights, mean what they mean here
+            os.chdir(here)  # relative names, also of the weights, mean what they mean here
         except OSError as error:
             return {"error": f"{here} on {platform.node()}: {error.strerror}; workers need it too"}
         return {"error": _work(job, threads)}
