@@ -134,6 +134,7 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
         "grounding_spelling",
         "grounding_tokens",
         "grounding_channels",
+        "grounding_kept",
         "worked_examples",
         "anchoring_repeat",
     ):

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import clover
+from clover.core.config import load_recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
 from clover.qformer.calibrate import calibrate_image
 from clover.tune.grounding import GroundingObjective, refit_projection
+from clover.tune.objective import KeptSpelling, TuneObjective
 from clover.tune.run import tune
 from clover.vision.dataset import load_feature_set
 from tiny import QUESTION, TISSUES, Tiny, tiny_clover, tiny_recipe
@@ -275,3 +278,73 @@ def test_a_training_step_sees_some_channels_and_the_others_at_their_mean(tiny: T
     assert first != second
     grounding.module.eval()
     assert grounding.losses(batch).sum.item() == grounding.losses(batch).sum.item()
+
+
+@pytest.fixture
+def kept(tiny: Tiny) -> TuneObjective:
+    """Return the language model's steps with what was learnt before kept, twice as heavy."""
+    still = replace(tiny, recipe=tiny_recipe(tiny.folder, qformer={"dropout": 0.0}))
+    grounding = objective(still, anchor=0.2)
+    held = KeptSpelling(grounding.fits, grounding.spelling_loss, 2.0)
+    return TuneObjective(grounding.model, grounding.data, held)
+
+
+def test_what_was_learnt_before_stands_beside_the_language_models_loss(
+    tiny: Tiny, kept: TuneObjective
+) -> None:
+    before = objective(replace(tiny, recipe=kept.model.recipe), anchor=0.2)
+    batch, plain = kept.collate([0, 1, 2]), TuneObjective(kept.model, kept.data)
+    spelt = before.losses(before.collate([0, 1, 2]))
+    found, alone = kept.losses(batch), plain.losses(batch)
+    assert float(spelt.sum) > 0
+    torch.testing.assert_close(found.sum, alone.sum + 2 * spelt.sum, rtol=1e-5, atol=1e-5)
+    assert float(found.count) == float(alone.count)
+    # An answer that cannot be spelt has the language model's loss alone.
+    answers = ["colon " * 40, *batch.answers[1:]]
+    odd = replace(batch, answers=answers)
+    expected = plain.losses(odd).sum
+    rest = before.spelling_loss(
+        kept.model.visual_prefix(batch.features[1:], batch.questions[1:]), answers[1:]
+    )
+    torch.testing.assert_close(kept.losses(odd).sum, expected + 2 * rest, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_in_parts_keeps_the_same(kept: TuneObjective) -> None:
+    whole = kept.losses(kept.collate([0, 1, 2, 3]))
+    parts = [kept.losses(kept.collate(part)) for part in ([0], [1, 2, 3])]
+    torch.testing.assert_close(whole.sum, parts[0].sum + parts[1].sum, rtol=1e-5, atol=1e-5)
+    assert float(whole.count) == float(parts[0].count + parts[1].count)
+
+
+def test_visual_tokens_stay_words_while_the_language_model_teaches(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Also stopped half-way: the weights are those of one go."""
+    steps = {"grounding_steps": 30, "anchoring_steps": 30, "grounding_batch_size": 16}
+    paths = {"instructions": tiny.instructions, "cache": tiny.folder / "cache"}
+
+    def trained(name: str, weight: float, *stops: int) -> Path:
+        recipe = tiny_recipe(tiny.folder, tune=steps | {"grounding_kept": weight})
+        for stop in (*stops, None):
+            tune(recipe, out=tmp_path / name, run=tmp_path / f"{name}-run", max_steps=stop, **paths)
+        return tmp_path / name
+
+    def distance(folder: Path) -> float:
+        model = clover.load(folder)
+        data = load_feature_set(
+            tiny.instructions, needs="question", encoder=model.encoder, cache=tiny.folder / "cache"
+        )
+        before = GroundingObjective(model, data, anchor=0.2)
+        with torch.no_grad():
+            losses = before.losses(before.collate(range(len(data.records))))
+        return float(losses.sum / losses.count)
+
+    held, again = trained("held", 5.0), trained("again", 5.0, 7)
+    assert distance(held) < distance(trained("free", 0.0))
+    weights = [(folder / "bridge.safetensors").read_bytes() for folder in (held, again)]
+    assert weights[0] == weights[1]
+
+
+def test_nothing_can_be_kept_that_was_never_learnt() -> None:
+    with pytest.raises(CloverError, match=r"grounding_kept is 2\.0, but grounding_steps is 0"):
+        load_recipe("phantom", ("tune.grounding_kept=2", "tune.grounding_steps=0"))

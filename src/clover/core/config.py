@@ -33,7 +33,7 @@ _LATER = (
     ("qformer", "train_word_embedding"),
     *(("align", name) for name in ("ignore_duplicates", "gather", "gradient_chunk")),
     *(("tune", name) for name in ("grounding_spelling", "grounding_tokens", "worked_examples")),
-    *(("tune", name) for name in ("grounding_channels", "anchoring_repeat")),
+    *(("tune", name) for name in ("grounding_channels", "grounding_kept", "anchoring_repeat")),
     *(("evaluate", name) for name in ("turns", "word_pull")),
     *((stage, "keep_weights") for stage in ("align", "tune")),
 )
@@ -341,6 +341,9 @@ class TuneConfig(OptimizerConfig):
     """Share of the encoder's channels that such a step sees, other ones of each image, drawn anew
     each time; the rest stand at their mean over up to 256 training images. Against over-fitting,
     too: no answer can lean on few channels."""
+    grounding_kept: float = Field(0.0, ge=0)
+    """Weight that the anchoring steps' loss of an answer keeps in the steps through the language
+    model, beside the loss of each of the answer's tokens: what was learnt is not unlearnt."""
     worked_examples: int = Field(0, ge=0)
     """Training questions and answers shown to the language model, at `prompt.template`'s
     `{examples}`; one for each frequent answer is worth most."""
@@ -355,6 +358,11 @@ class TuneConfig(OptimizerConfig):
             raise ValueError(
                 f"grounding_questions {self.grounding_questions} does not divide "
                 f"grounding_batch_size {self.grounding_batch_size}"
+            )
+        if self.grounding_kept and not self.grounding_steps:
+            raise ValueError(
+                f"grounding_kept is {self.grounding_kept}, but grounding_steps is 0: nothing was "
+                "learnt that could be kept"
             )
         return self
 

@@ -195,16 +195,28 @@ class GroundingObjective:
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return the summed loss of the batch, averaged over places."""
         features = self._seen(batch.features) if self.module.training else batch.features
-        visual = self.model.visual_prefix(features, batch.questions).float()  # [B, Q, H]
-        target = self.targets(batch.answers).to(visual.device)
+        visual = self.model.visual_prefix(features, batch.questions)  # [B, Q, H]
+        count = torch.tensor(float(len(batch.answers)), device=visual.device)
+        return Losses(self.spelling_loss(visual, batch.answers), count)
+
+    def fits(self, answer: str) -> bool:
+        """Return whether visual tokens can spell an answer of the data."""
+        return answer in self._spelt
+
+    def spelling_loss(self, visual: Tensor, answers: Sequence[str]) -> Tensor:
+        """Return the summed loss of visual tokens [B, Q, H] and B answers that fit.
+
+        Cross-entropy, and with `anchor` the squared distance to the word, averaged over places.
+        """
+        visual = visual.float()
+        target = self.targets(answers).to(visual.device)
         loss = F.cross_entropy(
             self.words.scores(visual).flatten(0, 1), target.flatten(), reduction="none"
         )
         if self.anchor:
             distance = (visual - self.words.embeddings[target]).square().sum(dim=-1).flatten()
             loss = loss + self.anchor * distance
-        count = torch.tensor(float(len(batch.answers)), device=visual.device)
-        return Losses(loss.sum() / self.num_places, count)
+        return loss.sum() / self.num_places
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,12 +44,29 @@ def load_instructions(
     )
 
 
+@dataclass(frozen=True)
+class KeptSpelling:
+    """A loss of visual tokens that stands beside the language model's.
+
+    Attributes:
+        fits: Whether an answer has such a loss.
+        loss: Its sum over visual tokens [B, Q, H] and B answers that fit.
+        weight: Beside the loss of each of an answer's tokens.
+    """
+
+    fits: Callable[[str], bool]
+    loss: Callable[[Tensor, Sequence[str]], Tensor]
+    weight: float
+
+
 @dataclass
 class TuneObjective:
     """Cross-entropy of the answer's tokens under the frozen language model."""
 
     model: Clover
     data: FeatureSet
+    kept: KeptSpelling | None = None
+    """What was learnt before the language model was asked, and is still held to."""
     _sizes: Sequence[int] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -106,5 +123,14 @@ class TuneObjective:
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return summed loss and number of answer tokens."""
-        total, count = self.model.loss(batch.features, batch.questions, batch.answers)
+        if self.kept is None:
+            total, count = self.model.loss(batch.features, batch.questions, batch.answers)
+            return Losses(total, count)
+        visual = self.model.visual_prefix(batch.features, batch.questions)
+        total, count = self.model.language.loss(visual, batch.questions, batch.answers)
+        # A sum over rows beside one over tokens: however a batch is split, it adds up to the same.
+        rows = [row for row, answer in enumerate(batch.answers) if self.kept.fits(answer)]
+        if rows:
+            answers = [batch.answers[row] for row in rows]
+            total = total + self.kept.weight * self.kept.loss(visual[rows], answers)
         return Losses(total, count)

@@ -35,7 +35,7 @@ from clover.training.loop import TrainingJob, train
 from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
-from clover.tune.objective import TuneObjective
+from clover.tune.objective import KeptSpelling, TuneObjective
 from clover.tune.spelling import Spelling
 from clover.tune.validate import FIGURE, AnswerLoss
 from clover.vision.dataset import load_feature_set
@@ -276,6 +276,11 @@ def ground(objective: TuneObjective, job: TrainingJob) -> Words | None:
             grounding.group(config.anchoring_repeat)
         own = own.model_copy(update={"steps": config.anchoring_steps})
         train(grounding, replace(job, stage="anchor", config=own, max_steps=None))
+    if config.grounding_kept:
+        grounding.anchor = config.anchoring_weight
+        objective.kept = KeptSpelling(
+            grounding.fits, grounding.spelling_loss, config.grounding_kept
+        )
     return grounding.words
 
 
