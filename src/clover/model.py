@@ -51,7 +51,7 @@ from clover.vision.turned import TurnedEncoder, plain_encoder
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 _FAMILIAR = "familiarity.safetensors"
-_DETAILS = ("key", "data", "stage_1", "converted_from", "weights", "words")
+_DETAILS = ("key", "data", "stage_1", "converted_from", "weights", "words", "spellings")
 """Entries of `config.json` that a model keeps when it is saved again."""
 
 
@@ -547,7 +547,7 @@ def load(
     if (path / _FAMILIAR).exists():
         model.familiarity = Familiarity.load(path / _FAMILIAR)
     if recipe.evaluate.word_pull and "words" in kept:
-        model.words = Words.of(language, kept["words"], where.device)
+        model.words = Words.of(language, kept["words"], where.device, kept.get("spellings"))
     return model
 
 

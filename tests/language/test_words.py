@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,29 @@ def test_a_token_goes_its_share_of_the_way_to_the_word_it_points_at(
             torch.testing.assert_close(found[row, place], expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_with_spellings_all_places_go_to_the_words_of_the_likeliest_one(
+    words: Words, share: float
+) -> None:
+    spellings = torch.tensor([[0, 1, 4], [0, 2, 4], [3, 0, 4], [1, 4, 4]])
+    spelling = replace(words, spellings=spellings)
+    visual, differ = 0.3 * torch.randn(40, 3, 6), 0
+    found, alone = spelling.pulled(visual, share), words.pulled(visual, share)
+    for row in range(40):
+        chances = torch.stack([words.scores(visual)[row, place].softmax(0) for place in range(3)])
+        products = []
+        for one in spellings.tolist():
+            product = 1.0
+            for place, word in enumerate(one):
+                product *= float(chances[place, word])
+            products.append(product)
+        best = words.embeddings[spellings[products.index(max(products))]]
+        expected = visual[row] + share * (best - visual[row])
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-6)
+        differ += not torch.equal(found[row], alone[row])
+    assert differ > 5  # word by word, several of these are no answer
+
+
 def test_bfloat16_tokens_stay_bfloat16_and_are_scored_in_float32(words: Words) -> None:
     visual = torch.randn(2, 3, 6).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -73,6 +97,12 @@ def test_a_model_pulls_what_it_was_told_and_only_once_it_has_learnt(
     plain.save(tmp_path / "pulled")
     pulled = load(tmp_path / "pulled", precision="float32")
     assert pulled.words is not None and pulled.words.ids.tolist() == [4, 9, 12]
+    assert pulled.words.spellings is None, "a model from before spellings were stated"
+    plain.details["spellings"] = [[0, 1, 2, 2]]
+    plain.save(tmp_path / "spelt")
+    spelt = load(tmp_path / "spelt", precision="float32").words
+    assert spelt is not None and spelt.spellings is not None
+    assert spelt.spellings.tolist() == [[0, 1, 2, 2]]
     with torch.no_grad():
         before = plain.visual_prefix(features, QUESTIONS)
         after = pulled.visual_prefix(features, QUESTIONS)

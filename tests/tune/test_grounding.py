@@ -203,6 +203,8 @@ def test_grounding_spells_the_tissue_before_the_language_model_is_asked(
     model = load(first.model)
     grounding = GroundingObjective(model, objective(tiny).data)
     assert model.details["words"] == grounding.words.ids.tolist(), "what its tokens spell with"
+    spelt = {tuple(row) for row in model.details["spellings"]}
+    assert spelt == {tuple(grounding.targets([answer])[0].tolist()) for answer in grounding._spelt}
     for tissue in TISSUES:
         with torch.no_grad():
             visual = model.visual_prefix(model.encode(tiny.image(tissue)), [QUESTION])

@@ -26,18 +26,28 @@ class Words:
         ids: Their tokens [V'].
         embeddings: As the language model reads them, float32 [V', H].
         mean: Of all the language model's words [H].
+        spellings: Each answer that was learnt as its words, by their places among these [A, Q];
+            None where words are taken one by one.
     """
 
     ids: Tensor
     embeddings: Tensor
     mean: Tensor
+    spellings: Tensor | None = None
 
     @classmethod
-    def of(cls, language: LanguageModel, ids: Sequence[int], device: torch.device) -> Words:
+    def of(
+        cls,
+        language: LanguageModel,
+        ids: Sequence[int],
+        device: torch.device,
+        spellings: Sequence[Sequence[int]] | None = None,
+    ) -> Words:
         """Look these token ids up."""
         tokens = torch.tensor(list(ids), dtype=torch.long, device=device)
         mean, _ = language.embedding_statistics()
-        return cls(tokens.cpu(), language.word_embeddings(tokens).float(), mean.to(device))
+        spelt = torch.tensor(spellings, dtype=torch.long, device=device) if spellings else None
+        return cls(tokens.cpu(), language.word_embeddings(tokens).float(), mean.to(device), spelt)
 
     def scores(self, visual: Tensor) -> Tensor:
         """Return how much visual tokens [B, Q, H] point at each word [B, Q, V'], float32.
@@ -48,11 +58,21 @@ class Words:
             return (visual.float() - self.mean) @ (self.embeddings - self.mean).t()
 
     def pulled(self, visual: Tensor, share: float) -> Tensor:
-        """Return visual tokens [B, Q, H] moved by this share of the way to the word they point at.
+        """Return visual tokens [B, Q, H] moved by this share of the way to the words they point at.
+
+        Those of the likeliest spelling of all their places together: word by word, an image
+        between two answers would be read as words of both, an answer that nobody ever gave.
 
         Args:
             visual: What the bridge gives.
-            share: 0 leaves them where they are, 1 puts the word itself in their place.
+            share: 0 leaves them where they are, 1 puts the words themselves in their place.
         """
-        nearest = self.embeddings[self.scores(visual).argmax(dim=-1)]  # [B, Q, H]
+        scores = self.scores(visual)  # [B, Q, V']
+        if self.spellings is None:
+            places = scores.argmax(dim=-1)
+        else:
+            columns = self.spellings.t().expand(len(scores), -1, -1)  # [B, Q, A]
+            likely = scores.log_softmax(dim=-1).gather(2, columns).sum(dim=1)  # [B, A]
+            places = self.spellings[likely.argmax(dim=1)]
+        nearest = self.embeddings[places]  # [B, Q, H]
         return torch.lerp(visual.float(), nearest, share).to(visual.dtype)

@@ -45,6 +45,8 @@ _RIDGE = 1e-4
 """Of the refit, per row: hidden rows have about unit variance."""
 _REFIT_ROWS = 16_384
 """Query rows that are enough to fit the projection on."""
+_MOST_SPELLINGS = 10_000
+"""Different answers that a model folder lists; of more, each word stands for itself."""
 _MEAN_OF = 256
 """Records whose images are enough for the channels' means."""
 
@@ -111,10 +113,22 @@ class GroundingObjective:
         self._asked.answers.clear()  # long ones are many; those that fit are in `_spelt`
         used = sorted({self._filler}.union(*self._spelt.values()))
         self._column = {token: place for place, token in enumerate(used)}
-        self.words = Words.of(self.model.language, used, self.model.device.device)
+        self.words = Words.of(
+            self.model.language, used, self.model.device.device, self._spellings()
+        )
         self.group(self.repeat)
         if self.channels_seen < 1:
             self._channel_means = self._mean_over_images()
+
+    def _spellings(self) -> list[list[int]] | None:
+        """Return each different answer as places of its words [A, Q]; None of too many."""
+        filler = self._column[self._filler]
+        rows = {
+            tuple(self._column[token] for token in spelt)
+            + (filler,) * (self.num_places - len(spelt))
+            for spelt in self._spelt.values()
+        }
+        return [list(row) for row in sorted(rows)] if 0 < len(rows) <= _MOST_SPELLINGS else None
 
     def group(self, repeat: int) -> None:
         """Put questions about one image into groups, rare ones up to `repeat` times."""

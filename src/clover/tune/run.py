@@ -144,7 +144,7 @@ def tune(
                 "key": key,
                 "data": {"instructions_sha256": files[_DATA], "summary": data.summary()},
                 "stage_1": files[_STAGE_1],
-                **({"words": spelt.ids.tolist()} if spelt is not None else {}),
+                **(_spelling(spelt) if spelt is not None else {}),
             }
             if is_finished and is_first:
                 model.familiarity = describe(data)
@@ -162,6 +162,15 @@ def tune(
         _clear(folder)
     processes.wait_for_all()
     return TuneResult(out, data.summary(), is_finished, _said(out, run) if is_finished else None)
+
+
+def _spelling(words: Words) -> dict[str, Any]:
+    """Return what a model folder states of the words its visual tokens are."""
+    spellings = words.spellings
+    return {
+        "words": words.ids.tolist(),
+        **({"spellings": spellings.tolist()} if spellings is not None else {}),
+    }
 
 
 def _beside(run: Path, which: Kept) -> Path:

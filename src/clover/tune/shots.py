@@ -394,7 +394,9 @@ def _save(model: Clover, taught: Taught, folder: Path) -> None:
     key = fingerprint([model.details.get("key"), "few-shot"])
     # Its answers may be spelt in words the model never knew: nothing pulls it to the old ones. It
     # was measured on images read once, and so it answers.
-    kept = {name: value for name, value in model.details.items() if name != "words"}
+    kept = {
+        name: value for name, value in model.details.items() if name not in ("words", "spellings")
+    }
     model.details = {**kept, "key": key}
     reads = model.recipe.evaluate.model_copy(update={"turns": 1, "word_pull": 0.0})
     model.recipe = model.recipe.model_copy(update={"evaluate": reads})
