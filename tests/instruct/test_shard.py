@@ -305,7 +305,9 @@ def test_a_ray_that_is_not_there_is_one_line(
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with Running(Endpoint()) as endpoint:
         source, chosen = captions(tmp_path / "c.jsonl", 5), settings(endpoint)
-        with pytest.raises(CloverError, match=r"no Ray at head:6379 \(Could not find .*\); set"):
+        with pytest.raises(
+            CloverError, match=r"no Ray at head:6379 \(Could not find .*\); check RAY_ADDRESS"
+        ):
             generate_in_shards(
                 source, out=tmp_path / "o", settings=chosen, workers=2, runner=run_under_ray
             )

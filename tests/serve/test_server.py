@@ -380,6 +380,8 @@ def test_models_of_unlike_precision_are_refused_in_one_line_and_served_in_one_fo
     )
     with running(*models, "--precision", "float32") as server:
         assert "other: tiny/patches, bridge of" in server.banner
+        listed = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none").models.list()
+        assert "other" in [model.id for model in listed]
 
 
 @pytest.mark.parametrize(("is_fast", "refusal"), [(True, "auto (bfloat16 here)"), (False, None)])
