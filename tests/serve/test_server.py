@@ -384,6 +384,32 @@ def test_models_of_unlike_precision_are_refused_in_one_line_and_served_in_one_fo
         assert "other" in [model.id for model in listed]
 
 
+EARLY = """
+import os, signal, sys
+import uvicorn
+from clover.cli import main
+run = uvicorn.Server.run
+def early(self, *given, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return run(self, *given, **named)
+uvicorn.Server.run = early
+main(sys.argv[1:])
+"""
+
+
+def test_a_signal_before_the_server_listens_for_it_is_obeyed(parts: tuple[Tiny, Path]) -> None:
+    command = [sys.executable, "-c", EARLY, "serve", str(parts[1]), "--port", "0"]
+    ended = subprocess.run(
+        [*command, "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,  # no verdict on speed: unheard, it would serve for ever
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("stopped\n")
+
+
 @pytest.mark.parametrize(("is_fast", "refusal"), [(True, "auto (bfloat16 here)"), (False, None)])
 def test_auto_is_the_format_it_means_here(
     parts: tuple[Tiny, Path], monkeypatch: pytest.MonkeyPatch, is_fast: bool, refusal: str | None

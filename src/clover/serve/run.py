@@ -70,9 +70,10 @@ def run(
         server = build_server(app, settings)
         for line in describe(engine, settings, listener.getsockname()[1]):
             write(line)
-        # uvicorn raises the signal again once it has drained; it has been obeyed by then.
+        # What comes before uvicorn listens for signals is obeyed as soon as it does; and it raises
+        # them again once it has drained, when they have been obeyed.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
         write("stopped")
     finally:
