@@ -34,7 +34,8 @@ _LOGIT_ROWS = 1024
 _PASS_TOKENS_CPU, _PASS_TOKENS_DEVICE = 32, 2048
 """What one more forward pass costs, in tokens of padding it may save."""
 _NO_SECOND_PASS = 1 << 40
-"""Where processes compute each pass together, each must make as many as the others: one a batch."""
+"""One pass a batch: where processes compute each together and must make as many as the others, and
+where rows are packed, since nothing is padded."""
 _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 _KEPT_PREFIXES = 4

@@ -40,6 +40,10 @@ class SharedPrefix:
         """How many tokens stand before every row, P."""
         return int(self.keys[0].shape[1])
 
+    def layer(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, each `[K, P, d]`."""
+        return self.keys[index].to(dtype), self.values[index].to(dtype)
+
     @classmethod
     def from_cache(cls, cache: Any) -> SharedPrefix:
         """Take what a transformers cache of one row holds."""
@@ -116,10 +120,7 @@ def attend(
     prefix, rows = _ACTIVE.get(), active_rows()
     if rows is not None:
         assert attention_mask is None, "packed rows have masks of their own"
-        before = None
-        if prefix is not None:
-            pair = (prefix.keys[module.layer_idx], prefix.values[module.layer_idx])
-            before = (pair[0].to(query.dtype), pair[1].to(query.dtype))
+        before = None if prefix is None else prefix.layer(module.layer_idx, query.dtype)
         return attend_packed(query, key, value, rows=rows, before=before, scale=scaling), None
     if prefix is None and _is_slow_in_torch(query):
         dropout = other.get("dropout", 0.0)
@@ -131,8 +132,7 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, **other
         )
         return output, None
-    before_keys = prefix.keys[module.layer_idx].to(query.dtype)  # [K, P, d]
-    before_values = prefix.values[module.layer_idx].to(query.dtype)
+    before_keys, before_values = prefix.layer(module.layer_idx, query.dtype)  # [K, P, d]
     batch, heads, length, width = query.shape
     groups = before_keys.shape[0]
     queries = heads // groups * length

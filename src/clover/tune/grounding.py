@@ -122,13 +122,14 @@ class GroundingObjective:
 
     def _spellings(self) -> list[list[int]] | None:
         """Return each different answer as places of its words [A, Q]; None of too many."""
-        filler = self._column[self._filler]
-        rows = {
-            tuple(self._column[token] for token in spelt)
-            + (filler,) * (self.num_places - len(spelt))
-            for spelt in self._spelt.values()
-        }
+        rows = {tuple(self._places(answer)) for answer in self._spelt}
         return [list(row) for row in sorted(rows)] if 0 < len(rows) <= _MOST_SPELLINGS else None
+
+    def _places(self, answer: str) -> list[int]:
+        """Return the row in `words` of each visual token [Q]: the answer's tokens, then fillers."""
+        spelt = self._spelt[answer]
+        fillers = [self._filler] * (self.num_places - len(spelt))
+        return [self._column[token] for token in (*spelt, *fillers)]
 
     def group(self, repeat: int) -> None:
         """Put questions about one image into groups, rare ones up to `repeat` times."""
@@ -182,11 +183,7 @@ class GroundingObjective:
 
     def targets(self, answers: Sequence[str]) -> Tensor:
         """Return each place's row in `words` [B, Q]: the answer's tokens, then fillers."""
-        columns = torch.full((len(answers), self.num_places), self._column[self._filler])
-        for row, answer in enumerate(answers):
-            spelt = [self._column[token] for token in self._spelt[answer]]
-            columns[row, : len(spelt)] = torch.tensor(spelt, dtype=torch.long)
-        return columns
+        return torch.tensor([self._places(answer) for answer in answers], dtype=torch.long)
 
     def _mean_over_images(self) -> Tensor:
         """Return the mean of each channel [E] over the tokens of some training images."""

@@ -58,6 +58,16 @@ class KeptSpelling:
     loss: Callable[[Tensor, Sequence[str]], Tensor]
     weight: float
 
+    def of(self, visual: Tensor, answers: Sequence[str]) -> Tensor:
+        """Return the weighted loss of visual tokens [B, Q, H] and B answers, 0 of none that fits.
+
+        A sum over rows beside one over tokens: however a batch is split, it adds up to the same.
+        """
+        rows = [row for row, answer in enumerate(answers) if self.fits(answer)]
+        if not rows:
+            return visual.new_zeros(())
+        return self.weight * self.loss(visual[rows], [answers[row] for row in rows])
+
 
 @dataclass
 class TuneObjective:
@@ -123,14 +133,8 @@ class TuneObjective:
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return summed loss and number of answer tokens."""
-        if self.kept is None:
-            total, count = self.model.loss(batch.features, batch.questions, batch.answers)
-            return Losses(total, count)
         visual = self.model.visual_prefix(batch.features, batch.questions)
         total, count = self.model.language.loss(visual, batch.questions, batch.answers)
-        # A sum over rows beside one over tokens: however a batch is split, it adds up to the same.
-        rows = [row for row, answer in enumerate(batch.answers) if self.kept.fits(answer)]
-        if rows:
-            answers = [batch.answers[row] for row in rows]
-            total = total + self.kept.weight * self.kept.loss(visual[rows], answers)
+        if self.kept is not None:
+            total = total + self.kept.of(visual, batch.answers)
         return Losses(total, count)
