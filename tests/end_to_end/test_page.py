@@ -192,6 +192,18 @@ def test_the_answer_is_the_one_that_clover_ask_gives(
     assert told == answer
 
 
+def test_a_hand_quicker_than_the_server_opens_a_slide_too(page: Any, server: str) -> None:
+    held: list[Any] = []
+    page.route("**/talk/setup", held.append)
+    page.reload(wait_until="domcontentloaded")
+    page.click("#open")
+    page.wait_for_selector("#chooser[open]")
+    assert page.is_hidden("#message") and page.locator("#slides button").count() == 0
+    held[0].continue_()
+    page.wait_for_selector(f"#slides button:has-text('{SLIDE}')")
+    assert page.is_hidden("#message")
+
+
 def test_everything_goes_by_keyboard(page: Any) -> None:
     page.focus("#open")
     page.keyboard.press("Enter")

@@ -9,9 +9,11 @@ The first process writes files and speaks; the others compute, and read.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache, wraps
@@ -37,6 +39,7 @@ A process that dies is noticed at once, one that hangs or is cut off after this.
 _BUCKET = 8 * 2**20
 """Numbers that are summed in one message: large enough for bandwidth, small beside the model."""
 _FAILED = "clover/failed"
+_LINGER_S = 3.0
 _joins = count()
 
 
@@ -95,6 +98,8 @@ def joined(device: str) -> Iterator[None]:
             world_size=num_started(),
             timeout=timedelta(seconds=_patience_s()),
         )
+        # One that fails and leaves while another still connects would be a network error there.
+        dist.monitored_barrier(timeout=timedelta(seconds=_patience_s()))
     try:
         yield
     except BaseException as error:
@@ -180,10 +185,20 @@ def _meeting() -> Iterator[None]:
 
 
 def _is_first_to_fail(store: Any) -> bool:
+    if is_first():  # it holds the store: were it gone at once, others would find nobody to ask
+        atexit.register(_linger, store)
     try:
         return bool(store.add(_FAILED, 1) == 1)
     except RuntimeError:  # whoever held the store is gone
         return True
+
+
+def _linger(store: Any) -> None:
+    """Stay, after the message is out, until all others have failed too; one may be dead."""
+    end = time.monotonic() + _LINGER_S
+    with contextlib.suppress(RuntimeError):
+        while store.add(_FAILED, 0) < num_started() and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 def _exit_code(error: BaseException) -> int:

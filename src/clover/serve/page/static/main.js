@@ -73,6 +73,7 @@ async function openSlide(name) {
 
 async function openImage(file) {
   if (at("chooser").open) at("chooser").close();
+  await ready;
   let image;
   try {
     image = await createImageBitmap(file);
@@ -92,6 +93,7 @@ async function openImage(file) {
 }
 
 async function listSlides() {
+  await ready;
   at("slides-part").hidden = !state.setup.has_slides;
   at("no-slides").hidden = state.setup.has_slides;
   if (!state.setup.has_slides) return;
@@ -426,13 +428,19 @@ function connect() {
   }));
 }
 
-const start = guarded(async () => {
-  connect();
+async function setUp() {
   state.setup = await getJson("talk/setup");
   fillSetup();
   show();
+}
+
+const start = guarded(async () => {
+  await ready;
   const named = decodeURIComponent(location.hash.slice(1));
   if (named && state.setup.has_slides) await openSlide(named);
 });
 
+connect();
+// A quick hand opens something before the server has said what it serves.
+const ready = setUp();
 start();
