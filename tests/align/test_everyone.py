@@ -105,7 +105,8 @@ def test_two_processes_of_four_pairs_are_one_of_eight(
         assert abs(float(value - loss)) <= 1e-5
         assert gradients.keys() == alone.keys()
         for name, wanted in alone.items():
-            torch.testing.assert_close(gradients[name], wanted, atol=1e-5, rtol=0, msg=name)
+            # The temperature's gradient is about 20: a digit more than the others' to round.
+            torch.testing.assert_close(gradients[name], wanted, atol=1e-5, rtol=1e-6, msg=name)
 
 
 def test_detaching_and_ignoring_duplicates_change_the_gradient() -> None:

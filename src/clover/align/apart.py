@@ -1,9 +1,9 @@
 """The losses of a step whose largest graphs are never held together.
 
-Matching runs three pairs for each one of the batch, two thirds of a step's activations. It shares
-nothing with contrast and caption but the image keys and the weights, and its loss is a mean over
-pairs: its two passes are taken first, each forward and backward before the next begins. Then
-contrast and caption go backward, and last the image projections, with the sum of all passes'
+Contrast and caption share the queries' pass and go backward first. Matching runs three pairs for
+each one of the batch, two thirds of a step's activations. It shares nothing with them but the image
+keys and the weights, and its loss is a mean over pairs: they follow a third at a time, each forward
+and backward before the next begins. Last come the image projections, with the sum of all passes'
 gradients of their keys. Sums of gradients are what autograd makes of one backward, in another
 order.
 """
@@ -20,8 +20,8 @@ from clover.align.losses import (
     AlignmentLosses,
     Everyone,
     compare,
-    other_image_logits,
-    own_image_logits,
+    matching_thirds,
+    pair_logits,
 )
 from clover.align.match import Negatives, matching_share
 from clover.core.number_format import without_autocast
@@ -73,32 +73,32 @@ def backward_apart(
         ignore_duplicates=ignore_duplicates,
     )
     parts: dict[str, Tensor] = {}
+    if "match" in which and negatives is None:
+        negatives = compared.negatives()
     if "contrast" in which:
         parts["contrast"] = compared.contrast(label_smoothing)
-    if "match" in which:
-        if negatives is None:
-            negatives = compared.negatives()
-        parts["match"] = torch.zeros((), device=features.device)
-        is_own = torch.arange(2 * len(features), device=features.device) % 2 == 0
-        for logits_of, is_match in (
-            (own_image_logits, is_own),
-            (other_image_logits, torch.zeros_like(is_own[::2])),
-        ):
-            logits = logits_of(bridge, keys, text, negatives, everyone)
-            share = matching_share(logits, is_match, pairs=3 * len(features))
-            _backward(share * scale)
-            parts["match"] += share.detach()
-            del logits, share
     if "caption" in which:
         parts["caption"] = compared.caption(
             bridge, text, decode_start=decode_start, label_smoothing=label_smoothing
         )
-    rest = [parts[name] for name in ("contrast", "caption") if name in parts]
-    if rest:
-        _backward(torch.stack(rest).sum() * scale)
+    if parts:
+        _backward(torch.stack(list(parts.values())).sum() * scale)
+    found = {name: part.detach() for name, part in parts.items()}
+    similar = compared.similar.detach()
+    del compared, parts
+    if "match" in which:
+        assert negatives is not None, "drawn above"
+        found["match"] = torch.zeros((), device=features.device)
+        is_own = torch.ones(len(features), dtype=torch.bool, device=features.device)
+        thirds = matching_thirds(bridge, keys, text, negatives, everyone)
+        for place, third in enumerate(thirds):
+            logits = pair_logits(bridge, *third)
+            share = matching_share(logits, is_own if place == 0 else ~is_own, pairs=3 * len(is_own))
+            _backward(share * scale)
+            found["match"] += share.detach()
+            del third, logits, share
     _backward_into(projected, keys)
-    found = {name: parts[name].detach() for name in ALL_LOSSES if name in parts}
-    return AlignmentLosses(found, compared.similar)
+    return AlignmentLosses({name: found[name] for name in ALL_LOSSES if name in found}, similar)
 
 
 def _leaf(value: Tensor) -> Tensor:

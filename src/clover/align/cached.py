@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clover.align.caption import caption_inputs, caption_loss
-from clover.align.contrast import Similarity, contrastive_loss, same_caption, similarity
+from clover.align.contrast import contrastive_loss, same_caption, similarity
 from clover.align.losses import ALL_LOSSES, AlignmentLosses, Everyone, match_logits
 from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.core.errors import CloverError
@@ -77,7 +77,7 @@ def backward_in_chunks(
         contrast = contrastive_loss(similar, label_smoothing=label_smoothing, ignored=ignored)
         (contrast * scale).backward()  # type: ignore[no-untyped-call]
         losses["contrast"] = contrast.detach()
-    similar = Similarity(similar.image_to_text.detach(), similar.text_to_image.detach())
+    similar = similar.detach()
     if "match" in which and negatives is None:
         negatives = sample_negatives(similar, ignored=ignored)
     onward = _random_state(features.device)

@@ -20,6 +20,10 @@ class Similarity:
     image_to_text: Tensor
     text_to_image: Tensor
 
+    def detach(self) -> Similarity:
+        """Return the numbers without their graph."""
+        return Similarity(self.image_to_text.detach(), self.text_to_image.detach())
+
 
 def similarity(
     image: Tensor,

@@ -9,7 +9,7 @@ all N texts and every text with all N images: loss and gradient of the one batch
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -202,42 +202,32 @@ def match_logits(
     everyone: Everyone | None = None,
 ) -> Tensor:
     """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text)."""
-    same = own_image_logits(bridge, image, text, negatives, everyone)
-    other = other_image_logits(bridge, image, text, negatives, everyone)
-    return torch.cat([same[0::2], other, same[1::2]])
+    thirds = matching_thirds(bridge, image, text, negatives, everyone)
+    return torch.cat([pair_logits(bridge, *third) for third in thirds])
 
 
-def own_image_logits(
+def matching_thirds(
     bridge: Bridge,
     image: ImageKeys,
     text: Tokens,
     negatives: Negatives,
     everyone: Everyone | None = None,
-) -> Tensor:
-    """Return matching logits [2B, 2] of each image with its own text, then with its negative."""
-    texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
-    own = torch.arange(len(text.ids), device=text.ids.device) + offset
-    # An image's two texts stand together and ask the same keys, which are never copied.
-    rows = torch.stack([own, negatives.text_for_image], dim=1).flatten()
-    hidden = bridge.qformer.encode_pair(image, texts.ids[rows], texts.mask[rows], queries_only=True)
-    return bridge.alignment.match(hidden)
-
-
-def other_image_logits(
-    bridge: Bridge,
-    image: ImageKeys,
-    text: Tokens,
-    negatives: Negatives,
-    everyone: Everyone | None = None,
-) -> Tensor:
-    """Return matching logits [B, 2] of each text with its negative image.
+) -> Iterator[tuple[ImageKeys, Tokens]]:
+    """Yield B pairs at a time: (own, own), (negative image, own), (own, negative text).
 
     Where `everyone` is given, a negative image comes as the encoder's tokens and is projected here:
     at the published size its keys have six times the bytes, and gradients that would be sent back.
     """
+    yield image, text
     if everyone is None:
-        image = image.select(negatives.image_for_text)
+        yield image.select(negatives.image_for_text), text
     else:
-        image = bridge.read_image(everyone.features[negatives.image_for_text])
+        yield bridge.read_image(everyone.features[negatives.image_for_text]), text
+    texts, rows = text if everyone is None else everyone.text, negatives.text_for_image
+    yield image, Tokens(texts.ids[rows], texts.mask[rows])
+
+
+def pair_logits(bridge: Bridge, image: ImageKeys, text: Tokens) -> Tensor:
+    """Return matching logits [B, 2] of B images and B texts that are read together."""
     hidden = bridge.qformer.encode_pair(image, text.ids, text.mask, queries_only=True)
     return bridge.alignment.match(hidden)
