@@ -111,6 +111,25 @@ def test_a_second_load_reads_the_cache_and_not_the_gguf(
     assert not list(first.parent.glob(".partial-*"))
 
 
+def test_what_was_made_of_a_gguf_file_other_users_read_too(
+    tmp_path: Path, clover_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama())
+    before = os.umask(0o022)
+    try:
+        folder = dequantise.dequantised_folder(path)
+    finally:
+        os.umask(before)
+    modes = {file.name: oct(file.stat().st_mode & 0o777) for file in folder.iterdir()}
+    assert set(modes.values()) == {"0o644"}, modes
+    assert folder.stat().st_mode & 0o777 == 0o755
+    # A folder of an older version, which the server's user may not read. (The tests may be root.)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CloverError, match=r"model\.safetensors is its owner's alone; .*chmod a\+r"):
+        load_language_model(LanguageConfig(weights=str(path), licence="MIT"), PromptConfig())
+
+
 def test_a_changed_gguf_file_is_never_a_wrong_hit(tmp_path: Path, clover_home: Path) -> None:
     path = tmp_path / "tiny.gguf"
     language = tiny_llama()

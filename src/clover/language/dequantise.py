@@ -19,7 +19,7 @@ import yaml
 
 from clover.core.assets import home
 from clover.core.errors import CloverError
-from clover.core.files import sha256_file, write_json
+from clover.core.files import atomic_path, sha256_file, write_json
 
 _NAMES = Path(__file__).with_name("gguf_names.yaml")
 _FORM = "1"
@@ -39,7 +39,7 @@ def dequantised_folder(path: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
         _write_folder(path, partial)
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # others of a server's users read it too
         try:
             partial.replace(folder)
         except OSError:
@@ -91,7 +91,9 @@ def _write_folder(path: Path, folder: Path) -> None:
     config = _config(fields, kind)
     tensors = _tensors(reader, tables[kind], config)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # Not straight into the folder: safetensors makes files that their owner alone may read.
+    with atomic_path(folder / "model.safetensors") as whole:
+        save_file(tensors, whole, metadata={"format": "pt"})
     _save_tokenizer(fields, folder, is_digits_apart=_pre(fields) in tables["digits_apart"])
     write_json(folder / "config.json", config)
 

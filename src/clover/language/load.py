@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,6 +146,9 @@ def _load_model(
     if is_pair and getattr(shape, "dense_act_fn", None) == "gelu_new":
         # SPEC 4.1: the published system runs T5 with the exact GELU, not the checkpoint's tanh one.
         shape.dense_act_fn = "gelu"
+    for weights in folder.glob("*.safetensors"):
+        if not os.access(weights, os.R_OK):  # safetensors would say that it is not there
+            raise CloverError(f"{weights} is its owner's alone; the owner may write: chmod a+r")
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
     more: dict[str, Any] = {}
     if config.quantise.startswith("bnb"):
