@@ -194,7 +194,7 @@ def test_the_answer_is_the_one_that_clover_ask_gives(
 
 def test_a_hand_quicker_than_the_server_opens_a_slide_too(page: Any, server: str) -> None:
     held: list[Any] = []
-    page.route("**/talk/setup", held.append)
+    page.route("**/talk/setup", lambda route: held.append(route))
     page.reload(wait_until="domcontentloaded")
     page.click("#open")
     page.wait_for_selector("#chooser[open]")
