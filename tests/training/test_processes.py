@@ -297,6 +297,34 @@ def test_what_runs_in_one_process_refuses_several_with_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_that_fails_late_still_finds_who_failed_first(tmp_path: Path) -> None:
+    # The first process holds the store that the second asks; it would have been gone by then.
+    late = """
+import sys, time
+from clover.core.errors import CloverError
+from clover.training.processes import joined, rank
+try:
+    with joined("cpu"):
+        time.sleep(1.5 * rank())
+        raise CloverError("clover: no")
+except CloverError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+    port = free_port()
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", late],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment(rank, 2, port), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert said_by(running) == ["clover: no"]
+    assert [process.returncode for process in running] == [2, 2]
+
+
 def test_an_environment_that_names_no_others_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
