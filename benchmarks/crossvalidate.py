@@ -39,6 +39,11 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def group_of(row: Row) -> str:
+    """Return what must not lie on both sides: the group, or the image where none is named."""
+    return str(row.get("group") or row["image"])
+
+
 def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Row]]]:
     """Yield each fold's records: captions and questions to learn from, and the test."""
     kinds = {"captions": "captions", "questions": "vqa"}
@@ -49,7 +54,11 @@ def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Row]
     ]
     if not asked:
         raise click.ClickException(f"no record of {data} asks '{question}'")
-    groups = sorted({row["group"] for row in asked})
+    if any(row.get("answer", "").lower() in ("yes", "no") for row in asked):
+        raise click.ClickException(f"'{question}' is a yes/no question; this scores exact answers")
+    groups = sorted({group_of(row) for row in asked})
+    if count > len(groups):
+        raise click.ClickException(f"--folds {count}: there are {len(groups)} groups")
     wanted = set(groups)
     random.Random(0).shuffle(groups)
     for fold in range(count):
@@ -58,12 +67,12 @@ def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Row]
             **{
                 name: [
                     row
-                    for row in [*train[name], *(r for r in held_out[name] if r["group"] in wanted)]
-                    if row["group"] not in held
+                    for row in [*train[name], *(r for r in held_out[name] if group_of(r) in wanted)]
+                    if group_of(row) not in held
                 ]
                 for name in kinds
             },
-            "test": [row for row in asked if row["group"] in held],
+            "test": [row for row in asked if group_of(row) in held],
         }
 
 
@@ -84,7 +93,7 @@ def train_and_answer(folder: Path, options: dict[str, list[str]]) -> None:
 def collect(folders: list[Path], name: str, out: Path) -> None:
     """Write the answers of all folds as one file, whose intervals draw whole groups."""
     rows = [
-        {**row, "image": row["group"]}
+        {**row, "image": group_of(row)}
         for folder in folders
         for row in read(folder / "evaluation" / f"{name}.jsonl")
         if "header" not in row
@@ -105,13 +114,15 @@ def exact(out: Path, peer: str) -> tuple[Row, Row]:
 @click.option("--question", required=True, help="The question, as the records word it.")
 @click.option("--recipe", default="histology", show_default=True)
 @click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE")
-@click.option("--folds", "count", default=5, show_default=True)
+@click.option("--folds", "count", type=click.IntRange(2), default=5, show_default=True)
 @click.option("--into", type=click.Path(path_type=Path), required=True)
 def main(
     data: Path, question: str, recipe: str, changes: tuple[str, ...], count: int, into: Path
 ) -> None:
     """Print the share of exact answers, ours beside the probe's and the colours'."""
     changed = [part for change in changes for part in ("--set", change)]
+    if Path(recipe).is_file():  # the commands run in a fold's own folder
+        recipe = str(Path(recipe).resolve())
     options = {
         "recipe": ["--recipe", recipe, *changed],
         "there": [

@@ -126,7 +126,9 @@ def test_what_was_made_of_a_gguf_file_other_users_read_too(
     assert folder.stat().st_mode & 0o777 == 0o755
     # A folder of an older version, which the server's user may not read. (The tests may be root.)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(CloverError, match=r"model\.safetensors is its owner's alone; .*chmod a\+r"):
+    with pytest.raises(
+        CloverError, match=r"model\.safetensors cannot be read by this user; .*chmod a\+r"
+    ):
         load_language_model(LanguageConfig(weights=str(path), licence="MIT"), PromptConfig())
 
 

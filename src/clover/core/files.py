@@ -49,7 +49,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield partial
         # A file of one's own is private; give it what a plain open() would have given.
-        partial.chmod(0o666 & ~_umask())
+        partial.chmod(0o666 & ~umask())
         partial.replace(target)
         is_whole = True
     except CloverError:
@@ -196,7 +196,8 @@ def disk_error(error: BaseException) -> str | None:
     return None
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return what new files and folders are not given; asking sets it, so it is set back."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

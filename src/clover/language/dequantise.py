@@ -19,7 +19,7 @@ import yaml
 
 from clover.core.assets import home
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, sha256_file, write_json
+from clover.core.files import atomic_path, sha256_file, umask, write_json
 
 _NAMES = Path(__file__).with_name("gguf_names.yaml")
 _FORM = "1"
@@ -39,7 +39,8 @@ def dequantised_folder(path: Path) -> Path:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
         _write_folder(path, partial)
-        partial.chmod(0o755)  # others of a server's users read it too
+        # As any new folder: a server's user is mostly another one.
+        partial.chmod(0o777 & ~umask())
         try:
             partial.replace(folder)
         except OSError:

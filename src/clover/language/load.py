@@ -147,8 +147,11 @@ def _load_model(
         # SPEC 4.1: the published system runs T5 with the exact GELU, not the checkpoint's tanh one.
         shape.dense_act_fn = "gelu"
     for weights in folder.glob("*.safetensors"):
-        if not os.access(weights, os.R_OK):  # safetensors would say that it is not there
-            raise CloverError(f"{weights} is its owner's alone; the owner may write: chmod a+r")
+        # safetensors would say that it is not there.
+        if weights.exists() and not os.access(weights, os.R_OK):
+            raise CloverError(
+                f"{weights} cannot be read by this user; its owner may write: chmod a+r"
+            )
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
     more: dict[str, Any] = {}
     if config.quantise.startswith("bnb"):

@@ -74,7 +74,8 @@ def joined(device: str) -> Iterator[None]:
     """Let the processes that were started together know each other inside the block.
 
     Of several that fail, for one reason or because one of them did, the first to notice says so;
-    the others leave with the same exit code and say nothing.
+    the others leave with the same exit code and say nothing. Without torchrun, one that notices
+    only after some seconds may find nobody to ask, and says so too.
 
     Args:
         device: The recipe's; on GPUs each process takes the one of its local rank.
@@ -98,14 +99,17 @@ def joined(device: str) -> Iterator[None]:
             world_size=num_started(),
             timeout=timedelta(seconds=_patience_s()),
         )
-        # One that fails and leaves while another still connects would be a network error there.
-        dist.monitored_barrier(timeout=timedelta(seconds=_patience_s()))
     try:
+        # One that fails and leaves while another still connects would be a network error there.
+        with _meeting():
+            dist.all_reduce(torch.zeros(1))
         yield
     except BaseException as error:
         is_speaker = _is_first_to_fail(store)
         if not is_on_gpu:  # NCCL would wait for messages that never come
             _leave()
+            if is_first():  # it holds the store, which the others will ask
+                atexit.register(_linger, store)
         if not is_speaker:
             sys.exit(_exit_code(error))
         raise
@@ -185,8 +189,6 @@ def _meeting() -> Iterator[None]:
 
 
 def _is_first_to_fail(store: Any) -> bool:
-    if is_first():  # it holds the store: were it gone at once, others would find nobody to ask
-        atexit.register(_linger, store)
     try:
         return bool(store.add(_FAILED, 1) == 1)
     except RuntimeError:  # whoever held the store is gone
@@ -194,7 +196,12 @@ def _is_first_to_fail(store: Any) -> bool:
 
 
 def _linger(store: Any) -> None:
-    """Stay, after the message is out, until all others have failed too; one may be dead."""
+    """Stay, after the message is out, until all others have failed too; one may be dead.
+
+    torchrun's own store outlives all of them.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
     end = time.monotonic() + _LINGER_S
     with contextlib.suppress(RuntimeError):
         while store.add(_FAILED, 0) < num_started() and time.monotonic() < end:

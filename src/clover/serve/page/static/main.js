@@ -73,7 +73,7 @@ async function openSlide(name) {
 
 async function openImage(file) {
   if (at("chooser").open) at("chooser").close();
-  await ready;
+  await ready();
   let image;
   try {
     image = await createImageBitmap(file);
@@ -93,7 +93,7 @@ async function openImage(file) {
 }
 
 async function listSlides() {
-  await ready;
+  await ready();
   at("slides-part").hidden = !state.setup.has_slides;
   at("no-slides").hidden = state.setup.has_slides;
   if (!state.setup.has_slides) return;
@@ -434,13 +434,19 @@ async function setUp() {
   show();
 }
 
+// A quick hand opens something before the server has said what it serves; and a server that did not
+// answer is asked again.
+let asked = null;
+function ready() {
+  asked ??= setUp().catch((error) => { asked = null; throw error; });
+  return asked;
+}
+
 const start = guarded(async () => {
-  await ready;
+  await ready();
   const named = decodeURIComponent(location.hash.slice(1));
   if (named && state.setup.has_slides) await openSlide(named);
 });
 
 connect();
-// A quick hand opens something before the server has said what it serves.
-const ready = setUp();
 start();
