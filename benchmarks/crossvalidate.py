@@ -16,134 +16,129 @@ it was stopped.
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
 from benchmarks.figure import print_figure
+from clover.align.run import align
+from clover.core.config import Recipe, load_recipe
 from clover.core.files import write_jsonl
+from clover.core.record import Record, read_records, write_records
+from clover.evaluate.item import Problems, read_rows
+from clover.evaluate.run import evaluate_folder
+from clover.evaluate.score import compare_files, read_sheet, score_sheet
+from clover.tune.run import tune
 
-Row = dict[str, Any]
 OURS = "predictions"
 PEERS = ("probe", "colour")
+KINDS = {"captions": "captions", "questions": "vqa"}
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def group_of(row: Row) -> str:
-    """Return what must not lie on both sides: the group, or the image where none is named."""
-    return str(row.get("group") or row["image"])
-
-
-def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Row]]]:
+def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Record]]]:
     """Yield each fold's records: captions and questions to learn from, and the test."""
-    kinds = {"captions": "captions", "questions": "vqa"}
-    train = {name: read(data / f"{kind}_train.jsonl") for name, kind in kinds.items()}
-    held_out = {name: read(data / f"{kind}_val.jsonl") for name, kind in kinds.items()}
+    train, held_out = (
+        {name: read_records(data / f"{kind}_{split}.jsonl").records for name, kind in KINDS.items()}
+        for split in ("train", "val")
+    )
     asked = [
-        row for row in train["questions"] + held_out["questions"] if row["question"] == question
+        record
+        for record in train["questions"] + held_out["questions"]
+        if record.question == question
     ]
     if not asked:
         raise click.ClickException(f"no record of {data} asks '{question}'")
-    if any(row.get("answer", "").lower() in ("yes", "no") for row in asked):
+    if any((record.answer or "").lower() in ("yes", "no") for record in asked):
         raise click.ClickException(f"'{question}' is a yes/no question; this scores exact answers")
-    groups = sorted({group_of(row) for row in asked})
+    groups = sorted({_group(record) for record in asked})
     if count > len(groups):
         raise click.ClickException(f"--folds {count}: there are {len(groups)} groups")
     wanted = set(groups)
     random.Random(0).shuffle(groups)
+    known = {
+        name: train[name] + [record for record in held_out[name] if _group(record) in wanted]
+        for name in KINDS
+    }
     for fold in range(count):
         held = set(groups[fold::count])
-        yield {
-            **{
-                name: [
-                    row
-                    for row in [*train[name], *(r for r in held_out[name] if group_of(r) in wanted)]
-                    if group_of(row) not in held
-                ]
-                for name in kinds
-            },
-            "test": [row for row in asked if group_of(row) in held],
+        learnt = {
+            name: [record for record in records if _group(record) not in held]
+            for name, records in known.items()
         }
+        yield {**learnt, "test": [record for record in asked if _group(record) in held]}
 
 
-def train_and_answer(folder: Path, options: dict[str, list[str]]) -> None:
-    """Run a fold's three commands; each goes on where it was stopped."""
-    there, recipe = options["there"], options["recipe"]
-    questions = ["--data", "questions.jsonl"]
-    # Groups are apart; images of two groups that merely look alike are no reason to stop.
-    beside = ["--train", "questions.jsonl", "--allow-leaks"]
-    for verb in (
-        ["align", *recipe, "--data", "captions.jsonl", "--out", "run"],
-        ["tune", *recipe, *questions, "--from", "run", "--out", "model"],
-        ["evaluate", "model", "--data", "test.jsonl", *beside, "--out", "evaluation"],
-    ):
-        subprocess.run([sys.executable, "-m", "clover", *verb, *there], cwd=folder, check=True)
+def _group(record: Record) -> str | None:
+    return record.group or record.image
+
+
+def train_and_answer(folder: Path, recipe: Recipe, cache: Path) -> None:
+    """Run both stages on a fold's records and ask its test; what is done is not done again."""
+    questions, run = folder / "questions.jsonl", folder / "run"
+    aligned = align(recipe, captions=folder / "captions.jsonl", out=run, cache=cache)
+    model = tune(
+        recipe,
+        instructions=questions,
+        out=folder / "model",
+        run=run,
+        cache=cache,
+        start=aligned.weights,
+    ).model
+    evaluate_folder(
+        model,
+        data=folder / "test.jsonl",
+        out=folder / "evaluation",
+        cache=cache,
+        images=recipe.data.images,
+        train=questions,
+    )
 
 
 def collect(folders: list[Path], name: str, out: Path) -> None:
     """Write the answers of all folds as one file, whose intervals draw whole groups."""
-    rows = [
-        {**row, "image": group_of(row)}
-        for folder in folders
-        for row in read(folder / "evaluation" / f"{name}.jsonl")
-        if "header" not in row
-    ]
-    write_jsonl(out, rows)
-
-
-def exact(out: Path, peer: str) -> tuple[Row, Row]:
-    """Return our exact answers, and the difference to a peer's, with their intervals."""
-    command = [sys.executable, "-m", "clover", "score", str(out / f"{OURS}.jsonl")]
-    command += [str(out / f"{peer}.jsonl"), "--json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["strict"]
-    return found["open_exact"], found["against"]["open_exact"]
+    write_jsonl(
+        out,
+        (
+            {**row, "image": row.get("group") or row["image"]}
+            for folder in folders
+            for row in read_rows(folder / "evaluation" / f"{name}.jsonl", Problems())
+            if "header" not in row
+        ),
+    )
 
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--question", required=True, help="The question, as the records word it.")
-@click.option("--recipe", default="histology", show_default=True)
+@click.option("--recipe", "named", default="histology", show_default=True)
 @click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--folds", "count", type=click.IntRange(2), default=5, show_default=True)
 @click.option("--into", type=click.Path(path_type=Path), required=True)
 def main(
-    data: Path, question: str, recipe: str, changes: tuple[str, ...], count: int, into: Path
+    data: Path, question: str, named: str, changes: tuple[str, ...], count: int, into: Path
 ) -> None:
     """Print the share of exact answers, ours beside the probe's and the colours'."""
-    changed = [part for change in changes for part in ("--set", change)]
-    if Path(recipe).is_file():  # the commands run in a fold's own folder
-        recipe = str(Path(recipe).resolve())
-    options = {
-        "recipe": ["--recipe", recipe, *changed],
-        "there": [
-            "--images",
-            str(data.resolve()),
-            "--features",
-            str((into / "features").resolve()),
-        ],
-    }
+    recipe = load_recipe(named, changes)
+    recipe = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"images": data.resolve()})}
+    )
     folders = []
     for number, records in enumerate(folds(data, question, count)):
         folder = into / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in records.items():
-            write_jsonl(folder / f"{name}.jsonl", rows)
-        train_and_answer(folder, options)
+            write_records(folder / f"{name}.jsonl", rows)
+        train_and_answer(folder, recipe, into / "features")
         folders.append(folder)
     for name in (OURS, *PEERS):
         collect(folders, name, into / f"{name}.jsonl")
+    rated = read_sheet(into / f"{OURS}.jsonl")
+    ours = score_sheet(*rated, draws=1000, seed=0)["strict"]["open_exact"]
     for peer in PEERS:
-        ours, difference = exact(into, peer)
+        second = read_sheet(into / f"{peer}.jsonl")
+        difference = compare_files(rated, second, draws=1000, seed=0)["strict"]["open_exact"]
         print_figure(
             f"{question} ours, beside {peer}",
             ours["value"],

@@ -89,11 +89,11 @@ def backward_apart(
     if "match" in which:
         assert negatives is not None, "drawn above"
         found["match"] = torch.zeros((), device=features.device)
-        is_own = torch.ones(len(features), dtype=torch.bool, device=features.device)
         thirds = matching_thirds(bridge, keys, text, negatives, everyone)
         for place, third in enumerate(thirds):
             logits = pair_logits(bridge, *third)
-            share = matching_share(logits, is_own if place == 0 else ~is_own, pairs=3 * len(is_own))
+            is_match = torch.full((len(logits),), place == 0, device=logits.device)
+            share = matching_share(logits, is_match, pairs=3 * len(logits))
             _backward(share * scale)
             found["match"] += share.detach()
             del third, logits, share

@@ -40,6 +40,7 @@ _BUCKET = 8 * 2**20
 """Numbers that are summed in one message: large enough for bandwidth, small beside the model."""
 _FAILED = "clover/failed"
 _LINGER_S = 3.0
+"""How long a first process that failed waits for the others to fail too: a dead one never does."""
 _joins = count()
 
 
@@ -101,8 +102,7 @@ def joined(device: str) -> Iterator[None]:
         )
     try:
         # One that fails and leaves while another still connects would be a network error there.
-        with _meeting():
-            dist.all_reduce(torch.zeros(1))
+        wait_for_all()
         yield
     except BaseException as error:
         is_speaker = _is_first_to_fail(store)
