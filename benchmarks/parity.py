@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from clover.align.losses import alignment_losses, match_logits
+from clover.align.losses import LossSettings, alignment_losses, match_logits
 from clover.align.match import Negatives, negative_weights
 from clover.core.config import QFormerConfig
 from clover.qformer.bridge import Bridge
@@ -153,9 +153,8 @@ def stage1(reference: Reference) -> Figures:
             bridge,
             bridge.read_image(features),
             text,
-            decode_start=decode_start,
+            LossSettings(decode_start, detach_gathered=detached),
             negatives=negatives,
-            detach_gathered=detached,
         )
         losses.total.backward()
         figures[f"grad_norm{suffix}"] = gradient_difference(

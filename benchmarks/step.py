@@ -15,6 +15,7 @@ from benchmarks.naive import torch_operations
 from clover.align.apart import backward_apart
 from clover.align.caption import caption_inputs
 from clover.align.contrast import contrastive_loss, similarity
+from clover.align.losses import LossSettings
 from clover.align.match import matching_loss, sample_negatives
 from clover.core.config import load_recipe
 from clover.model import build_bridge, load_frozen_language, load_tokenizer
@@ -76,7 +77,7 @@ def main() -> None:
 
     def ours() -> None:
         with device.autocast():
-            backward_apart(bridge, features, text, decode_start=tokenizer.decode_start)
+            backward_apart(bridge, features, text, LossSettings(tokenizer.decode_start))
         bridge.zero_grad(set_to_none=True)
 
     def peer() -> None:

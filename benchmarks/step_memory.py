@@ -22,6 +22,7 @@ from benchmarks.figure import print_figure
 from benchmarks.train_step import DECODE_START, PLACES, SIZES, TEXT
 from clover.align.apart import backward_apart
 from clover.align.cached import backward_in_chunks
+from clover.align.losses import LossSettings
 from clover.core.config import QFormerConfig
 from clover.core.memory import keep_freed_memory
 from clover.core.run import peak_memory_gib
@@ -44,15 +45,14 @@ def child(way: str, size: str, pairs: int, steps: int) -> None:
     ids = torch.randint(1000, 30000, (pairs, TEXT))
     text = Tokens(ids, torch.ones_like(ids))
     optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
+    settings = LossSettings(DECODE_START)
     before, times = peak_memory_gib(), []
     for _ in range(steps):
         begun = time.process_time()
         if way in ("gradient_chunk", "both"):
-            backward_in_chunks(
-                bridge, features, text, chunk=max(2, pairs // 4), decode_start=DECODE_START
-            )
+            backward_in_chunks(bridge, features, text, settings, chunk=max(2, pairs // 4))
         else:
-            backward_apart(bridge, features, text, decode_start=DECODE_START)
+            backward_apart(bridge, features, text, settings)
         apply_gradients(optimizer, torch.tensor(1.0), clip_norm=1.0)
         times.append(time.process_time() - begun)
     found = {"gib": peak_memory_gib() - before, "seconds": statistics.median(times)}

@@ -11,7 +11,7 @@ from test_everyone import CONFIG, PAIRS, WORDS, batch, gradients_of, negatives, 
 from torch import Tensor
 
 from clover.align.apart import backward_apart
-from clover.align.losses import ALL_LOSSES, alignment_losses
+from clover.align.losses import ALL_LOSSES, LossSettings, alignment_losses
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
 from clover.training import processes
@@ -21,7 +21,8 @@ from together import run_together
 def apart(rank: int, size: int, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return gradients of the mean over all pairs, and the losses of this process."""
     bridge, features, text, told = part_of(rank, size)
-    found = backward_apart(bridge, features, text, scale=len(features), **told, **settings)
+    how = LossSettings(WORDS - 1, **settings)
+    found = backward_apart(bridge, features, text, how, scale=len(features), **told)
     processes.sum_gradients(list(bridge.parameters()))
     gradients = {
         name: item.grad / PAIRS for name, item in bridge.named_parameters() if item.grad is not None
@@ -67,8 +68,8 @@ def test_losses_are_those_of_the_sum() -> None:
     bridge = Bridge(CONFIG, has_alignment=True).eval()
     features, ids, mask = batch()
     text = Tokens(ids, mask)
-    settings: dict[str, Any] = {"decode_start": WORDS - 1, "negatives": negatives()}
-    whole = alignment_losses(bridge, bridge.read_image(features), text, **settings)
-    found = backward_apart(bridge, features, text, **settings)
+    how, told = LossSettings(WORDS - 1), {"negatives": negatives()}
+    whole = alignment_losses(bridge, bridge.read_image(features), text, how, **told)
+    found = backward_apart(bridge, features, text, how, **told)
     for name, value in whole.parts.items():
         torch.testing.assert_close(found.parts[name], value.detach(), rtol=1e-6, atol=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clover.align.contrast import contrastive_loss, same_caption, similarity
-from clover.align.losses import AlignmentLosses, Everyone, alignment_losses
+from clover.align.losses import AlignmentLosses, Everyone, LossSettings, alignment_losses
 from clover.align.match import Negatives
 from clover.core.config import QFormerConfig
 from clover.qformer.bridge import Bridge
@@ -66,7 +66,6 @@ def part_of(rank: int, size: int) -> tuple[Bridge, Tensor, Tokens, dict[str, Any
     text = Tokens(ids[part, :width], mask[part, :width])
     chosen = negatives()
     told = {
-        "decode_start": WORDS - 1,
         "everyone": Everyone.gather(features[part], text) if size > 1 else None,
         "negatives": Negatives(chosen.image_for_text[part], chosen.text_for_image[part]),
     }
@@ -76,7 +75,8 @@ def part_of(rank: int, size: int) -> tuple[Bridge, Tensor, Tokens, dict[str, Any
 def losses_of(rank: int, size: int, **settings: Any) -> tuple[AlignmentLosses, Bridge, int]:
     """Return the losses of one process's part of the batch."""
     bridge, features, text, told = part_of(rank, size)
-    found = alignment_losses(bridge, bridge.read_image(features), text, **told, **settings)
+    how = LossSettings(WORDS - 1, **settings)
+    found = alignment_losses(bridge, bridge.read_image(features), text, how, **told)
     return found, bridge, len(features)
 
 

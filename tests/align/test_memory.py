@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from clover.align.cached import backward_in_chunks
+from clover.align.losses import LossSettings
 from clover.align.run import align
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
@@ -62,4 +63,6 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clover.align.cached.processes.num_processes", lambda: 2)
     case = torch.zeros(2, 1)
     with pytest.raises(CloverError, match="gradient_chunk is for one process"):
-        backward_in_chunks(torch.nn.Linear(1, 1), case, Tokens(case, case), chunk=1, decode_start=0)  # type: ignore[arg-type]
+        backward_in_chunks(
+            torch.nn.Linear(1, 1), case, Tokens(case, case), LossSettings(0), chunk=1
+        )  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clover.align.apart import backward_apart
+from clover.align.losses import LossSettings
 from clover.core.config import PromptConfig, load_recipe
 from clover.language.decoder_only import DecoderOnly
 from clover.language.prompt import Prompt
@@ -54,7 +55,7 @@ def main(stage: str, path: str) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(bridge, 0.05), lr=1e-4, fused=True)
     for _ in range(2):
         if stage == "align":
-            backward_apart(bridge, features, text, decode_start=1)
+            backward_apart(bridge, features, text, LossSettings(1))
         else:
             visual = bridge.visual_prefix(bridge.read_image(features), text.ids, text.mask)
             question = [[1] * recipe.language.max_instruction_tokens] * part

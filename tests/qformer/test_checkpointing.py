@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clover.align.losses import alignment_losses
+from clover.align.losses import LossSettings, alignment_losses
 from clover.core.config import QFormerConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
@@ -40,7 +40,7 @@ def step(*, is_checkpointed: bool) -> tuple[dict[str, Tensor], Tensor, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         image = bridge.read_image(features)
-        losses = alignment_losses(bridge, image, text, decode_start=59)
+        losses = alignment_losses(bridge, image, text, LossSettings(59))
         prefix = bridge.visual_prefix(image, text.ids, text.mask)
         total = losses.total + prefix.square().sum()
     total.backward()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clover.align.losses import alignment_losses
+from clover.align.losses import LossSettings, alignment_losses
 from clover.align.match import Negatives, negative_weights, sample_negatives
 from clover.core.config import QFormerConfig
 from clover.qformer.bridge import Bridge
@@ -98,7 +98,7 @@ def test_losses_and_gradients_are_those_of_the_equations(
         bridge,
         bridge.read_image(case.features),
         case.text,
-        decode_start=DECODE_START,
+        LossSettings(DECODE_START),
         negatives=case.negatives,
     )
     naive, heads = naive_of(bridge)
@@ -160,8 +160,7 @@ def test_negatives_are_weighted_by_similarity_and_never_the_own_pair() -> None:
         case.bridge,
         case.bridge.read_image(case.features),
         case.text,
-        decode_start=DECODE_START,
-        which=("contrast",),
+        LossSettings(DECODE_START, ("contrast",)),
     ).similar
     weights = negative_weights(similar)
     for found, matrix in zip(weights, (similar.text_to_image, similar.image_to_text), strict=True):
@@ -187,9 +186,7 @@ def test_gathered_vectors_without_gradient_change_gradients_but_not_values() -> 
             case.bridge,
             case.bridge.read_image(case.features),
             case.text,
-            decode_start=DECODE_START,
-            which=("contrast",),
-            detach_gathered=detached,
+            LossSettings(DECODE_START, ("contrast",), detach_gathered=detached),
         ).total
         for detached in (False, True)
     ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clover.align.cached import backward_in_chunks
 from clover.align.contrast import contrastive_loss, similarity
-from clover.align.losses import ALL_LOSSES, alignment_losses
+from clover.align.losses import ALL_LOSSES, LossSettings, alignment_losses
 
 
 def gradients(case: Case) -> dict[str, Tensor]:
@@ -29,15 +29,15 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(
     which: tuple[str, ...], chunk: int, is_detached: bool
 ) -> None:
     case = make_case([3, 1, 4, 6, 5, 2, 4], seed=1)  # the second caption has no word to predict
+    settings = LossSettings(
+        DECODE_START, which, detach_gathered=is_detached, ignore_duplicates=True
+    )
     whole = alignment_losses(
         case.bridge,
         case.bridge.read_image(case.features),
         case.text,
-        decode_start=DECODE_START,
-        which=which,
+        settings,
         negatives=case.negatives,
-        detach_gathered=is_detached,
-        ignore_duplicates=True,
     )
     (whole.total * 5).backward()  # type: ignore[no-untyped-call]
     expected = gradients(case)
@@ -46,12 +46,9 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(
         case.bridge,
         case.features,
         case.text,
+        settings,
         chunk=chunk,
-        decode_start=DECODE_START,
-        which=which,
         negatives=case.negatives,
-        detach_gathered=is_detached,
-        ignore_duplicates=True,
         scale=5.0,
     )
     assert list(found.parts) == list(whole.parts)
@@ -91,9 +88,8 @@ def test_with_dropout_the_second_time_is_as_the_first() -> None:
     expected = gradients(case)
     torch.manual_seed(7)
     found = backward_in_chunks(
-        case.bridge, case.features, case.text, chunk=2, decode_start=DECODE_START,
-        which=("contrast",),
-    )  # fmt: skip
+        case.bridge, case.features, case.text, LossSettings(DECODE_START, ("contrast",)), chunk=2
+    )
     after = torch.get_rng_state()
     torch.testing.assert_close(found.parts["contrast"], loss.detach())
     for name, value in gradients(case).items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_equations import DECODE_START, make_case
 
-from clover.align.losses import alignment_losses
+from clover.align.losses import LossSettings, alignment_losses
 from clover.core.config import QFormerConfig
 from clover.core.errors import CloverError
 from clover.qformer.bridge import Bridge
@@ -28,7 +28,7 @@ def test_longer_padding_changes_no_loss() -> None:
             case.bridge,
             case.bridge.read_image(case.features),
             text,
-            decode_start=DECODE_START,
+            LossSettings(DECODE_START),
             negatives=case.negatives,
         ).parts
         for text in (case.text, longer)

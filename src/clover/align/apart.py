@@ -10,15 +10,15 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clover.align.losses import (
     ALL_LOSSES,
     AlignmentLosses,
     Everyone,
+    LossSettings,
     compare,
     matching_thirds,
     pair_logits,
@@ -28,20 +28,17 @@ from clover.core.number_format import without_autocast
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys
 from clover.qformer.tokenizer import Tokens
+from clover.qformer.used_words import looked_up_once
 
 
 def backward_apart(
     bridge: Bridge,
     features: Tensor,
     text: Tokens,
+    settings: LossSettings,
     *,
-    decode_start: int,
     everyone: Everyone | None = None,
-    which: Collection[str] = ALL_LOSSES,
-    label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
-    detach_gathered: bool = False,
-    ignore_duplicates: bool = False,
     scale: float = 1.0,
 ) -> AlignmentLosses:
     """Compute the losses of `losses.alignment_losses` and add their gradients to the weights'.
@@ -50,13 +47,9 @@ def backward_apart(
         bridge: With alignment heads.
         features: Image tokens [B, P, E] as the encoder gave them.
         text: Their captions.
-        decode_start: Id of `[DEC]`.
+        settings: Which losses, and how.
         everyone: The pairs of all processes, where there are several.
-        which: Names of the losses wanted.
-        label_smoothing: Of the contrast and the caption.
         negatives: Given ones, for tests; drawn by similarity otherwise.
-        detach_gathered: See `alignment_losses`.
-        ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
         scale: Factor of the gradients.
 
     Returns:
@@ -64,39 +57,32 @@ def backward_apart(
     """
     projected = bridge.read_image(features)
     keys = ImageKeys(tuple((_leaf(key), _leaf(value)) for key, value in projected.layers))
-    compared = compare(
-        bridge,
-        keys,
-        text,
-        everyone,
-        detach_gathered=detach_gathered,
-        ignore_duplicates=ignore_duplicates,
-    )
-    parts: dict[str, Tensor] = {}
-    if "match" in which and negatives is None:
-        negatives = compared.negatives()
-    if "contrast" in which:
-        parts["contrast"] = compared.contrast(label_smoothing)
-    if "caption" in which:
-        parts["caption"] = compared.caption(
-            bridge, text, decode_start=decode_start, label_smoothing=label_smoothing
-        )
-    if parts:
-        _backward(torch.stack(list(parts.values())).sum() * scale)
-    found = {name: part.detach() for name, part in parts.items()}
-    similar = compared.similar.detach()
-    del compared, parts
-    if "match" in which:
-        assert negatives is not None, "drawn above"
-        found["match"] = torch.zeros((), device=features.device)
-        thirds = matching_thirds(bridge, keys, text, negatives, everyone)
-        for place, third in enumerate(thirds):
-            logits = pair_logits(bridge, *third)
-            is_match = torch.full((len(logits),), place == 0, device=logits.device)
-            share = matching_share(logits, is_match, pairs=3 * len(logits))
-            _backward(share * scale)
-            found["match"] += share.detach()
-            del third, logits, share
+    words = text.ids if everyone is None else everyone.text.ids
+    with looked_up_once(bridge.qformer, F.pad(words, (0, 1), value=settings.decode_start)):
+        compared = compare(bridge, keys, text, settings, everyone)
+        parts: dict[str, Tensor] = {}
+        if "match" in settings.which and negatives is None:
+            negatives = compared.negatives()
+        if "contrast" in settings.which:
+            parts["contrast"] = compared.contrast()
+        if "caption" in settings.which:
+            parts["caption"] = compared.caption(bridge, text)
+        if parts:
+            _backward(torch.stack(list(parts.values())).sum() * scale)
+        found = {name: part.detach() for name, part in parts.items()}
+        similar = compared.similar.detach()
+        del compared, parts
+        if "match" in settings.which:
+            assert negatives is not None, "drawn above"
+            found["match"] = torch.zeros((), device=features.device)
+            thirds = matching_thirds(bridge, keys, text, negatives, everyone)
+            for place, third in enumerate(thirds):
+                logits = pair_logits(bridge, *third)
+                is_match = torch.full((len(logits),), place == 0, device=logits.device)
+                share = matching_share(logits, is_match, pairs=3 * len(logits))
+                _backward(share * scale)
+                found["match"] += share.detach()
+                del third, logits, share
     _backward_into(projected, keys)
     return AlignmentLosses({name: found[name] for name in ALL_LOSSES if name in found}, similar)
 

@@ -9,20 +9,27 @@ from the whole batch too; it and the caption loss are means, and are taken chunk
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from clover.align.caption import caption_inputs, caption_loss
 from clover.align.contrast import contrastive_loss, same_caption, similarity
-from clover.align.losses import ALL_LOSSES, AlignmentLosses, Everyone, match_logits
+from clover.align.losses import (
+    ALL_LOSSES,
+    AlignmentLosses,
+    Everyone,
+    LossSettings,
+    captioning_loss,
+    match_logits,
+)
 from clover.align.match import Negatives, matching_loss, sample_negatives
 from clover.core.errors import CloverError
 from clover.qformer.bridge import Bridge
 from clover.qformer.model import ImageKeys, QueryPass
 from clover.qformer.tokenizer import Tokens
+from clover.qformer.used_words import looked_up_once
 from clover.training import processes
 
 
@@ -30,14 +37,10 @@ def backward_in_chunks(
     bridge: Bridge,
     features: Tensor,
     text: Tokens,
+    settings: LossSettings,
     *,
     chunk: int,
-    decode_start: int,
-    which: Collection[str] = ALL_LOSSES,
-    label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
-    detach_gathered: bool = False,
-    ignore_duplicates: bool = False,
     scale: float = 1.0,
 ) -> AlignmentLosses:
     """Compute the losses of `losses.alignment_losses` and add their gradients to the weights'.
@@ -53,7 +56,7 @@ def backward_in_chunks(
             "align.gradient_chunk is for one process; with several, each has a share of the "
             "batch already: set it to 0"
         )
-    step = _Chunks(bridge, features, text, decode_start, label_smoothing)
+    step = _Chunks(bridge, features, text, settings)
     parts = [slice(start, start + chunk) for start in range(0, len(features), chunk)]
     states, image_vectors, text_vectors = [], [], []
     with torch.no_grad():
@@ -68,34 +71,37 @@ def backward_in_chunks(
         image_leaf,
         text_leaf,
         bridge.alignment.temperature,
-        all_image=image_leaf.detach() if detach_gathered else None,
-        all_text=text_leaf.detach() if detach_gathered else None,
+        all_image=image_leaf.detach() if settings.detach_gathered else None,
+        all_text=text_leaf.detach() if settings.detach_gathered else None,
     )
-    ignored = same_caption(text.ids, text.mask) if ignore_duplicates else None
+    ignored = same_caption(text.ids, text.mask) if settings.ignore_duplicates else None
     losses: dict[str, Tensor] = {}
-    if "contrast" in which:
-        contrast = contrastive_loss(similar, label_smoothing=label_smoothing, ignored=ignored)
+    if "contrast" in settings.which:
+        contrast = contrastive_loss(
+            similar, label_smoothing=settings.label_smoothing, ignored=ignored
+        )
         (contrast * scale).backward()  # type: ignore[no-untyped-call]
         losses["contrast"] = contrast.detach()
     similar = similar.detach()
-    if "match" in which and negatives is None:
+    if "match" in settings.which and negatives is None:
         negatives = sample_negatives(similar, ignored=ignored)
     onward = _random_state(features.device)
-    for part, state in zip(parts, states, strict=True):
-        _set_random_state(state)  # the dropout of the first time
-        found = step.vectors(part)
-        _set_random_state(onward)  # and fresh dropout for what is done once
-        terms = step.terms(part, found, which, negatives)
-        for name, value in terms.items():
-            losses[name] = losses.get(name, torch.zeros_like(value)) + value.detach()
-        total = torch.zeros((), device=features.device)
-        for value in terms.values():
-            total = total + value * scale
-        if image_leaf.grad is not None and text_leaf.grad is not None:
-            total = total + (found.image * image_leaf.grad[part]).sum()
-            total = total + (found.text * text_leaf.grad[part]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        onward = _random_state(features.device)
+    with looked_up_once(bridge.qformer, F.pad(text.ids, (0, 1), value=settings.decode_start)):
+        for part, state in zip(parts, states, strict=True):
+            _set_random_state(state)  # the dropout of the first time
+            found = step.vectors(part)
+            _set_random_state(onward)  # and fresh dropout for what is done once
+            terms = step.terms(part, found, negatives)
+            for name, value in terms.items():
+                losses[name] = losses.get(name, torch.zeros_like(value)) + value.detach()
+            total = torch.zeros((), device=features.device)
+            for value in terms.values():
+                total = total + value * scale
+            if image_leaf.grad is not None and text_leaf.grad is not None:
+                total = total + (found.image * image_leaf.grad[part]).sum()
+                total = total + (found.text * text_leaf.grad[part]).sum()
+            total.backward()  # type: ignore[no-untyped-call]
+            onward = _random_state(features.device)
     return AlignmentLosses({name: losses[name] for name in ALL_LOSSES if name in losses}, similar)
 
 
@@ -116,8 +122,7 @@ class _Chunks:
     bridge: Bridge
     features: Tensor
     text: Tokens
-    decode_start: int
-    label_smoothing: float
+    settings: LossSettings
 
     def vectors(self, part: slice) -> _Vectors:
         """Return the unit vectors of some pairs: images [b, Q, C], texts [b, C]."""
@@ -128,39 +133,26 @@ class _Chunks:
         image = heads.embed_image(queries.hidden)
         return _Vectors(image, heads.embed_text(rows[:, 0]), keys, queries)
 
-    def terms(
-        self, part: slice, found: _Vectors, which: Collection[str], negatives: Negatives | None
-    ) -> dict[str, Tensor]:
+    def terms(self, part: slice, found: _Vectors, negatives: Negatives | None) -> dict[str, Tensor]:
         """Return what some pairs add to the matching and the caption loss of the batch."""
         terms: dict[str, Tensor] = {}
-        if "match" in which:
+        text = Tokens(self.text.ids[part], self.text.mask[part])
+        if "match" in self.settings.which:
             assert negatives is not None, "matching needs negatives"
             logits = match_logits(
                 self.bridge,
                 found.keys,
-                Tokens(self.text.ids[part], self.text.mask[part]),
+                text,
                 Negatives(negatives.image_for_text[part], negatives.text_for_image[part]),
                 Everyone(self.features, self.text, part.start),
             )
             terms["match"] = matching_loss(logits) * (len(found.text) / len(self.features))
-        if "caption" in which:
-            mask = self.text.mask[part]
-            share = float(mask[:, 1:].sum() / self.text.mask[:, 1:].sum())
+        if "caption" in self.settings.which:
+            share = float(text.mask[:, 1:].sum() / self.text.mask[:, 1:].sum())
             if share:
-                terms["caption"] = self._caption(part, found.queries) * share
+                loss = captioning_loss(self.bridge, text, found.queries, self.settings)
+                terms["caption"] = loss * share
         return terms
-
-    def _caption(self, part: slice, queries: QueryPass) -> Tensor:
-        inputs = caption_inputs(self.text.ids[part], decode_start=self.decode_start)
-        mask = self.text.mask[part]
-        return caption_loss(
-            self.bridge.qformer.decode_text(inputs, mask, queries.cache),
-            inputs,
-            mask,
-            heads=self.bridge.alignment,
-            word_embedding=self.bridge.qformer.word_embedding.weight,
-            label_smoothing=self.label_smoothing,
-        )
 
 
 _Random = tuple[Tensor, Tensor | None]

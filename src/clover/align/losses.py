@@ -28,6 +28,23 @@ ALL_LOSSES = ("contrast", "match", "caption")
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """What the losses of a batch are told beside the batch."""
+
+    decode_start: int
+    """Id of `[DEC]`."""
+    which: Collection[str] = ALL_LOSSES
+    """Names of the losses wanted."""
+    label_smoothing: float = 0.1
+    """Of the contrast and the caption."""
+    detach_gathered: bool = False
+    """As the reference does: the gathered vectors are detached copies, this process's own among
+    them (SPEC, section 2.1). Otherwise they carry gradient, to whichever process they came from."""
+    ignore_duplicates: bool = False
+    """Whether a text that says the same as an image's own is no negative of it."""
+
+
+@dataclass(frozen=True)
 class AlignmentLosses:
     """Each loss by name (a scalar), and the similarities they came from."""
 
@@ -70,14 +87,10 @@ def alignment_losses(
     bridge: Bridge,
     image: ImageKeys,
     text: Tokens,
+    settings: LossSettings,
     *,
-    decode_start: int,
     everyone: Everyone | None = None,
-    which: Collection[str] = ALL_LOSSES,
-    label_smoothing: float = 0.1,
     negatives: Negatives | None = None,
-    detach_gathered: bool = False,
-    ignore_duplicates: bool = False,
 ) -> AlignmentLosses:
     """Compute the losses of one batch of B images and their texts.
 
@@ -85,35 +98,20 @@ def alignment_losses(
         bridge: With alignment heads.
         image: Keys of the B images.
         text: Their captions.
-        decode_start: Id of `[DEC]`.
+        settings: Which losses, and how.
         everyone: The pairs of all processes, where there are several.
-        which: Names of the losses wanted.
-        label_smoothing: Of the contrast and the caption.
         negatives: Given ones (rows among all N), for tests; drawn by similarity otherwise.
-        detach_gathered: As the reference does: the gathered vectors are detached copies, this
-            process's own among them (SPEC, section 2.1). Otherwise they carry gradient, to
-            whichever process they came from.
-        ignore_duplicates: Whether a text that says the same as an image's own is no negative of it.
     """
-    compared = compare(
-        bridge,
-        image,
-        text,
-        everyone,
-        detach_gathered=detach_gathered,
-        ignore_duplicates=ignore_duplicates,
-    )
+    compared = compare(bridge, image, text, settings, everyone)
     parts: dict[str, Tensor] = {}
-    if "contrast" in which:
-        parts["contrast"] = compared.contrast(label_smoothing)
-    if "match" in which:
+    if "contrast" in settings.which:
+        parts["contrast"] = compared.contrast()
+    if "match" in settings.which:
         if negatives is None:
             negatives = compared.negatives()
         parts["match"] = matching_loss(match_logits(bridge, image, text, negatives, everyone))
-    if "caption" in which:
-        parts["caption"] = compared.caption(
-            bridge, text, decode_start=decode_start, label_smoothing=label_smoothing
-        )
+    if "caption" in settings.which:
+        parts["caption"] = compared.caption(bridge, text)
     return AlignmentLosses(parts, compared.similar)
 
 
@@ -126,49 +124,57 @@ class Compared:
         similar: Similarities with the N pairs of all processes.
         offset: This process's first row among them.
         ignored: Pairs that are no negatives of each other [B, N]; None for none.
+        settings: How the losses are taken.
     """
 
     image_pass: QueryPass
     similar: Similarity
     offset: int
     ignored: Tensor | None
+    settings: LossSettings
 
-    def contrast(self, label_smoothing: float) -> Tensor:
+    def contrast(self) -> Tensor:
         """Return the contrastive loss."""
         return contrastive_loss(
-            self.similar, label_smoothing=label_smoothing, offset=self.offset, ignored=self.ignored
+            self.similar,
+            label_smoothing=self.settings.label_smoothing,
+            offset=self.offset,
+            ignored=self.ignored,
         )
 
     def negatives(self) -> Negatives:
         """Draw hard negatives by similarity."""
         return sample_negatives(self.similar, offset=self.offset, ignored=self.ignored)
 
-    def caption(
-        self, bridge: Bridge, text: Tokens, *, decode_start: int, label_smoothing: float
-    ) -> Tensor:
+    def caption(self, bridge: Bridge, text: Tokens) -> Tensor:
         """Return the captioning loss."""
-        inputs = caption_inputs(text.ids, decode_start=decode_start)
-        return caption_loss(
-            bridge.qformer.decode_text(inputs, text.mask, self.image_pass.cache),
-            inputs,
-            text.mask,
-            heads=bridge.alignment,
-            word_embedding=bridge.qformer.word_embedding.weight,
-            label_smoothing=label_smoothing,
-        )
+        return captioning_loss(bridge, text, self.image_pass, self.settings)
+
+
+def captioning_loss(
+    bridge: Bridge, text: Tokens, image_pass: QueryPass, settings: LossSettings
+) -> Tensor:
+    """Return the loss of writing each image's text behind the cache of its queries' pass."""
+    inputs = caption_inputs(text.ids, decode_start=settings.decode_start)
+    return caption_loss(
+        bridge.qformer.decode_text(inputs, text.mask, image_pass.cache),
+        inputs,
+        text.mask,
+        heads=bridge.alignment,
+        word_embedding=bridge.qformer.word_embedding.weight,
+        label_smoothing=settings.label_smoothing,
+    )
 
 
 def compare(
     bridge: Bridge,
     image: ImageKeys,
     text: Tokens,
+    settings: LossSettings,
     everyone: Everyone | None,
-    *,
-    detach_gathered: bool,
-    ignore_duplicates: bool,
 ) -> Compared:
     """Run the passes that see image and text apart, and compare what they give."""
-    heads = bridge.alignment
+    heads, is_detached = bridge.alignment, settings.detach_gathered
     image_pass = bridge.qformer.encode_queries(image)
     text_rows = bridge.qformer.encode_text(text.ids, text.mask, first_row=True)
     image_vectors = heads.embed_image(image_pass.hidden)
@@ -177,14 +183,14 @@ def compare(
         image_vectors,
         text_vectors,
         heads.temperature,
-        all_image=_gathered(image_vectors, detach_gathered),
-        all_text=_gathered(text_vectors, detach_gathered),
+        all_image=_gathered(image_vectors, is_detached),
+        all_text=_gathered(text_vectors, is_detached),
     )
     texts, offset = (text, 0) if everyone is None else (everyone.text, everyone.offset)
     ignored = None
-    if ignore_duplicates:
+    if settings.ignore_duplicates:
         ignored = same_caption(texts.ids, texts.mask, offset=offset, size=len(text.ids))
-    return Compared(image_pass, similar, offset, ignored)
+    return Compared(image_pass, similar, offset, ignored, settings)
 
 
 def _gathered(vectors: Tensor, is_detached: bool) -> Tensor:

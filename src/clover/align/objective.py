@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clover.align.apart import backward_apart
 from clover.align.cached import backward_in_chunks
-from clover.align.losses import Everyone
+from clover.align.losses import Everyone, LossSettings
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import TextTokenizer, Tokens
@@ -63,11 +63,13 @@ class AlignObjective:
             self.module,
             features,
             text,
-            decode_start=self.tokenizer.decode_start,
-            which=self.config.losses,
-            label_smoothing=self.config.label_smoothing,
-            detach_gathered=self.config.gather == "detached",
-            ignore_duplicates=self.config.ignore_duplicates,
+            LossSettings(
+                decode_start=self.tokenizer.decode_start,
+                which=self.config.losses,
+                label_smoothing=self.config.label_smoothing,
+                detach_gathered=self.config.gather == "detached",
+                ignore_duplicates=self.config.ignore_duplicates,
+            ),
             scale=len(features),
         )
         # The gradients are in the weights already. The loop goes back through what it is given:

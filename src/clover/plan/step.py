@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from clover.align.apart import backward_apart
+from clover.align.losses import LossSettings
 from clover.core.assets import parse
 from clover.core.config import EncoderConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
@@ -150,9 +151,11 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
             bridge,
             features,
             text,
-            decode_start=1,
-            which=recipe.align.losses,
-            label_smoothing=recipe.align.label_smoothing,
+            LossSettings(
+                decode_start=1,
+                which=recipe.align.losses,
+                label_smoothing=recipe.align.label_smoothing,
+            ),
         )
 
     return _size(bridge, None, step, features, recipe)

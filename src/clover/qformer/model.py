@@ -13,6 +13,7 @@ Axes: B batch, Q queries, T text tokens, P image tokens, D width, E encoder widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +155,8 @@ class QFormer(nn.Module):
         width = config.hidden_size
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.word_embedding = nn.Embedding(config.vocab_size, width)
+        self.look_up: Callable[[Tensor], Tensor] | None = None
+        """Stands for the word embedding inside `used_words.looked_up_once`."""
         self.position_embedding = nn.Embedding(config.max_positions, width)
         self.embedding_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(
@@ -259,7 +262,7 @@ class QFormer(nn.Module):
     def _text(self, ids: Tensor) -> Tensor:
         # Positions start at 0 also behind queries or a cache (SPEC, section 1.2).
         positions = self.position_embedding.weight[: ids.shape[1]]
-        embedded: Tensor = self.word_embedding(ids) + positions
+        embedded: Tensor = (self.look_up or self.word_embedding)(ids) + positions
         return embedded
 
     def _normed(self, x: Tensor) -> Tensor:
