@@ -51,7 +51,16 @@ from clover.vision.turned import TurnedEncoder, plain_encoder
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
 _FAMILIAR = "familiarity.safetensors"
-_DETAILS = ("key", "data", "stage_1", "converted_from", "weights", "words", "spellings")
+_DETAILS = (
+    "key",
+    "number_format",
+    "data",
+    "stage_1",
+    "converted_from",
+    "weights",
+    "words",
+    "spellings",
+)
 """Entries of `config.json` that a model keeps when it is saved again."""
 
 
@@ -488,6 +497,12 @@ def save_folder(model: Clover, path: Path) -> Path:
         details=model.details,
     )
     return path
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return what `save_folder` writes, the configuration first."""
+    names = ("config.json", "bridge.safetensors", _FAMILIAR, "README.md")
+    return [path / name for name in names]
 
 
 def load(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from clover.align import evaluate
 from clover.align.contrast import contrastive_loss, same_caption, similarity
 from clover.align.match import Negatives, negative_weights, sample_negatives
 from clover.align.run import align
@@ -73,6 +75,42 @@ def test_one_pair_a_batch_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny.folder, align={"batch_size": 1})
     with pytest.raises(CloverError, match=r"at least 2 pairs a batch.*align\.batch_size 1"):
         align(recipe, captions=tiny.captions, out=tmp_path, cache=tiny.folder / "cache")
+
+
+def test_sums_of_parts_are_no_stage_1_and_what_is_has_a_name(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny.folder, align={"batch_size": 12, "accumulate": 3})
+    with pytest.raises(CloverError, match=r"align.accumulate is 3.*align.gradient_chunk=4 has"):
+        align(recipe, captions=tiny.captions, out=tmp_path, cache=tiny.folder / "cache")
+
+
+def test_retrieval_a_block_at_a_time_is_that_of_all_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(9, 3, 4, generator=generator), dim=-1)
+    texts = F.normalize(torch.randn(9, 4, generator=generator), dim=-1)
+    captions = list("abcdefgha")  # the last says what the first says
+    wanted = []
+    for of_text in (False, True):
+        for k in (1, 5):
+            found = []
+            for row in range(9):
+                others = [
+                    float(
+                        (images[column] @ texts[row]).max()
+                        if of_text
+                        else (images[row] @ texts[column]).max()
+                    )
+                    for column in range(9)
+                ]
+                best = sorted(range(9), key=lambda column: -others[column])[:k]
+                found.append(float(any(captions[row] == captions[column] for column in best)))
+            wanted.append(found)
+    for numbers in (1, 9 * 3 * 2, 1 << 20):
+        monkeypatch.setattr(evaluate, "_NUMBERS", numbers)
+        got = evaluate._found(images, texts, torch.tensor(0.07), captions)
+        assert got.tolist() == wanted
+    assert 0 < sum(map(sum, wanted)) < 36
 
 
 def test_the_contrast_of_perfect_pairs_is_smaller_than_of_swapped_ones() -> None:

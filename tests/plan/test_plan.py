@@ -141,6 +141,26 @@ def test_four_bits_take_what_bitsandbytes_takes(made: Plan) -> None:
     assert small.operations == tune_size(recipe, encoder).operations
 
 
+def test_a_batch_in_chunks_takes_less_memory_and_a_little_more_work(made: Plan) -> None:
+    recipe = made.recipe
+    encoder = encoder_size(recipe.encoder, batch=1)
+    align = recipe.align.model_copy(update={"batch_size": 8})
+    whole, chunked = (
+        align_size(recipe.model_copy(update={"align": config}), encoder)
+        for config in (align, align.model_copy(update={"gradient_chunk": 2}))
+    )
+    features = 8 * encoder.num_tokens * encoder.width * 4
+    assert features < chunked.activations < 0.5 * whole.activations
+    # Image pass and text pass forward once more: 2 of the step's 9 rows, of a third of its work.
+    assert 1.04 < chunked.operations / whole.operations < 1.2
+    mended = plan(
+        recipe.model_copy(update={"align": align}),
+        Card(memory_gib=0.9 * whole.peak / 2**30, tflops=1, price=1),
+        images=10,
+    )
+    assert mended.switch is not None and "align.gradient_chunk=4" in mended.switch
+
+
 def test_eight_bits_halve_the_frozen_weights_of_a_planned_model(made: Plan) -> None:
     recipe = made.recipe.model_copy(update={"precision": "auto"})
     encoder = encoder_size(recipe.encoder, batch=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from clover.align.run import align
+from clover.core.config import load_recipe
 from clover.core.errors import CloverError
 from clover.core.run import RunFolder
+from clover.model import load
+from clover.training import device
+from clover.training.device import choose_device
 from stage import STAGES, Stage, run_stage
 from tiny import Tiny, tiny_recipe
 
@@ -78,6 +85,73 @@ def test_other_settings_are_refused_in_one_line(stage: Stage, tiny: Tiny, tmp_pa
     with pytest.raises(CloverError, match=said) as error:
         run_stage(stage, tiny, tmp_path, recipe=changed)
     assert "\n" not in str(error.value)
+    kept = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert getattr(kept, stage).learning_rate == before, "the run's own recipe is lost"
+
+
+def without_an_image(tiny: Tiny, folder: Path) -> Path:
+    """Return a copy of the tiny data that lacks one image."""
+    shutil.copytree(tiny.folder / "data", folder)
+    sorted(folder.rglob("*.png"))[0].unlink()
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_images_that_came_since_are_named_as_what_differs(
+    stage: Stage, tiny: Tiny, tmp_path: Path
+) -> None:
+    fewer = without_an_image(tiny, tmp_path / "data")
+    recipe = tiny_recipe(tiny.folder, data={"images": str(fewer)})
+    run_stage(stage, tiny, tmp_path / "run", recipe=recipe, max_steps=5)
+    with pytest.raises(CloverError, match=r"records with an image was \d+, is \d+, the images"):
+        run_stage(stage, tiny, tmp_path / "run")
+
+
+def test_another_number_format_is_named_as_what_differs(tiny: Tiny, tmp_path: Path) -> None:
+    half = tiny.recipe.model_copy(update={"precision": "bfloat16"})
+    run_stage("align", tiny, tmp_path, recipe=half, max_steps=5)
+    for precision in ("auto", "float32"):
+        now = tiny.recipe.model_copy(update={"precision": precision})
+        if choose_device("cpu", now.precision).dtype == torch.bfloat16:
+            continue
+        with pytest.raises(CloverError, match="the number format was bfloat16, is float32"):
+            run_stage("align", tiny, tmp_path, recipe=now)
+    assert run_stage("align", tiny, tmp_path, recipe=half).exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_training_of_other_settings_is_kept(
+    stage: Stage, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run_stage(stage, tiny, tmp_path).read_bytes()
+    kept = tmp_path / ("earlier" if stage == "align" else "model.earlier")
+    run_stage(stage, tiny, tmp_path)
+    assert not kept.exists() and not caplog.records
+    other = tiny.recipe.model_copy(update={"seed": 1})
+    second = run_stage(stage, tiny, tmp_path, recipe=other)
+    assert second.read_bytes() != first
+    (folder,) = kept.iterdir()
+    assert (folder / second.name).read_bytes() == first
+    assert f"will be kept in {folder}" in caplog.text
+    if stage == "tune":
+        assert load(folder).name == tiny.recipe.name  # it can still be asked
+    else:
+        assert json.loads((folder / "align.json").read_text())["key"]
+
+
+def test_a_finished_training_counts_on_a_machine_of_another_number_format(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = tiny.recipe.model_copy(update={"precision": "auto"})
+    monkeypatch.setattr(device, "multiplies_bfloat16_fast", lambda: True)
+    weights = run_stage("align", tiny, tmp_path, recipe=free)
+    before = weights.stat().st_mtime_ns
+    monkeypatch.setattr(device, "multiplies_bfloat16_fast", lambda: False)
+    run_stage("align", tiny, tmp_path, recipe=free)
+    assert weights.stat().st_mtime_ns == before
+    asked = tiny.recipe.model_copy(update={"precision": "float32"})
+    run_stage("align", tiny, tmp_path, recipe=asked)
+    assert weights.stat().st_mtime_ns != before, "float32 was asked for by name"
 
 
 def test_other_data_are_named_as_what_differs(tiny: Tiny, tmp_path: Path) -> None:
@@ -85,7 +159,7 @@ def test_other_data_are_named_as_what_differs(tiny: Tiny, tmp_path: Path) -> Non
     data = tmp_path / "captions.jsonl"
     data.write_text("\n".join(tiny.captions.read_text().splitlines()[:-1]))
     recipe = tiny_recipe(tiny.folder, data={"images": str(tiny.folder / "data")})
-    with pytest.raises(CloverError, match=r"\(the captions' sha256 was \w+…, is \w+…\)"):
+    with pytest.raises(CloverError, match=r"the captions' sha256 was \w+…, is \w+…, the images"):
         align(recipe, captions=data, out=tmp_path / "run", cache=tiny.folder / "cache")
 
 

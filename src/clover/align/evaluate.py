@@ -18,6 +18,8 @@ from clover.training.device import Device
 from clover.vision.dataset import FeatureSet
 
 _BATCH = 32
+_NUMBERS = 1 << 24
+"""Similarities of queries that are held at a time: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +64,39 @@ def evaluate_alignment(
         hidden = bridge.qformer.encode_text(text.ids[part], text.mask[part], first_row=True)
         text_vectors.append(heads.embed_text(hidden[:, 0]))
         keys.append(_accuracy(bridge, image, Tokens(text.ids[part], text.mask[part])))
-    similar = similarity(torch.cat(image_vectors), torch.cat(text_vectors), heads.temperature)
-    same = torch.tensor([[a == b for b in captions] for a in captions])
-    right = sum(item[0] for item in keys)
-    return RetrievalScores(
-        num_pairs=len(captions),
-        image_to_text_recall_1=_recall(similar.image_to_text, same, 1),
-        image_to_text_recall_5=_recall(similar.image_to_text, same, 5),
-        text_to_image_recall_1=_recall(similar.text_to_image, same, 1),
-        text_to_image_recall_5=_recall(similar.text_to_image, same, 5),
-        matching_accuracy=round(100 * right / max(1, sum(item[1] for item in keys)), 2),
-    )
+    images, texts = torch.cat(image_vectors), torch.cat(text_vectors)
+    found = _found(images, texts, heads.temperature, captions).mean(dim=1) * 100
+    right, asked = (sum(item[place] for item in keys) for place in (0, 1))
+    shares = [*found.tolist(), 100 * right / max(1, asked)]
+    return RetrievalScores(len(captions), *(round(share, 2) for share in shares))
 
 
-def _recall(matrix: Tensor, same: Tensor, k: int) -> float:
-    top = matrix.cpu().topk(min(k, matrix.shape[1]), dim=1).indices
-    return round(100 * same.gather(1, top).any(dim=1).float().mean().item(), 2)
+def _found(images: Tensor, texts: Tensor, temperature: Tensor, captions: list[str]) -> Tensor:
+    """Return whether each pair is found [4, N]: image to text at 1 and at 5, text to image alike.
+
+    A block of rows at a time: similarities of all with all would take N * N * Q numbers.
+    """
+    numbers: dict[str, int] = {}
+    said = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions])
+    rows = max(1, _NUMBERS // (len(images) * images.shape[1]))
+    blocks = []
+    for start in range(0, len(images), rows):
+        part = slice(start, start + rows)
+        similar = similarity(
+            images[part], texts[part], temperature, all_image=images, all_text=texts
+        )
+        blocks.append(
+            [
+                (said[_top(matrix, k)] == said[part, None]).any(dim=1).float()
+                for matrix in (similar.image_to_text, similar.text_to_image)
+                for k in (1, 5)
+            ]
+        )
+    return torch.stack([torch.cat(kind) for kind in zip(*blocks, strict=True)])
+
+
+def _top(matrix: Tensor, k: int) -> Tensor:
+    return matrix.cpu().topk(min(k, matrix.shape[1]), dim=1).indices
 
 
 def _accuracy(bridge: Bridge, image: ImageKeys, text: Tokens) -> tuple[int, int]:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from clover.align.evaluate import RetrievalScores, evaluate_alignment
 from clover.align.objective import AlignObjective
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, read_json, write_json
+from clover.core.files import read_json, write_json
 from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.model import build_bridge, load_bridge, load_tokenizer, save_bridge
@@ -20,11 +20,15 @@ from clover.qformer.calibrate import calibrate_alignment, calibrate_image
 from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
+from clover.training.earlier import Earlier
 from clover.training.loop import TrainingJob, train
+from clover.training.made_from import MadeFrom
 from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import load_encoder
 from clover.vision.leaks import load_training_set
+
+_SCORES = "align.scores.json"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def align(
     """
     is_first = processes.is_first()
     run = RunFolder(out, is_writer=is_first)
-    run.save_recipe(recipe)
+    run.save_recipe(recipe, replaces=False)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
     tokenizer = load_tokenizer(recipe)
@@ -82,21 +86,24 @@ def align(
             held_out=held_out,
             rejected=out / "align.rejected.jsonl" if is_first else None,
         )
-    captions_hash = sha256_records(captions)
-    processes.check_same("captions or images", [captions_hash, data.digests.fingerprint()])
-    if len(data.records) < 2 or recipe.align.batch_size < 2:
-        raise CloverError(
-            f"stage 1 needs at least 2 pairs a batch: found {len(data.records)} pairs and "
-            f"align.batch_size {recipe.align.batch_size}"
-        )
+    _check_pairs(recipe, len(data.records))
     bridge = build_bridge(recipe, encoder, tokenizer, has_alignment=True)
-    sections = ("seed", "precision", "encoder", "qformer", "align")
-    key = fingerprint([recipe.fingerprint(*sections), captions_hash])
+    made_from = MadeFrom.of(
+        recipe,
+        *("seed", "encoder", "qformer", "align"),
+        device=device,
+        data={"the captions' sha256": sha256_records(captions), **data.named()},
+    )
+    processes.check_same("captions, images or number formats", made_from.resume_key)
     weights = out / "align.safetensors"
     done = out / "align.json"
-    is_finished = done.exists() and weights.exists() and read_json(done).get("key") == key
+    is_finished = weights.exists() and made_from.is_that_of(done)
     processes.check_same("results in --out", is_finished)
     is_trained_here = not is_finished
+    products = (weights, *(_beside(weights, which) for which in get_args(Kept)), out / _SCORES)
+    earlier = (
+        None if is_finished or not is_first else Earlier.of(done, *products, folder=out / "earlier")
+    )
     kept = None
 
     @lru_cache(maxsize=1)  # once, whether it is read while training goes on, after, or both
@@ -115,11 +122,20 @@ def align(
             lacking="captions; give --validation FILE",
             figure="mean_recall",
             is_larger_better=True,
-            training=key,
+            training=made_from.resume_key,
         )
         seed = recipe.seed if recipe.align.seed is None else recipe.align.seed
-        settings = {**recipe.settings(*sections), "the captions' sha256": captions_hash}
-        job = TrainingJob("align", recipe.align, run, device, seed, key, max_steps, settings)
+        job = TrainingJob(
+            "align",
+            recipe.align,
+            run,
+            device,
+            seed,
+            made_from.resume_key,
+            max_steps,
+            made_from.resume_settings(),
+            recipe,
+        )
         with run.timed("align") as details:
             calibrate(objective, num_samples=recipe.qformer.calibrate)
             is_finished = train(objective, job, measured)
@@ -127,7 +143,9 @@ def align(
         if not is_finished:
             return AlignResult(weights, data.summary(), None, False)
     if is_trained_here and is_first:
-        finished: dict[str, Any] = {"key": key, "summary": data.summary()}
+        if earlier is not None:
+            earlier.keep()
+        finished: dict[str, Any] = {**made_from.note(), "summary": data.summary()}
         if measured is not None:
             finished["weights"] = settle(
                 bridge,
@@ -150,8 +168,30 @@ def align(
         load_bridge(bridge, weights)  # also when an earlier call trained it
         bridge.to(device.device).eval()
         scores = evaluate_alignment(bridge, unseen(validation), tokenizer, recipe.align, device)
-        write_json(out / "align.scores.json", scores.row())
+        write_json(out / _SCORES, scores.row())
     return AlignResult(weights, data.summary(), scores, True, kept)
+
+
+def _check_pairs(recipe: Recipe, count: int) -> None:
+    """Refuse settings that leave a pair nothing to be told from.
+
+    Raises:
+        CloverError: fewer than two pairs, or two a batch.
+    """
+    config = recipe.align
+    if count < 2 or config.batch_size < 2:
+        raise CloverError(
+            f"stage 1 needs at least 2 pairs a batch: found {count} pairs and "
+            f"align.batch_size {config.batch_size}"
+        )
+    if config.accumulate > 1 and processes.num_processes() == 1:
+        # Contrast and negatives see one part alone: not the losses of the batch.
+        chunk = config.batch_size // config.accumulate
+        raise CloverError(
+            f"align.accumulate is {config.accumulate}, but a pair is compared with its whole "
+            f"batch; align.gradient_chunk={chunk} has the gradients of align.batch_size="
+            f"{config.batch_size} in the memory of {chunk} pairs"
+        )
 
 
 def _beside(weights: Path, which: Kept) -> Path:

@@ -100,10 +100,16 @@ class RunFolder:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
 
-    def save_recipe(self, recipe: Any) -> None:
-        """Write the resolved recipe (a `clover.core.config.Recipe`)."""
-        if self._is_writer:
-            write_text(self.path / "recipe.yaml", recipe.to_yaml())
+    def save_recipe(self, recipe: Any, *, replaces: bool = True) -> None:
+        """Write the resolved recipe (a `clover.core.config.Recipe`).
+
+        Args:
+            recipe: The recipe.
+            replaces: Also where there is one: not before it is known that the run goes on with it.
+        """
+        path = self.path / "recipe.yaml"
+        if self._is_writer and (replaces or not path.exists()):
+            write_text(path, recipe.to_yaml())
 
     def log(self, stage: str, step: int, **values: float | int | str) -> None:
         """Append one line to `metrics.jsonl`."""

@@ -155,7 +155,7 @@ def _mend(recipe: Recipe, encoder: EncoderSize, card: Card) -> str | None:
     for stage, measure in (("align", align_size), ("tune", tune_size)):
         # int8 runs everywhere; four bits need bitsandbytes.
         for quantise in ("none", "int8", "bnb-4bit") if stage == "tune" else ("none",):
-            chosen = _accumulate(recipe, encoder, stage, measure, limit, quantise=quantise)
+            chosen = _split(recipe, encoder, stage, measure, limit, quantise=quantise)
             if chosen is not None:
                 settings += chosen
                 break
@@ -164,7 +164,7 @@ def _mend(recipe: Recipe, encoder: EncoderSize, card: Card) -> str | None:
     return " ".join(f"--set {item}" for item in settings) or None
 
 
-def _accumulate(
+def _split(
     recipe: Recipe, encoder: EncoderSize, stage: str, measure: Any, limit: float, *, quantise: str
 ) -> list[str] | None:
     """Return the fewest parts that a stage's batch must be split into to fit, as settings."""
@@ -175,16 +175,15 @@ def _accumulate(
         more = [f"language.quantise={quantise}"]
     config = getattr(recipe, stage)
     for parts in range(config.accumulate, config.batch_size + 1):
-        # A contrast and its negatives need at least two pairs a part.
-        if config.batch_size % parts or (stage == "align" and config.batch_size // parts < 2):
+        if config.batch_size % parts:
             continue
+        changes = {} if parts == config.accumulate else {"accumulate": parts}
+        if stage == "align" and changes:
+            # Sums of parts are not the losses of a batch whose pairs are compared with each other.
+            changes = {"gradient_chunk": config.batch_size // parts}
         changed = recipe.model_copy(
-            update={
-                "language": language,
-                stage: config.model_copy(update={"accumulate": parts}),
-            }
+            update={"language": language, stage: config.model_copy(update=changes)}
         )
         if measure(changed, encoder).peak <= limit:
-            is_same = parts == config.accumulate
-            return more + ([] if is_same else [f"{stage}.accumulate={parts}"])
+            return more + [f"{stage}.{name}={value}" for name, value in changes.items()]
     return None

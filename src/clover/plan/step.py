@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +142,12 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     """Count a step of stage 1."""
     with META:
         bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
-    part = recipe.align.batch_size // recipe.align.accumulate
+    config = recipe.align
+    # One pair alone has no negative to be counted with: two are counted.
+    chunk = min(max(2, config.gradient_chunk), config.batch_size) if config.gradient_chunk else 0
+    part = chunk or config.batch_size // config.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
-    text = _tokens(part, min(recipe.align.max_text_tokens, recipe.qformer.max_positions))
+    text = _tokens(part, min(config.max_text_tokens, recipe.qformer.max_positions))
 
     def step() -> None:
         backward_apart(
@@ -158,7 +161,23 @@ def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
             ),
         )
 
-    return _size(bridge, None, step, features, recipe)
+    parts = -(-config.batch_size // part)
+    found = _size(bridge, None, step, features, recipe, parts=parts)
+    if not chunk:
+        return found
+
+    def compared() -> None:
+        bridge.qformer.encode_queries(bridge.read_image(features))
+        bridge.qformer.encode_text(text.ids, text.mask, first_row=True)
+
+    # What the contrast compares is computed twice. Negatives come from the whole batch, whose
+    # features are there all the time.
+    again = count(compared, before=[*bridge.parameters(), features]).operations
+    return replace(
+        found,
+        operations=found.operations + again * parts,
+        activations=found.activations + num_bytes_of(features) * (parts - 1),
+    )
 
 
 def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
@@ -180,11 +199,12 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         total, _ = language.loss_from_ids(visual, question, answer, prefix=())
         total.backward()  # type: ignore[no-untyped-call]
 
-    return _size(bridge, language.model, step, features, recipe)
+    return _size(bridge, language.model, step, features, recipe, parts=recipe.tune.accumulate)
 
 
-def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, recipe: Recipe) -> StepSize:
-    accumulate = (recipe.align if language is None else recipe.tune).accumulate
+def _size(
+    bridge: Bridge, language: Any, step: Any, features: Tensor, recipe: Recipe, *, parts: int
+) -> StepSize:
     products = str(_numbers(recipe)).removeprefix("torch.")
     bits = recipe.language.quantise
     frozen = [] if language is None else [*language.parameters(), *language.buffers()]
@@ -202,7 +222,7 @@ def _size(bridge: Bridge, language: Any, step: Any, features: Tensor, recipe: Re
         optimiser=12 * trainable,
         # The step's own gradients were counted with it; they stand under `optimiser`.
         activations=max(0, found.peak - counted) + num_bytes_of(features),
-        operations=found.operations * accumulate,
+        operations=found.operations * parts,
         frozen_numbers=products if bits == "none" else f"{bits}, the rest {products}",
         trained_numbers="float32" if copies == 0 else f"float32, products in {products}",
     )

@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from clover.core.config import OptimizerConfig
+from clover.core.config import OptimizerConfig, Recipe
 from clover.core.errors import CloverError
 from clover.core.memory import keep_freed_memory
 from clover.core.run import RunFolder, seed_everything
@@ -58,6 +58,8 @@ class TrainingJob:
     """Stop (and save) after so many steps, without changing the schedule."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What went into the key, by name: a refusal says which of them differ."""
+    recipe: Recipe | None = None
+    """Written into the run folder once no checkpoint of other settings stands in the way."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -166,6 +168,8 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
         folder, module=module, optimizer=optimizer, key=job.key, settings=job.settings
     )
     processes.check_same("checkpoints", start)
+    if job.recipe is not None:
+        job.run.save_recipe(job.recipe)
     processes.take_from_first(module)
     best = BestWeights(folder, validation) if validation is not None else None
     module.train()

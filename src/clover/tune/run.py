@@ -12,7 +12,7 @@ import torch
 
 from clover.core.config import Recipe, TuneConfig
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, read_json, sha256_file
+from clover.core.files import read_json, sha256_file
 from clover.core.record import Record
 from clover.core.record_file import columns, sha256_records
 from clover.core.run import RunFolder
@@ -25,13 +25,16 @@ from clover.model import (
     load_bridge,
     load_frozen_language,
     load_tokenizer,
+    model_files,
 )
 from clover.qformer.calibrate import calibrate_image, calibrate_projection
 from clover.qformer.used_words import all_words, only_words
 from clover.training import processes
 from clover.training.checkpoint import clear_checkpoints
 from clover.training.device import choose_device
+from clover.training.earlier import Earlier
 from clover.training.loop import TrainingJob, train
+from clover.training.made_from import MadeFrom
 from clover.training.validation import BestWeights, Kept, Validation, say_kept, settle
 from clover.tune.example import choose_examples, write_examples
 from clover.tune.grounding import GroundingObjective, refit_projection
@@ -86,7 +89,7 @@ def tune(
     """
     is_first = processes.is_first()
     folder = RunFolder(run, is_writer=is_first)
-    folder.save_recipe(recipe)
+    folder.save_recipe(recipe, replaces=False)
     device = choose_device(recipe.device, recipe.precision)
     encoder = load_encoder(recipe.encoder)
     tokenizer = load_tokenizer(recipe)
@@ -100,19 +103,27 @@ def tune(
             held_out=held_out,
             rejected=run / "tune.rejected.jsonl" if is_first else None,
         )
-    sections = ("seed", "precision", "encoder", "qformer", "language", "prompt", "tune")
     files = {
         _DATA: sha256_records(instructions),
         _STAGE_1: None if start is None else sha256_file(start),
     }
-    key = fingerprint([recipe.fingerprint(*sections), *files.values()])
-    settings = recipe.settings(*sections) | {name: str(value) for name, value in files.items()}
-    config = out / "config.json"
-    is_finished = config.exists() and read_json(config).get("key") == key
-    processes.check_same("data, images or results", [key, data.digests.fingerprint(), is_finished])
+    made_from = MadeFrom.of(
+        recipe,
+        *("seed", "encoder", "qformer", "language", "prompt", "tune"),
+        device=device,
+        data={**files, **data.named()},
+    )
+    is_finished = made_from.is_that_of(out / "config.json")
+    processes.check_same(
+        "data, images, number formats or results", [made_from.resume_key, is_finished]
+    )
     if is_finished:
         _clear(folder)
         return TuneResult(out, data.summary(), True, _said(out, run))
+    earlier = None
+    if is_first:
+        earlier = Earlier.of(*model_files(out), folder=out.with_name(f"{out.name}.earlier"))
+    as_given = recipe
     language = load_frozen_language(recipe.language, recipe.prompt, device)
     if recipe.tune.worked_examples:
         recipe = with_examples(recipe, data.records, language)
@@ -129,10 +140,20 @@ def tune(
         lacking="questions; give --validation FILE, name data.validation",
         figure=FIGURE,
         is_larger_better=False,
-        training=key,
+        training=made_from.resume_key,
     )
     seed = recipe.seed if recipe.tune.seed is None else recipe.tune.seed
-    job = TrainingJob("tune", recipe.tune, folder, device, seed, key, max_steps, settings)
+    job = TrainingJob(
+        "tune",
+        recipe.tune,
+        folder,
+        device,
+        seed,
+        made_from.resume_key,
+        max_steps,
+        made_from.resume_settings(),
+        as_given,
+    )
     with folder.timed("tune") as details:
         objective = TuneObjective(model, data)
         calibrate(objective, num_samples=recipe.qformer.calibrate, is_aligned=start is not None)
@@ -141,7 +162,7 @@ def tune(
             spelt = ground(objective, job) if recipe.tune.grounding_steps else None
             is_finished = train(objective, job, measured)
             model.details = {
-                "key": key,
+                **made_from.note(),
                 "data": {"instructions_sha256": files[_DATA], "summary": data.summary()},
                 "stage_1": files[_STAGE_1],
                 **(_spelling(spelt) if spelt is not None else {}),
@@ -158,6 +179,8 @@ def tune(
                     )
         details["trainable_parameters"] = bridge.num_trainable()
     if is_finished and is_first:
+        if earlier is not None:
+            earlier.keep()
         model.save(out)
         _clear(folder)
     processes.wait_for_all()

@@ -61,6 +61,14 @@ class FeatureSet:
             digests=Digests(self.digests.values[list(rows)]),
         )
 
+    def named(self) -> dict[str, str]:
+        """Return what tells these images and features from others, by what each is called."""
+        return {
+            "records with an image": f"{len(self.records)}",
+            "the images' sha256": self.digests.fingerprint(),
+            "the features": self.cache.path.name,
+        }
+
     def summary(self) -> str:
         """Return how many records are usable, and what was set aside."""
         images = self.digests.num_distinct()
