@@ -205,7 +205,9 @@ def evaluate_folder(
         baselines={}
         if learnt is None or predict_only
         else _baseline_rows(
-            learnt, asked if num_turns(model.encoder) == 1 else once(data, images=images)
+            learnt,
+            asked if num_turns(model.encoder) == 1 else once(data, images=images),
+            model.encoder.microns_per_pixel,
         ),
         training=() if learnt is None else learnt.records,
         unfamiliar=None if predict_only else count_unfamiliar(model, asked),
@@ -251,7 +253,9 @@ def _sample(size: int, wanted: int, seed: int) -> list[int] | None:
     return sorted(random.choice(size, wanted, replace=False).tolist())
 
 
-def _baseline_rows(train: FeatureSet, test: FeatureSet) -> dict[str, list[Row]]:
+def _baseline_rows(
+    train: FeatureSet, test: FeatureSet, microns_per_pixel: float | None
+) -> dict[str, list[Row]]:
     """Answer by colour alone, by the question alone, and by a linear probe of the same features.
 
     The probe is told the question's form and its possible answers, and learns one classifier each:
@@ -259,7 +263,11 @@ def _baseline_rows(train: FeatureSet, test: FeatureSet) -> dict[str, list[Row]]:
     """
     return {
         "colour": colour_only_baseline(
-            train.records, test.records, train_folder=train.images, test_folder=test.images
+            train.records,
+            test.records,
+            train_folder=train.images,
+            test_folder=test.images,
+            microns_per_pixel=microns_per_pixel,
         ),
         "question_only": question_only_baseline(train.records, test.records),
         "probe": linear_probe_baseline(

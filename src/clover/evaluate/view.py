@@ -18,6 +18,7 @@ from clover.core.errors import CloverError, nearest
 from clover.core.record import image_path
 from clover.evaluate.pixels import CHANGES
 from clover.evaluate.rewording import reworded
+from clover.slides.picture import open_picture
 from clover.vision.dataset import FeatureSet
 from clover.vision.encoder import ImageEncoder
 from clover.vision.leaks import Pictured
@@ -73,11 +74,20 @@ class Viewer:
             ``turned``, ``mirrored``: its own, changed (`pixels`); ``paraphrase``: its own, with
             the question in other words (`rewording`).
         seed: Of shuffling and noise.
+        microns_per_pixel: At which regions of slides are read; None looks them over.
     """
 
-    def __init__(self, data: Pictured, *, view: View, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: Pictured,
+        *,
+        view: View,
+        seed: int = 0,
+        microns_per_pixel: float | None = None,
+    ) -> None:
         self.view = view
         self._data = data
+        self._microns_per_pixel = microns_per_pixel
         self._random = np.random.default_rng(seed)
         self._partner = self._other_images() if view == "shuffled" else []
         self._noise = self._noise_images() if view == "noise" else []
@@ -112,11 +122,7 @@ class Viewer:
             return self._noise[index % _NUM_NOISE]
         record = self._data.records[self._source(index)]
         path = image_path(record, self._data.images)
-        try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise CloverError(f"cannot read the image {path}: {error}") from error
+        picture = open_picture(path, self._microns_per_pixel).convert("RGB")
         change = CHANGES.get(self.view)
         return picture if change is None else change(picture, self.key(index))
 
@@ -154,7 +160,7 @@ class FeatureViewer(Viewer):
     def __init__(
         self, data: FeatureSet, encoder: ImageEncoder, *, view: View, seed: int = 0
     ) -> None:
-        super().__init__(data, view=view, seed=seed)
+        super().__init__(data, view=view, seed=seed, microns_per_pixel=encoder.microns_per_pixel)
         self._features = data
         self._encoder = encoder
         self._encoded: dict[str, Tensor] = {}
