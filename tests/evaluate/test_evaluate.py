@@ -408,7 +408,7 @@ def test_gain_and_agreement_are_what_they_say() -> None:
     assert agreement(seen, blind)["value"] == pytest.approx(50.0)  # "Yes." is "yes"
     table = form_table({"image": seen, "blind": blind}, {}, draws=200)
     assert table["q (closed)"]["gain"]["value"] == pytest.approx(50.0)
-    assert "does not look" in verdict(image_gain(blind, blind), None)
+    assert "does not look" in verdict({"blind": image_gain(blind, blind)})
 
 
 def test_no_dye_changed_is_the_same_picture_and_each_dye_changes_its_own() -> None:
