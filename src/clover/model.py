@@ -8,7 +8,6 @@ Research use only, not for diagnosis.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
 from clover.qformer.tokenizer import TextTokenizer, Tokens
-from clover.slides.picture import check_is_no_slide, is_region, read_region
+from clover.slides.picture import check_is_no_slide, is_region, open_picture
 from clover.training import processes
 from clover.training.device import Device, choose_device
 from clover.vision.encoder import ImageEncoder, load_encoder
@@ -452,19 +451,9 @@ def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Imag
     """
     if isinstance(image, Image.Image):
         return image
-    if not isinstance(image, bytes):
-        if is_region(image):
-            return read_region(image, microns_per_pixel)
+    if not isinstance(image, bytes) and not is_region(image):
         check_is_no_slide(image)
-    name = "the image" if isinstance(image, bytes) else str(image)
-    try:
-        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        opened.load()
-    except FileNotFoundError as error:
-        raise CloverError(f"no image {name}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise CloverError(f"{name} cannot be read as an image: {error}") from error
-    return opened
+    return open_picture(image, microns_per_pixel)
 
 
 def save_folder(model: Clover, path: Path) -> Path:

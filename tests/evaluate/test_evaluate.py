@@ -323,10 +323,36 @@ def test_an_unreadable_image_costs_its_own_questions_alone(tiny: Tiny, tmp_path:
         *("--out", tmp_path / "out", "--predict-only", "--concurrency", "4"),
     )
     peer.server.shutdown()
-    assert done.returncode == 2 and done.stderr.count("cannot read the image") == 1
+    assert done.returncode == 2 and done.stderr.count("cannot be read as an image") == 1
     assert f"1 of {len(rows)} questions got no answer" in done.stderr
     assert len(peer.requests) == len(rows) - 1
     assert len(lines(tmp_path / "out" / "predictions.part")) == len(rows)  # header and the others
+
+
+def test_a_peer_is_shown_regions_of_slides_at_the_resolution_that_is_stated(
+    tiny: Tiny, peer: Peer, tmp_path: Path
+) -> None:
+    pixels = np.full((64, 96, 3), (200, 40, 40), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "slide.tif", resolution=1e4 / 0.5, resolution_unit=3)
+    rows = [json.loads(line) for line in tiny.instructions.read_text().splitlines()[:2]]
+    rows = [row | {"image": str(tiny.instructions.parent / row["image"])} for row in rows]
+    rows.append({**rows[0], "id": "region", "image": str(tmp_path / "slide.tif#4,2,20,10")})
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("evaluate", "--endpoint", peer.url, "--model", "peer", "--data", data)
+    done = clover(*command, "--out", tmp_path / "aside")
+    assert done.returncode == 0, done.stderr
+    aside = (tmp_path / "aside" / "rejected.jsonl").read_text()
+    assert "region of a slide" in aside and "--microns-per-pixel" in aside
+    assert len(peer.requests) == 2
+    done = clover(*command, "--out", tmp_path / "out", "--microns-per-pixel", "0.25")
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "out" / "predictions.jsonl")) == 4
+    sent = [request["messages"][0]["content"][0]["image_url"]["url"] for request in peer.requests]
+    sizes = [
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in sent[2:]
+    ]
+    assert sorted(sizes) == [(32, 32), (32, 32), (80, 40)]
 
 
 @pytest.mark.parametrize(
@@ -339,6 +365,7 @@ def test_an_unreadable_image_costs_its_own_questions_alone(tiny: Tiny, tmp_path:
             ("--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--controls", "blnd"),
             "no control 'blnd'; did you mean 'blind'?",
         ),
+        (("model", "--microns-per-pixel", "0.5"), "--microns-per-pixel is for --endpoint"),
     ],
 )
 def test_mistakes_are_named_in_a_line(
@@ -381,7 +408,7 @@ def test_gain_and_agreement_are_what_they_say() -> None:
     assert agreement(seen, blind)["value"] == pytest.approx(50.0)  # "Yes." is "yes"
     table = form_table({"image": seen, "blind": blind}, {}, draws=200)
     assert table["q (closed)"]["gain"]["value"] == pytest.approx(50.0)
-    assert "does not look" in verdict(image_gain(blind, blind), None)
+    assert "does not look" in verdict({"blind": image_gain(blind, blind)})
 
 
 def test_no_dye_changed_is_the_same_picture_and_each_dye_changes_its_own() -> None:

@@ -113,3 +113,15 @@ def test_what_clover_cannot_do_is_refused_in_a_line(folder: Path) -> None:
     with pytest.raises(CloverError, match="log-likelihood"):
         model.loglikelihood([])
     assert len(model.generate_until([Request([picture], until=["\n\n", "."])])) == 1
+
+
+def test_what_sense_leaves_out_is_said_in_a_line(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from clover.evaluate.lmms import CloverModel
+
+    CloverModel(str(folder), decoding="recipe")
+    assert not caplog.messages
+    CloverModel(str(folder), decoding="sense")
+    assert len(caplog.messages) == 1
+    assert "closed questions are written freely, not chosen from yes and no" in caplog.messages[0]

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from clover.core.errors import CloverError
 from clover.core.record import Record, image_path
+from clover.slides.picture import open_picture
 from clover.vision.probe import fit_softmax, standardised
 
 Floats = NDArray[np.float64]
@@ -55,6 +57,7 @@ def colour_only_baseline(
     *,
     train_folder: Path,
     test_folder: Path | None = None,
+    microns_per_pixel: float | None = None,
 ) -> list[Row]:
     """Answer from the mean and standard deviation of red, green and blue alone.
 
@@ -63,14 +66,15 @@ def colour_only_baseline(
         test: Likewise.
         train_folder: Where the images of `train` lie.
         test_folder: Of `test`; the same folder when not given.
+        microns_per_pixel: At which regions of slides are read, as the model's encoder reads them.
 
     Raises:
-        CloverError: an image cannot be read.
+        CloverError: an image or a region of a slide cannot be read.
     """
     folder = train_folder if test_folder is None else test_folder
     return linear_probe_baseline(
-        colour_features(train, train_folder),
-        colour_features(test, folder),
+        colour_features(train, train_folder, microns_per_pixel),
+        colour_features(test, folder, microns_per_pixel),
         train=train,
         test=test,
     )
@@ -119,28 +123,31 @@ def linear_probe_baseline(
     return _by_form(train, test, fit)
 
 
-def colour_features(records: Sequence[Record], folder: Path) -> Floats:
+def colour_features(
+    records: Sequence[Record], folder: Path, microns_per_pixel: float | None = None
+) -> Floats:
     """Return mean and standard deviation of red, green and blue of each record's image, [N, 6].
 
+    Args:
+        records: With an image each.
+        folder: Where the images lie.
+        microns_per_pixel: At which regions of slides are read; None looks them over.
+
     Raises:
-        CloverError: an image is missing or broken.
+        CloverError: an image is missing or broken, or a region of a slide cannot be read.
     """
     known: dict[str, Floats] = {}
     for record in records:
         if record.image not in known:
-            known[record.image or ""] = _colours(image_path(record, folder))
+            known[record.image or ""] = _colours(
+                open_picture(image_path(record, folder), microns_per_pixel)
+            )
     return np.stack([known[record.image or ""] for record in records])
 
 
-def _colours(path: Path) -> Floats:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            # Counts of each level say mean and deviation exactly, and cost a tenth of the pixels.
-            counts = np.array(image.convert("RGB").histogram(), dtype=np.float64).reshape(3, 256)
-    except (OSError, ValueError) as error:
-        raise CloverError(f"cannot read the image {path}: {error}") from error
+def _colours(image: Image.Image) -> Floats:
+    # Counts of each level say mean and deviation exactly, and cost a tenth of the pixels.
+    counts = np.array(image.convert("RGB").histogram(), dtype=np.float64).reshape(3, 256)
     shares = counts / counts.sum(axis=1, keepdims=True)
     levels = np.arange(256.0)
     mean = shares @ levels  # [3]

@@ -139,6 +139,11 @@ def score(
 @click.option("--model", "peer", metavar="M", help="The model's name at the endpoint.")
 @click.option("--concurrency", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--microns-per-pixel",
+    type=click.FloatRange(0, min_open=True),
+    help="At which regions of slides are read for the endpoint; a MODEL folder states its own.",
+)
 @click.option("--closed-suffix", default="", help="Added to closed questions put to the endpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print scores.json.")
 @feature_option
@@ -160,6 +165,11 @@ def evaluate(model: Path | None, data: Path, out: Path, **options: Any) -> None:
     if (model is None) == (options["endpoint"] is None):
         raise click.UsageError("name either a MODEL folder or --endpoint URL with --model M")
     if model is not None:
+        if options["microns_per_pixel"] is not None:
+            raise click.UsageError(
+                "--microns-per-pixel is for --endpoint; of a MODEL folder, set "
+                "encoder.microns_per_pixel in its config.json"
+            )
         scores = _folder_scores(model, data, out, options)
     else:
         scores = _endpoint_scores(data, out, options)
@@ -214,10 +224,16 @@ def _endpoint_scores(data: Path, out: Path, options: dict[str, Any]) -> dict[str
     respondent = EndpointModel(
         options["endpoint"],
         options["peer"],
-        load_image_set(data, options["images"], needs="question"),
+        load_image_set(
+            data,
+            options["images"],
+            needs="question",
+            microns_per_pixel=options["microns_per_pixel"],
+        ),
         max_tokens=options["max_tokens"],
         concurrency=options["concurrency"],
         closed_suffix=options["closed_suffix"],
+        microns_per_pixel=options["microns_per_pixel"],
     )
     return evaluate_endpoint(
         respondent,

@@ -19,6 +19,8 @@ from clover.evaluate.protocol.strict import rate, strict_form
 Row = dict[str, Any]
 Rated = dict[str, tuple[bool, float, str]]
 """id -> (is closed, closed hit or open recall as a fraction, the image it hangs on)."""
+_OTHER_IMAGES = {"shuffled": "another image", "noise": "noise"}
+"""Controls that show an image which is not the record's."""
 
 
 def ratings(rows: Sequence[Row]) -> Rated:
@@ -143,29 +145,70 @@ def _majority(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def verdict(blind: Mapping[str, Any] | None, shuffled: Mapping[str, Any] | None) -> str:
-    """Say in a sentence whether the model looks at the image."""
-    if blind is None:
+def verdict(gains: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say in a sentence whether the model looks at the image.
+
+    It does where the score falls without the image and, where these were asked, with another image
+    and with noise: a model whose answers come with any image at all needs one, and reads none. A
+    fall is one whose paired interval lies above 0, whatever its size: of few distinct answers
+    another image's is often right too.
+
+    Args:
+        gains: `image_gain` by view; `blind`, `shuffled` and `noise` are considered.
+    """
+    if "blind" not in gains:
         return "Not known whether the model looks: run again with --controls."
-    said = []
-    for kind in ("closed", "open"):
-        gain = blind[kind]
-        if gain["n"] == 0:
-            continue
-        low, high = gain["low"], gain["high"]
-        bounds = "" if low is None else f" [{low:.1f}, {high:.1f}]"
-        looks = low is not None and low > 0
-        said.append(
-            f"on {kind} questions the image {'is worth' if looks else 'shows no proven gain:'} "
-            f"{gain['difference']:.1f}{bounds} points"
-        )
-    lows = [blind[kind]["low"] for kind in ("closed", "open") if blind[kind]["n"]]
-    proven = [low is not None and low > 0 for low in lows]
-    head = "The model looks" if proven and all(proven) else "The model looks only in part"
-    if not any(proven):
-        head = "The model does not look"
-    if shuffled is not None and shuffled["closed"]["n"]:
+    kinds = [kind for kind in ("closed", "open") if gains["blind"][kind]["n"]]
+    needs = [_is_proven(gains["blind"][kind]) for kind in kinds]
+    denied = {kind: _without_fall(gains, kind) for kind in kinds}
+    said = [_kind_sentence(gains, kind, denied[kind]) for kind in kinds]
+    shuffled = gains.get("shuffled")
+    is_told = "shuffled" in denied.get("closed", ()) and _is_proven(gains["blind"]["closed"])
+    if shuffled is not None and shuffled["closed"]["n"] and not is_told:
         said.append(
             f"with another image it loses {shuffled['closed']['difference']:.1f} points (closed)"
         )
-    return f"{head}: {'; '.join(said)}."
+    looks = [need and not denied[kind] for kind, need in zip(kinds, needs, strict=True)]
+    return f"{_head(needs, looks)}: {'; '.join(said)}."
+
+
+def _head(needs: Sequence[bool], looks: Sequence[bool]) -> str:
+    """Return how the sentence begins; of each kind of question: needs an image, and looks at it."""
+    if any(looks):
+        return "The model looks" if all(looks) else "The model looks only in part"
+    return (
+        "The model needs an image but does not read it" if any(needs) else "The model does not look"
+    )
+
+
+def _is_proven(gain: Mapping[str, Any]) -> bool:
+    return gain["low"] is not None and gain["low"] > 0
+
+
+def _without_fall(gains: Mapping[str, Mapping[str, Any]], kind: str) -> list[str]:
+    """Return the controls with an image that is not the record's in which no fall is proven."""
+    return [
+        view
+        for view in _OTHER_IMAGES
+        if view in gains and gains[view][kind]["n"] and not _is_proven(gains[view][kind])
+    ]
+
+
+def _kind_sentence(gains: Mapping[str, Mapping[str, Any]], kind: str, denied: Sequence[str]) -> str:
+    """Say what the image is worth to closed or open questions, and what speaks against it."""
+    gain = gains["blind"][kind]
+    worth = "is worth" if _is_proven(gain) else "shows no proven gain:"
+    said = f"on {kind} questions the image {worth} {_points(gain)}"
+    if not _is_proven(gain) or not denied:
+        return said
+    against = " and ".join(
+        f"with {_OTHER_IMAGES[view]} ({_points(gains[view][kind])}, n={gains[view][kind]['n']:,})"
+        for view in denied
+    )
+    return f"{said}, but the score shows no proven fall {against}"
+
+
+def _points(gain: Mapping[str, Any]) -> str:
+    low, high = gain["low"], gain["high"]
+    bounds = "" if low is None else f" [{low:.1f}, {high:.1f}]"
+    return f"{gain['difference']:.1f}{bounds} points"

@@ -48,6 +48,7 @@ class EndpointModel:
         closed_suffix: Added to a closed question.
         key_variable: The environment variable that holds the API key, where one is needed.
         seed: Of shuffling and noise.
+        microns_per_pixel: At which regions of slides are read, as they were for `data`.
     """
 
     url: str
@@ -58,6 +59,7 @@ class EndpointModel:
     closed_suffix: str = ""
     key_variable: str = "OPENAI_API_KEY"
     seed: int = 0
+    microns_per_pixel: float | None = None
 
     def __post_init__(self) -> None:
         check_endpoint(self.url)
@@ -80,7 +82,9 @@ class EndpointModel:
 
     def viewer(self, view: View) -> Viewer:
         """Return questions and pictures in a view."""
-        return Viewer(self.data, view=view, seed=self.seed)
+        return Viewer(
+            self.data, view=view, seed=self.seed, microns_per_pixel=self.microns_per_pixel
+        )
 
     def answers(self, viewer: Viewer, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Yield (index, answer) as they come.

@@ -6,6 +6,7 @@ lmms-eval finds it by the entry point `lmms_eval.models`; nothing of ours import
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from clover.evaluate.decoding import find_decoding
 from clover.language.protocol import GenerationSettings
 from clover.model import load
 
+_LOG = logging.getLogger(__name__)
 MANIFEST = ModelManifest(model_id="clover", simple_class_path="clover.evaluate.lmms.CloverModel")
 
 
@@ -29,8 +31,10 @@ class CloverModel(lmms):  # type: ignore[misc]
 
     Args:
         model: The model folder.
-        decoding: `task` takes tokens and beams from the task, writing greedily; or `recipe`,
-            `paper`, `sense` as `clover evaluate`.
+        decoding: `task` takes tokens and beams from the task, writing greedily; `recipe` and
+            `paper` are those of `clover evaluate`. `sense` is so only in part: it writes greedily
+            up to the recipe's `max_tokens`, but a closed question is not given the likelier of
+            yes and no, as lmms-eval does not tell a model which questions are closed.
         batch_size: Questions at once; the recipe's when absent.
         device: Ignored, as `max_batch_size`: the model folder's recipe says where it runs.
         max_batch_size: Ignored.
@@ -54,9 +58,14 @@ class CloverModel(lmms):  # type: ignore[misc]
         self._settings: GenerationSettings | None = None
         if decoding != "task":
             kind = self._clover.recipe.language.kind
-            self._settings = find_decoding(
-                decoding, config, is_encoder_decoder=kind == "encoder_decoder"
-            ).settings
+            found = find_decoding(decoding, config, is_encoder_decoder=kind == "encoder_decoder")
+            self._settings = found.settings
+            if found.chooses_yes_no:
+                _LOG.warning(
+                    "decoding=%s: closed questions are written freely, not chosen from yes and no, "
+                    "as lmms-eval does not say which are closed; clover evaluate chooses",
+                    found.name,
+                )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer each request's question about its image.

@@ -148,6 +148,9 @@ def predict(
     wanted = range(len(records)) if indices is None else indices
     asked = {i: question for i in wanted if (question := viewer.question(i)) is not None}
     header = json.loads(json.dumps(job.header(view)))
+    if num_same := viewer.num_of_own_group(wanted):
+        # Not in other headers: predictions from before are read.
+        header["header"]["shown_of_own_group"] = num_same
     keys = {i: f"{viewer.key(i)} {question}" for i, question in asked.items()}
     answers = _finished(path, header, {records[i].id: key for i, key in keys.items()})
     if answers is None:

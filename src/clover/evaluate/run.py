@@ -5,6 +5,7 @@ In: a model, questions with answers. Out: prediction files and `scores.json`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,12 +43,13 @@ from clover.evaluate.view import BASIC, View
 from clover.model import Clover, load, read_config
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.familiar import UNFAMILIAR
-from clover.vision.leaks import refuse_leaks
+from clover.vision.leaks import Pictured, refuse_leaks
 from clover.vision.probe import pooled
 from clover.vision.turned import num_turns, plain_encoder
 
 __all__ = ["BASIC", "Evaluation", "evaluate", "evaluate_endpoint", "evaluate_folder"]
 
+_LOG = logging.getLogger(__name__)
 PROTOCOL = "strict"
 _BASELINES = {"colour": "colour_only", "question_only": "question_only", "probe": "linear_probe"}
 _SCORES = ("closed", "open_recall", "open_precision", "open_f1", "open_exact")
@@ -124,12 +126,36 @@ def predict_views(evaluation: Evaluation) -> dict[str, list[Row]]:
     out.mkdir(parents=True, exist_ok=True)
     write_rejected(out / "rejected.jsonl", evaluation.rejected)
     rows = {"image": predict(job, out / "predictions.jsonl")}
-    few = _sample(len(job.data.records), evaluation.control_items, job.seed)
+    few = _control_indices(evaluation)
     for view in evaluation.controls:
+        if view == "shuffled" and not _has_another_image(job.data):
+            continue
         # The blind view asks each question once, so that all of them cost little.
         chosen = None if view == "blind" else few
         rows[view] = predict(job, out / f"{view}.jsonl", view=view, indices=chosen)
     return rows
+
+
+def _has_another_image(data: Pictured) -> bool:
+    return len(set(data.digests)) > 1
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """Return a line for each control that could not be asked as it is meant."""
+    job = evaluation.job
+    if "shuffled" not in evaluation.controls:
+        return []
+    if not _has_another_image(job.data):
+        return ["Without the control with another image: all questions are about one image."]
+    indices = _control_indices(evaluation)
+    asked = range(len(job.data.records)) if indices is None else indices
+    same = job.respondent.viewer("shuffled").num_of_own_group(asked)
+    if not same:
+        return []
+    return [
+        f"With another image: {same:,} of {len(asked):,} questions were shown one of their own "
+        "group, as no other group has one; it may show the same finding."
+    ]
 
 
 def evaluate_folder(
@@ -205,7 +231,9 @@ def evaluate_folder(
         baselines={}
         if learnt is None or predict_only
         else _baseline_rows(
-            learnt, asked if num_turns(model.encoder) == 1 else once(data, images=images)
+            learnt,
+            asked if num_turns(model.encoder) == 1 else once(data, images=images),
+            model.encoder.microns_per_pixel,
         ),
         training=() if learnt is None else learnt.records,
         unfamiliar=None if predict_only else count_unfamiliar(model, asked),
@@ -240,18 +268,24 @@ def evaluate_endpoint(
 def _evaluated(evaluation: Evaluation, *, predict_only: bool) -> dict[str, Any] | None:
     if predict_only:
         predict_views(evaluation)
+        for line in remarks(evaluation):
+            _LOG.warning(line)
         return None
     return evaluate(evaluation)
 
 
-def _sample(size: int, wanted: int, seed: int) -> list[int] | None:
+def _control_indices(evaluation: Evaluation) -> list[int] | None:
+    """Return which questions each control but the blind one asks; None for all."""
+    size, wanted = len(evaluation.job.data.records), evaluation.control_items
     if wanted == 0 or wanted >= size:
         return None
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(evaluation.job.seed)
     return sorted(random.choice(size, wanted, replace=False).tolist())
 
 
-def _baseline_rows(train: FeatureSet, test: FeatureSet) -> dict[str, list[Row]]:
+def _baseline_rows(
+    train: FeatureSet, test: FeatureSet, microns_per_pixel: float | None
+) -> dict[str, list[Row]]:
     """Answer by colour alone, by the question alone, and by a linear probe of the same features.
 
     The probe is told the question's form and its possible answers, and learns one classifier each:
@@ -259,7 +293,11 @@ def _baseline_rows(train: FeatureSet, test: FeatureSet) -> dict[str, list[Row]]:
     """
     return {
         "colour": colour_only_baseline(
-            train.records, test.records, train_folder=train.images, test_folder=test.images
+            train.records,
+            test.records,
+            train_folder=train.images,
+            test_folder=test.images,
+            microns_per_pixel=microns_per_pixel,
         ),
         "question_only": question_only_baseline(train.records, test.records),
         "probe": linear_probe_baseline(
@@ -320,7 +358,8 @@ def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, 
                 for name, found in others.items()
             },
             "forms": form_table(rows, others, draws=draws),
-            "verdict": verdict(blind, gains.get("shuffled")),
+            "verdict": verdict(gains),
+            "remarks": remarks(evaluation),
             "unfamiliar": evaluation.unfamiliar and evaluation.unfamiliar.row(),
             "exposed": image["details"]["exposed"],
         },

@@ -63,6 +63,7 @@ def evaluation_lines(scores: Mapping[str, Any]) -> list[str]:
         f"{scores['num_closed']} closed and {scores['num_open']} open questions, rule "
         f"{details['protocol']}, 95 % intervals over images",
         details["verdict"],
+        *details.get("remarks", []),
         *([details["unfamiliar"]["sentence"]] if details.get("unfamiliar") else []),
         *(f"Exposed as {charge['sentence']}." for charge in details["exposed"]["charges"]),
     ]

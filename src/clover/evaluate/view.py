@@ -6,7 +6,7 @@ changes it in a way that should change no answer, or puts the question in other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,9 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from clover.core.errors import CloverError, nearest
-from clover.core.record import image_path
+from clover.core.record import Record, image_path
+from clover.evaluate.partner import choose_partners
 from clover.evaluate.pixels import CHANGES
 from clover.evaluate.rewording import reworded
+from clover.slides.picture import open_picture
 from clover.vision.dataset import FeatureSet
 from clover.vision.encoder import ImageEncoder
 from clover.vision.leaks import Pictured
@@ -68,16 +70,25 @@ class Viewer:
 
     Args:
         data: The records.
-        view: ``image``: its own; ``blind``: none; ``shuffled``: another record's image, never one
-            of the same group; ``noise``: images of uniform noise; ``grey``, ``stain``, ``jpeg``,
-            ``turned``, ``mirrored``: its own, changed (`pixels`); ``paraphrase``: its own, with
-            the question in other words (`rewording`).
+        view: ``image``: its own; ``blind``: none; ``shuffled``: another record's image, of the
+            same group only where no other group has one (`partner`); ``noise``: images of uniform
+            noise; ``grey``, ``stain``, ``jpeg``, ``turned``, ``mirrored``: its own, changed
+            (`pixels`); ``paraphrase``: its own, with the question in other words (`rewording`).
         seed: Of shuffling and noise.
+        microns_per_pixel: At which regions of slides are read; None looks them over.
     """
 
-    def __init__(self, data: Pictured, *, view: View, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: Pictured,
+        *,
+        view: View,
+        seed: int = 0,
+        microns_per_pixel: float | None = None,
+    ) -> None:
         self.view = view
         self._data = data
+        self._microns_per_pixel = microns_per_pixel
         self._random = np.random.default_rng(seed)
         self._partner = self._other_images() if view == "shuffled" else []
         self._noise = self._noise_images() if view == "noise" else []
@@ -94,6 +105,16 @@ class Viewer:
         if self.view == "noise":
             return f"noise-{index % _NUM_NOISE}"
         return self._data.digests[self._source(index)]
+
+    def num_of_own_group(self, indices: Iterable[int]) -> int:
+        """Return how many of these are shown another image of their own group, for want of others.
+
+        Only of the shuffled view; in all others none.
+        """
+        if self.view != "shuffled":
+            return 0
+        groups = _groups(self._data.records)
+        return sum(groups[index] == groups[self._partner[index]] for index in indices)
 
     def question(self, index: int) -> str | None:
         """Return the question as this view puts it; None where it cannot."""
@@ -112,11 +133,7 @@ class Viewer:
             return self._noise[index % _NUM_NOISE]
         record = self._data.records[self._source(index)]
         path = image_path(record, self._data.images)
-        try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, ValueError) as error:
-            raise CloverError(f"cannot read the image {path}: {error}") from error
+        picture = open_picture(path, self._microns_per_pixel).convert("RGB")
         change = CHANGES.get(self.view)
         return picture if change is None else change(picture, self.key(index))
 
@@ -124,18 +141,7 @@ class Viewer:
         return self._partner[index] if self.view == "shuffled" else index
 
     def _other_images(self) -> list[int]:
-        """For each record choose a record of another group, or of another image at least."""
-        groups = [record.group or record.image for record in self._data.records]
-        size = len(groups)
-        partner = []
-        for index, group in enumerate(groups):
-            other = int(self._random.integers(size))
-            for _ in range(50):
-                if groups[other] != group:
-                    break
-                other = int(self._random.integers(size))
-            partner.append(other if groups[other] != group else index)
-        return partner
+        return choose_partners(_groups(self._data.records), self._data.digests, self._random)
 
     def _noise_images(self) -> list[Image.Image]:
         shape = (_NOISE_SIDE, _NOISE_SIDE, 3)
@@ -143,6 +149,10 @@ class Viewer:
             Image.fromarray(self._random.integers(0, 256, shape, dtype=np.uint8))
             for _ in range(_NUM_NOISE)
         ]
+
+
+def _groups(records: Sequence[Record]) -> list[str]:
+    return [record.group or record.image or "" for record in records]
 
 
 class FeatureViewer(Viewer):
@@ -154,7 +164,7 @@ class FeatureViewer(Viewer):
     def __init__(
         self, data: FeatureSet, encoder: ImageEncoder, *, view: View, seed: int = 0
     ) -> None:
-        super().__init__(data, view=view, seed=seed)
+        super().__init__(data, view=view, seed=seed, microns_per_pixel=encoder.microns_per_pixel)
         self._features = data
         self._encoder = encoder
         self._encoded: dict[str, Tensor] = {}

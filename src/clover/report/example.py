@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from clover.core.errors import CloverError
 from clover.report.reading import Row, Run
-from clover.slides.picture import is_region, read_region
+from clover.slides.picture import open_picture
 from clover.slides.region import split_reference
 
 _EACH = 8
@@ -139,9 +137,8 @@ def image_folder(run: Run) -> Path | None:
 def embedded(path: Path) -> str | None:
     """Return a small picture as a data URI of at most 20 kB, or None for what cannot be read."""
     try:
-        with read_region(path, None) if is_region(path) else Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (CloverError, OSError, ValueError, Image.DecompressionBombError):
+        picture = open_picture(path).convert("RGB")
+    except CloverError:
         return None
     picture.thumbnail((_SIDE, _SIDE))
     for quality in (85, 75, 60, 45, 30):

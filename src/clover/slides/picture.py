@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,6 +68,29 @@ def read_region(name: str | Path, microns_per_pixel: float | None) -> Image.Imag
 
 def _looked_over(region: Region, slide: Slide) -> float:
     return max(max(region.width, region.height) / _OVERVIEW, slide.scale.mean)
+
+
+def open_picture(image: str | Path | bytes, microns_per_pixel: float | None = None) -> Image.Image:
+    """Open an image by its name, which may stand for a region of a slide, or from its bytes.
+
+    Args:
+        image: What to open.
+        microns_per_pixel: Of a region's picture; None only looks a region over.
+
+    Raises:
+        CloverError: no such file, not an image, or a region that cannot be read.
+    """
+    if not isinstance(image, bytes) and is_region(image):
+        return read_region(image, microns_per_pixel)
+    name = "the image" if isinstance(image, bytes) else str(image)
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+    except FileNotFoundError as error:
+        raise CloverError(f"no image {name}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CloverError(f"{name} cannot be read as an image: {error}") from error
+    return opened
 
 
 def is_whole_slide(path: str | Path) -> bool:

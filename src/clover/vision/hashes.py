@@ -123,7 +123,10 @@ class ImageHashes:
             if not is_region(path):
                 return _file_digest(path)
             if self._microns_per_pixel is None:
-                raise CloverError("region of a slide, but encoder.microns_per_pixel is not set")
+                raise CloverError(
+                    "region of a slide, and no µm per pixel to read it at: set "
+                    "encoder.microns_per_pixel (of an endpoint: --microns-per-pixel)"
+                )
             return bytes.fromhex(region_digest(path, self._microns_per_pixel))
         except (OSError, CloverError) as error:
             return error
