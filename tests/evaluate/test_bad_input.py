@@ -227,3 +227,16 @@ def test_a_header_that_json_cannot_hold_costs_no_score(
     assert found["details"]["header"] == {"model": "m", "decoding": decoding}
     (line,) = [line for line in said.err.splitlines() if "header" in line]
     assert line.endswith("the header holds NaN, Infinity, -Infinity: null in the scores")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e6", "-1"])
+def test_trainable_parameters_that_mean_nothing_are_one_line(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "question": "Fat?", "answer": "yes", "prediction": "yes"}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(path), "--json", "--trainable", number])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "needs more than 1,000,000" in said and said.count("\n") == 1

@@ -323,6 +323,7 @@ def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, 
             "verdict": verdict(blind, gains.get("shuffled")),
             "unfamiliar": evaluation.unfamiliar and evaluation.unfamiliar.row(),
             "exposed": image["details"]["exposed"],
+            "known_set": image["details"]["known_set"],
         },
     }
 

@@ -185,6 +185,7 @@ def score_sheet(
         if header is not None:
             details["header"] = header
         if trainable_parameters is not None:
+            details["trainable_parameters"] = trainable_parameters
             details["per_log_parameters"] = {
                 key: per_log_parameters(found[key]["value"], trainable_parameters)
                 for key in SCORE_KEYS
@@ -290,7 +291,7 @@ def per_log_parameters(value: float, trainable_parameters: float) -> float:
 
     Source: METRICS, section 0 (paper's "/ log(pt)").
     """
-    if trainable_parameters <= 1e6:
+    if not 1e6 < trainable_parameters < math.inf:
         raise CloverError(
             f"{trainable_parameters:,.0f} trainable parameters: score / log10(millions) needs "
             "more than 1,000,000"
