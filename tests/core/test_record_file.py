@@ -13,8 +13,15 @@ import pytest
 
 from clover.core import record_file
 from clover.core.errors import CloverError
-from clover.core.record import Needs, read_records
-from clover.core.record_file import RecordFile, columns, open_records, select, sha256_records
+from clover.core.record import Needs, Rejection, read_records
+from clover.core.record_file import (
+    RecordFile,
+    columns,
+    open_records,
+    select,
+    sha256_records,
+    stream_records,
+)
 
 GOOD: dict[str, Any] = {
     "image": "a/b.png",
@@ -221,3 +228,38 @@ def test_parquet_rows_without_ids_are_named_after_their_own_file(tmp_path: Path)
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "val.parquet")
     records, _ = open_records(tmp_path / "val.parquet", unpacked=tmp_path / "lines")
     assert [record.id for record in records] == ["val-1", "val-2"]
+
+
+def test_records_streamed_are_those_that_are_opened(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "a.jsonl", seed=3, num_lines=60)
+    path = write(tmp_path / "b" / "c.jsonl", seed=4, num_lines=60)
+    deep = "[" * 100_000
+    path.write_text(f'{path.read_text()}{deep}\n{{"id": {"9" * 5000}}}\n')
+    records, rejected = open_records(tmp_path)
+    streamed = list(stream_records(tmp_path))
+    seen: set[str] = set()
+    good, aside = [], []
+    for file, line, item in streamed:
+        if isinstance(item, Rejection):
+            aside.append((str(file), line, item.reason))
+        elif item.id in seen:
+            aside.append((str(file), line, "duplicate id"))
+        else:
+            seen.add(item.id)
+            good.append(item)
+    assert good == list(records)
+    assert sorted(aside) == sorted((one.source, one.line, one.reason) for one in rejected)
+
+
+def test_parquet_streamed_is_refused_as_when_it_is_opened(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "t.parquet"
+    table = pyarrow.Table.from_pylist([{"id": "1", "image": {"bytes": b"1", "path": "1.png"}}])
+    parquet.write_table(table, path)
+    with pytest.raises(CloverError) as opened:
+        open_records(path, unpacked=tmp_path / "u")
+    with pytest.raises(CloverError) as streamed:
+        list(stream_records(path))
+    assert str(opened.value) == str(streamed.value)

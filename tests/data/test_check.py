@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from clover.cli import main
+from clover.core.errors import CloverError
 from clover.data.check import check_file
 
 
@@ -192,3 +193,109 @@ def test_a_mistake_is_one_line(
         main(["data", "check", *arguments])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def _forms(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Path]:
+    """Write the same rows in every form that training reads, beside their images."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write(folder / "t.jsonl", rows)
+    (folder / "t.json").write_text(json.dumps(rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "t.parquet")
+    for kind in ("lines", "parquets"):
+        (folder / kind).mkdir()
+    for part, of_part in enumerate((rows[:2], rows[2:])):
+        write(folder / "lines" / f"{part}.jsonl", of_part)
+        table = pyarrow.Table.from_pylist(of_part)
+        parquet.write_table(table, folder / "parquets" / f"{part}.parquet")
+    return {name: folder / name for name in ("t.jsonl", "t.json", "t.parquet", "lines", "parquets")}
+
+
+def test_every_form_that_training_reads_is_looked_over_alike(folder: Path) -> None:
+    names = ["0.png", "1.png", "twin.png", "no.png"]
+    rows = [{"id": f"r{n}", "image": name, "caption": "a b"} for n, name in enumerate(names)]
+    rows[3]["id"] = "r0"
+    second = [{"id": "s0", "image": "0.png", "caption": "x", "group": "g"}] * 3
+    other = folder / "other"
+    other.mkdir()
+    theirs = _forms(other, second)
+    said = []
+    for name, path in _forms(folder, rows).items():
+        out = folder / f"{name}.aside.jsonl"
+        found = check_file(
+            path,
+            images=folder,
+            against=theirs[name],
+            against_images=folder,
+            out=out,
+        )
+        assert found.num_records == 3 and found.num_pairs == 3, name
+        assert len(found.leaks) == 2, name
+        assert found.rejected == {"duplicate id": 1}, name
+        (repeated,) = [row for row in rows_of(out) if row["reason"] == "duplicate id"]
+        said.append((Path(repeated["source"]).name, repeated["line"]))
+    assert said == [
+        ("t.jsonl", 4),
+        ("t.json", 4),
+        ("t.parquet", 4),
+        ("1.jsonl", 2),
+        ("1.parquet", 2),
+    ]
+
+
+def test_images_of_a_folder_of_shards_lie_in_it(folder: Path) -> None:
+    (folder / "shards").mkdir()
+    tissue(0).save(folder / "shards" / "0.png")
+    write(folder / "shards" / "a.jsonl", [{"id": "a", "image": "0.png", "caption": "x"}])
+    assert check_file(folder / "shards").num_pairs == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "holds no file of records"),
+        ({"a.jsonl": "7\n[]\n"}, "holds no usable record: 2 not a JSON object"),
+        ({"a.jsonl": "7\n", "b.parquet": ""}, "holds both JSON Lines and Parquet"),
+        ({"b.parquet": "no"}, "is not readable Parquet"),
+    ],
+)
+def test_a_folder_without_records_is_one_line(
+    content: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    if any(name.endswith("parquet") for name in content):
+        pytest.importorskip("pyarrow")
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CloverError, match=words):
+        check_file(tmp_path)
+
+
+def test_a_list_among_the_shards_is_refused(folder: Path) -> None:
+    shards = folder / "shards"
+    shards.mkdir()
+    first = write(shards / "a.jsonl", [{"id": "a", "image": "0.png", "caption": "x"}])
+    with pytest.raises(CloverError, match="would overwrite"):
+        check_file(shards, images=folder, out=first)
+    with pytest.raises(CloverError, match="be read as some; write the list to another folder"):
+        check_file(shards, images=folder, out=shards / "aside.jsonl")
+    check_file(shards, images=folder, out=folder / "aside.jsonl")
+    assert sorted(file.name for file in shards.iterdir()) == ["a.jsonl"]
+
+
+def test_regions_of_one_slide_are_one_group(folder: Path) -> None:
+    (folder / "s.svs").write_bytes(b"a slide")
+    regions = [f"s.svs#{x},0,100,100" for x in (0, 200, 400)]
+    rows = [
+        {"id": str(n), "image": name, "caption": "x", "split": "train" if n else "test"}
+        for n, name in enumerate([*regions[:2], "0.png"])
+    ]
+    first, out = write(folder / "a.jsonl", rows), folder / "aside.jsonl"
+    second = write(folder / "b.jsonl", [{"id": "z", "image": regions[2], "caption": "x"}])
+    found = check_file(first, against=second, out=out)
+    assert found.straddling == ["s.svs"]
+    assert found.num_shared_groups == 1
+    assert [row["content"]["id"] for row in rows_of(out)] == ["0", "1"]
+    named = [{**rows[2], "group": regions[0]}, {**rows[1], "group": regions[1], "split": "test"}]
+    assert check_file(write(folder / "c.jsonl", named)).straddling == ["s.svs"]
+    plain = write(folder / "d.jsonl", [rows[2]])
+    assert not check_file(plain, against=plain).num_shared_groups

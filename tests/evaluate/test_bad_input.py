@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from clover.cli import main
 from clover.core.errors import CloverError
 from clover.evaluate.command import score
 
@@ -207,3 +208,35 @@ def test_a_list_in_latin_1_is_read_and_said(tmp_path: Path) -> None:
     found, said = scored(path)
     assert found["open_exact"]["value"] == 100.0
     assert said == ["clover: 1 files are not UTF-8 and were read as Windows-1252 (first: p.json)"]
+
+
+def test_a_header_that_json_cannot_hold_costs_no_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"header": {"model": "m", "decoding": {"temperature": NaN, "top": [1e999, -Infinity]}}}\n'
+        '{"id": 1, "question": "Fat?", "answer": "yes", "prediction": "yes"}\n'
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(path), "--json", "--protocol", "strict,quilt"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)["strict"]
+    assert stop.value.code == 0 and found["closed"]["value"] == 100
+    decoding = {"temperature": None, "top": [None, None]}
+    assert found["details"]["header"] == {"model": "m", "decoding": decoding}
+    (line,) = [line for line in said.err.splitlines() if "header" in line]
+    assert line.endswith("the header holds NaN, Infinity, -Infinity: null in the scores")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "1e6", "-1"])
+def test_trainable_parameters_that_mean_nothing_are_one_line(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "question": "Fat?", "answer": "yes", "prediction": "yes"}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["score", str(path), "--json", "--trainable", number])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "needs more than 1,000,000" in said and said.count("\n") == 1

@@ -73,6 +73,30 @@ def test_the_page_holds_pictures_counts_and_no_foreign_markup(
     assert re.search(r"first\.jsonl</small></td>.*>3<.*>75\.0<.*>1<.*>0<", page)
 
 
+def test_rows_are_read_as_the_scorer_reads_them(tmp_path: Path) -> None:
+    """QUILT-VQA's closed truth is `yes_no_answer`; other people's files call things otherwise."""
+    truth = "The image shows a tumour, so yes."
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.csv"
+    rows = [
+        {"id": "1", "question": "Tumour?", "answer": truth, "yes_no_answer": "yes", "pred": "yes"},
+        {"id": "2", "question": "Organ?", "response": "liver"},
+        {"id": "3", "question": "Side?", "answer": "left", "prediction": "left"},
+        {"id": "4", "question": "Fat?", "prediction": "no"},
+    ]
+    for row, kind in zip(rows, ("closed", "open", "closed", "closed"), strict=True):
+        row["answer_type"] = kind
+    first.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    second.write_text("qid,gold,predicted\n1,yes,no\n2,liver,a fat liver\n3,left,right\n4,,yes\n")
+    cases = shared_cases([read_speaker(first), read_speaker(second)])
+    assert [case.right for case in cases] == [[0], [0, 1], [], []]
+    assert [case.kind for case in cases] == ["closed", "open", "closed", "open"]
+    assert [case.judgements[0].kind for case in cases] == ["right", "right", *["unscored"] * 2]
+    page = write_compared([first, second], tmp_path / "page.html").read_text("utf-8")
+    assert "– not scored: the truth is neither yes nor no" in page
+    # of the two that have a truth: right, %, right alone, wrong alone
+    assert re.search(r"a\.jsonl</small></td>.*>2<.*>100\.0<.*>1<.*>0<", page)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize(
     ("address", "left"),

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from clover.core.errors import CloverError
+from clover.core.known import Count, KnownSet, known_sets
 from clover.evaluate.command import score
 from clover.report.command import report
 from clover.report.figure import Figure
@@ -55,6 +56,92 @@ def test_a_run_on_the_same_questions_is_told_from_one_on_others(tmp_path: Path) 
     (found,) = tables(other, ["pathvqa"])
     assert found.rows[0][-1] == "this run, other questions *"
     assert "cannot be compared" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("told", "mark", "note"),
+    [
+        ("PathVQA test (6,761 questions), by its counts and its words", "this run", None),
+        (
+            "as many as PathVQA test (6,761 questions), but other words",
+            "this run, other questions *",
+            "by their counts or their words",
+        ),
+        (None, "this run, other questions *", "by their counts or their words"),
+        (7, "this run, other questions *", "by their counts or their words"),
+    ],
+)
+def test_the_set_is_the_one_that_the_scorer_recognised(
+    told: object, mark: str, note: str | None, tmp_path: Path
+) -> None:
+    path = write_scores(tmp_path / "s.json")
+    found = json.loads(path.read_text())
+    found["llava-med"]["details"]["known_set"] = told
+    path.write_text(json.dumps(found))
+    (table,) = tables(read_ours(path), ["pathvqa"])
+    assert table.rows[0][-1] == mark
+    assert (note is None) == (not any("cannot be compared" in line for line in table.notes))
+    assert note is None or note in table.notes[0]
+    assert not any("words were not compared" in line for line in table.notes)
+
+
+def test_a_set_told_by_its_counts_alone_says_so(tmp_path: Path) -> None:
+    (table,) = tables(read_ours(write_scores(tmp_path / "old.json")), ["pathvqa"])
+    assert table.notes[0].startswith("ours & co: taken for this set by the counts")
+    quilt = write_scores(tmp_path / "quilt.json", closed=343, open_=940)
+    (table,) = tables(read_ours(quilt), ["quilt-vqa"])
+    assert table.rows[0][-1] == "this run"
+    assert "words were not compared" in table.notes[0]
+
+
+def test_every_set_of_the_table_is_a_known_one() -> None:
+    names = [name for known in published()["sets"].values() for name in known["known"]]
+    assert len(names) == 3
+    assert set(names) <= {known.name for known in known_sets()}
+
+
+def scored(path: Path, *arguments: str) -> Path:
+    """Score a prediction file as a user would, and return the file of its scores."""
+    out = path.with_suffix(".scores.json")
+    done = CliRunner().invoke(score, [str(path), "--json", *arguments], catch_exceptions=False)
+    out.write_text(done.stdout)
+    return out
+
+
+def test_a_rule_that_drops_items_does_not_make_other_questions_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"id": n, "question": f"{n}?", "answer": answer, "prediction": "who knows"}
+        for n, answer in enumerate(["yes", "no", "yes", "liver", "fat"])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    count = Count()
+    for row in rows:
+        is_closed = row["answer"] in ("yes", "no")
+        count.add(str(row["question"]), str(row["answer"]), is_closed=is_closed)
+    name = "PathVQA test (6,761 questions)"
+    known = KnownSet(name=name, open=2, closed=3, words=count.words)
+    known_too = (known, *known_sets())  # with the others: the size of the largest is remembered
+    monkeypatch.setattr("clover.core.known.known_sets", lambda: known_too)
+    found = read_ours(scored(path, "--protocol", "llava-med-pvqa,pathvqa-official"))
+    assert [run.scores["closed"].count for run in found] != [3, 3]
+    (table,) = tables(found, ["pathvqa"])
+    assert [row[-1] for row in table.rows[:2]] == ["this run", "this run"]
+    assert not any("cannot be compared" in note for note in table.notes)
+
+
+def test_trainable_parameters_come_through_the_score_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"id": n, "question": f"{n}?", "answer": answer, "prediction": answer}
+        for n, answer in enumerate(["yes", "no", "liver"])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (table,) = tables(read_ours(scored(path, "--trainable", "187e6")), ["pathvqa"])
+    assert table.rows[0][1] == "187.0"
+    assert table.rows[0][-2] == "44.02 / 44.02"  # 100 / log10(187)
 
 
 def test_another_rule_than_the_quoted_one_is_said() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clover.core.errors import CloverError
-from clover.slides.region import Region, parse_region, split_reference
+from clover.slides.region import Region, parse_region, slide_of, split_reference
 from clover.slides.units import MicronsPerPixel, estimated_from_power, parse_microns_per_pixel
 
 
@@ -55,3 +55,20 @@ def test_a_size_says_where_it_comes_from() -> None:
     assert parse_microns_per_pixel("0.25, 0.26") == MicronsPerPixel(0.25, 0.26, "user")
     assert estimated_from_power(20) == MicronsPerPixel(0.5, 0.5, "estimated")
     assert str(MicronsPerPixel(0.499, 0.499, "header")) == "0.499 µm/px (header)"
+
+
+@pytest.mark.parametrize(
+    ("image", "slide"),
+    [
+        ("a/s.svs#1,2,3.5,4", "a/s.svs"),
+        ("a/./s#1.svs#1,2,3,4", "a/./s#1.svs"),
+        ("a/p.png", "a/p.png"),
+        ("a/p#2.png", "a/p#2.png"),
+        ("s.svs#1,2,3,x", "s.svs#1,2,3,x"),
+        ("s.svs#1,2,0,4", "s.svs#1,2,0,4"),
+        ("#1,2,3,4", "#1,2,3,4"),
+        ("", ""),
+    ],
+)
+def test_a_region_is_its_slides_and_any_other_image_its_own(image: str, slide: str) -> None:
+    assert slide_of(image) == slide

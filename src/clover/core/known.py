@@ -49,6 +49,12 @@ def largest() -> int:
     return max(known.questions for known in known_sets())
 
 
+def recognised(sentence: object) -> KnownSet | None:
+    """Return the set that a sentence of `Count.known_as` recognises; None where it does not."""
+    found = str(sentence)
+    return next((known for known in known_sets() if found.startswith(known.name)), None)
+
+
 @dataclass
 class Count:
     """What one split holds so far."""

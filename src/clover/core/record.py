@@ -227,8 +227,13 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
         yield line, item
     check_columns(path, list(columns), needs)
     if not good:
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
+        raise no_usable_record(path, reasons)
+
+
+def no_usable_record(path: Path, reasons: Counter[str]) -> CloverError:
+    """Return the error for a file or folder of which every line was set aside, and why."""
+    listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
 
 
 def read_row(

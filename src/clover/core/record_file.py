@@ -3,7 +3,8 @@
 In: a file of JSON Lines or Parquet, or a folder of such files. Out: a `RecordFile`, which is a
 sequence of `Record`s at 12 bytes each, and what was set aside. Parquet, whose rows have no place of
 their own, is written as JSON Lines once. CSV and JSON lists are read whole, as
-`record.read_records` does.
+`record.read_records` does. Who looks at every record once takes `stream_records`, which keeps none
+and writes nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from clover.core.record import (
     Rejection,
     check_columns,
     is_unusable_closed,
+    no_usable_record,
+    numbered_records,
     read_records,
     read_row,
 )
@@ -40,6 +43,8 @@ Integers = npt.NDArray[np.int64]
 
 _LINES = (".jsonl", ".ndjson")
 _PARQUET = ".parquet"
+RECORD_SUFFIXES = (*_LINES, _PARQUET)
+"""What a folder's files of records are told by."""
 _OWN = ("recipe.yaml", "config.json")
 """What a run folder or a model folder holds: what lies in one is no record of the data's."""
 _MARK = b"\xef\xbb\xbf"
@@ -228,10 +233,10 @@ def open_records(
         CloverError: no such file, no such column, or not one good record.
     """
     path = Path(path)
-    files = _files(path)
+    files = files_of_records(path)
     sources = [Source.of(file, path) for file in files]
     kind = files[0].suffix.lower()
-    if not path.exists() or kind not in (*_LINES, _PARQUET):
+    if not path.exists() or kind not in RECORD_SUFFIXES:
         found = read_records(path, needs=needs)
         if visit is not None:
             visit([record.image for record in found.records])
@@ -254,11 +259,69 @@ def sha256_records(path: str | Path) -> str:
     path = Path(path)
     if not path.is_dir():
         return sha256_file(path)
-    return fingerprint([(str(file.relative_to(path)), sha256_file(file)) for file in _files(path)])
+    return fingerprint(
+        [(str(file.relative_to(path)), sha256_file(file)) for file in files_of_records(path)]
+    )
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the file itself, or a folder's files of one kind; run and model folders apart."""
+def stream_records(path: str | Path) -> Iterator[tuple[Path, int, Record | Rejection]]:
+    """Yield every record and what is set aside, with file and line: all forms `open_records` takes.
+
+    Nothing is kept, and Parquet is not written as JSON Lines. Ids that repeat are not looked for.
+
+    Raises:
+        CloverError: no such file, Parquet that holds images, or, at the end, not one good record.
+    """
+    path = Path(path)
+    files = files_of_records(path)
+    if not path.exists() or files[0].suffix.lower() not in RECORD_SUFFIXES:
+        for line, item in numbered_records(path, "any"):
+            yield path, line, item
+        return
+    reasons: Counter[str] = Counter()
+    has_good = False
+    for file in files:
+        source = Source.of(file, path)
+        for line, row in _numbered_rows(file):
+            item = read_row(file, line, row, "any", name=source.name)
+            if isinstance(item, Rejection):
+                reasons[item.reason] += 1
+            else:
+                has_good = True
+            yield file, line, item
+    if not has_good:
+        raise no_usable_record(path, reasons)
+
+
+def _numbered_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of JSON Lines or Parquet as `open_records` sees them, each with its line."""
+    if file.suffix.lower() == _PARQUET:
+        for number, row in enumerate(parquet_rows(file), start=1):
+            try:
+                json.dumps(row)  # `open_records` writes it so
+            except TypeError as error:
+                raise _more_than_json(file, error) from error
+            yield number, row
+        return
+    with file.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if line.removeprefix(_MARK).strip():
+                yield number, _parsed(line)
+
+
+def _more_than_json(path: Path, error: TypeError) -> CloverError:
+    return CloverError(
+        f"{path} holds more than text and numbers ({error}); write its images out first: "
+        f"clover data import records {path} --out F"
+    )
+
+
+def files_of_records(path: Path) -> list[Path]:
+    """Return the file itself, or a folder's files of one kind; run and model folders apart.
+
+    Raises:
+        CloverError: a folder of both kinds, or of neither.
+    """
     if not path.is_dir():
         return [path]
     lines, parquet = (
@@ -277,7 +340,7 @@ def _files(path: Path) -> list[Path]:
         )
     if lines or parquet:
         return lines or parquet
-    raise CloverError(f"{path} holds no file of records ({', '.join((*_LINES, _PARQUET))})")
+    raise CloverError(f"{path} holds no file of records ({', '.join(RECORD_SUFFIXES)})")
 
 
 def _between(file: Path, top: Path) -> list[Path]:
@@ -302,10 +365,7 @@ def _as_lines(path: Path, folder: Path | None) -> Path:
         try:
             write_jsonl(made, parquet_rows(path))
         except TypeError as error:
-            raise CloverError(
-                f"{path} holds more than text and numbers ({error}); write its images out first: "
-                f"clover data import records {path} --out F"
-            ) from error
+            raise _more_than_json(path, error) from error
     return made
 
 
@@ -406,9 +466,7 @@ class _Scan:
         """Complain where not one record was good."""
         if not self._starts:
             check_columns(path, list(self._columns), self._needs)
-            reasons = Counter(item.reason for item in self.rejected)
-            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-            raise CloverError(f"{path} holds no usable record: {listed or 'it is empty'}")
+            raise no_usable_record(path, Counter(item.reason for item in self.rejected))
 
 
 def _is_among(values: Integers, known: Integers) -> npt.NDArray[np.bool_]:

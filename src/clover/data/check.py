@@ -1,8 +1,8 @@
 """One look over a record file before it costs anything, and over what it shares with another.
 
-In: a record file, its images, perhaps a second file. Out: a `Findings` to print, and the list of
-what should be set aside, one JSON line each. Records stream; kept in memory are the images' names
-and hashes and the groups' hashes.
+In: a record file or a folder of shards, its images, perhaps a second one. Out: a `Findings` to
+print, and the list of what should be set aside, one JSON line each. Records stream; kept in memory
+are the images' names and hashes and the groups' hashes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import IO, Any
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
 from clover.core.known import Census
-from clover.core.record import Record, Rejection, numbered_records
+from clover.core.record import Record, Rejection
+from clover.core.record_file import RECORD_SUFFIXES, files_of_records, stream_records
 from clover.core.terminal import progress
 from clover.data.images import Tally
+from clover.slides.region import slide_of
 from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look
 
@@ -162,9 +164,9 @@ def check_file(
     """Look a record file over.
 
     Args:
-        path: The records.
+        path: The records: a file, or a folder of JSON Lines or Parquet files.
         images: Where its image paths start; its own folder by default.
-        against: A second file that should share nothing with it.
+        against: A second file, or folder, that should share nothing with it.
         against_images: Where the second file's image paths start.
         out: The list of what should be set aside, one JSON line each.
 
@@ -175,22 +177,46 @@ def check_file(
     for folder in (images, against_images):
         if folder is not None and not folder.is_dir():
             raise CloverError(f"no folder {folder}")
-    if (
-        out is not None
-        and out.exists()
-        and any(
-            file is not None and file.exists() and out.samefile(file) for file in (path, against)
-        )
-    ):
-        raise CloverError(f"--out would overwrite {out}; give the list another name")
-    check = _Check(path, images or path.parent)
-    second = None if against is None else _Second(against, against_images or against.parent)
+    if out is not None:
+        for read in (path, against):
+            if read is not None and read.exists():
+                _refuse_as_out(out, read)
+    check = _Check(path, images or _folder_of(path))
+    second = None if against is None else _Second(against, against_images or _folder_of(against))
     if out is None:
         check.run(second, None)
     else:
         with atomic_path(out) as partial, partial.open("w", encoding="utf-8") as listed:
             check.run(second, listed)
     return check.findings
+
+
+def _folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _refuse_as_out(out: Path, read: Path) -> None:
+    """Refuse a list that would take the place of a file to read, or become a shard beside them."""
+    if out.exists() and any(out.samefile(file) for file in files_of_records(read)):
+        raise CloverError(f"--out would overwrite {out}; give the list another name")
+    is_shard = out.suffix.lower() in RECORD_SUFFIXES
+    if read.is_dir() and is_shard and out.resolve().is_relative_to(read.resolve()):
+        raise CloverError(
+            f"--out {out} would lie among the records of {read} and be read as some; write the "
+            "list to another folder"
+        )
+
+
+def _group(record: Record) -> str | None:
+    """Return the patient, slide or source image of a record; a region's is its slide."""
+    named = record.group or record.image
+    return slide_of(named) if named else None
+
+
+def _shared_group(record: Record) -> str | None:
+    """Return what `_group` does, but no plain image's name: two files may both have a 1.png."""
+    found = _group(record)
+    return found if record.group or found != record.image else None
 
 
 class _Second:
@@ -200,12 +226,12 @@ class _Second:
         self.path = path
         self.groups = Tally()
         names: dict[str, None] = {}
-        for _, record in numbered_records(path, "any"):
+        for _, _, record in stream_records(path):
             if isinstance(record, Record):
                 if record.image:
                     names.setdefault(record.image)
-                if record.group:
-                    self.groups.is_new(record.group)
+                if group := _shared_group(record):
+                    self.groups.is_new(group)
         self.reference = Reference(names, folder)
 
     def sentence(self) -> str:
@@ -234,8 +260,10 @@ class _Check:
         for row in self._records():
             if isinstance(row, Rejection):
                 _write(listed, row.row())
-            elif second is not None and row.group and row.group in second.groups:
-                shared.is_new(row.group)
+            elif second is not None:
+                group = _shared_group(row)
+                if group and group in second.groups:
+                    shared.is_new(group)
         self.findings.straddling = list(self._astride)
         self.findings.num_shared_groups = len(shared)
         if second is not None:
@@ -246,10 +274,10 @@ class _Check:
 
     def _records(self) -> Iterator[Record | Rejection]:
         found, ids = self.findings, Tally()
-        for line, item in numbered_records(self.path, "any"):
+        for file, line, item in stream_records(self.path):
             rejected = item if isinstance(item, Rejection) else None
             if isinstance(item, Record) and not ids.is_new(item.id):
-                rejected = Rejection(str(self.path), line, "duplicate id", {"id": item.id})
+                rejected = Rejection(str(file), line, "duplicate id", {"id": item.id})
             if rejected is not None:
                 found.rejected[rejected.reason] += 1
                 yield rejected
@@ -272,7 +300,7 @@ class _Check:
             found.closed_answers[(record.answer or "").strip().lower().rstrip(".")] += 1
         if record.image:
             self._uses[record.image] = self._uses.get(record.image, 0) + 1
-        group = record.group or record.image
+        group = _group(record)
         if group and record.split and self._splits.setdefault(group, record.split) != record.split:
             self._astride.setdefault(group)
 
@@ -306,17 +334,17 @@ class _Check:
 
     def _list_records(self, listed: IO[str]) -> None:
         """Write each record whose image is bad or whose group stands in two splits."""
-        for line, item in numbered_records(self.path, "any"):
+        for file, line, item in stream_records(self.path):
             if not isinstance(item, Record):
                 continue
             reason = self._bad.get(item.image or "")
-            if reason is None and (item.group or item.image) in self._astride:
+            if reason is None and _group(item) in self._astride:
                 reason = "group straddles splits"
             if reason is None and not_histology(item):
                 reason = "no histology by its table"
             if reason is not None:
                 content = {"id": item.id, "image": item.image, "group": item.group}
-                _write(listed, Rejection(str(self.path), line, reason, content).row())
+                _write(listed, Rejection(str(file), line, reason, content).row())
 
 
 def not_histology(record: Record) -> str | None:

@@ -90,6 +90,8 @@ def check(
 ) -> None:
     """Look the records of F over: coverage, broken and duplicate images, licences, balance, splits.
 
+    F is a file, or a folder of JSON Lines or Parquet shards, as clover align reads them.
+
     With --against also the leaks between two files: images of the same bytes, and pictures that are
     one another turned, mirrored, cropped or brightened. Name the smaller file second.
 

@@ -342,6 +342,11 @@ class ItemReader:
             ] = missing
 
 
+def read_item(row: Mapping[str, Any]) -> Item | None:
+    """Return one row as the scorer reads it by itself; None where it holds nothing to score."""
+    return next(ItemReader().items([row]), None)
+
+
 def spoken(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of LLaVA's form (`conversations`) with its first question and answer.
 

@@ -362,6 +362,7 @@ def _scores(evaluation: Evaluation, rows: Mapping[str, list[Row]]) -> dict[str, 
             "remarks": remarks(evaluation),
             "unfamiliar": evaluation.unfamiliar and evaluation.unfamiliar.row(),
             "exposed": image["details"]["exposed"],
+            "known_set": image["details"]["known_set"],
         },
     }
 

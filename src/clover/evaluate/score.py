@@ -6,6 +6,7 @@ percent, each with n and a 95 % interval, and the details that say how to read t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -170,24 +171,36 @@ def score_sheet(
     if not len(sheet):
         raise CloverError(_nothing(reader))
     scores = sheet.scores(draws=draws, seed=seed)
+    header, not_finite = _finite(reader.header)
     for protocol in sheet.protocols:
         found = scores[protocol.name]
         details = found["details"]
         details["warnings"] = [
             *([protocol.warning] if protocol.warning else []),
             *reader.problems.lines(),
+            *not_finite,
             *_gaps(details),
         ]
         details["known_set"] = sheet.count.known_as()
-        if reader.header is not None:
-            details["header"] = reader.header
+        if header is not None:
+            details["header"] = header
         if trainable_parameters is not None:
+            details["trainable_parameters"] = trainable_parameters
             details["per_log_parameters"] = {
                 key: per_log_parameters(found[key]["value"], trainable_parameters)
                 for key in SCORE_KEYS
                 if found[key]["value"] is not None
             }
     return scores
+
+
+def _finite(header: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a header that JSON can hold: NaN and infinities as null, and a line that says so."""
+    found: list[str] = []
+    text = json.dumps(header, default=str, skipkeys=True)
+    finite = json.loads(text, parse_constant=found.append)  # append returns None: null
+    names = ", ".join(dict.fromkeys(found))
+    return finite, [f"the header holds {names}: null in the scores"] * bool(found)
 
 
 def _gaps(details: Mapping[str, Any]) -> Iterator[str]:
@@ -278,7 +291,7 @@ def per_log_parameters(value: float, trainable_parameters: float) -> float:
 
     Source: METRICS, section 0 (paper's "/ log(pt)").
     """
-    if trainable_parameters <= 1e6:
+    if not 1e6 < trainable_parameters < math.inf:
         raise CloverError(
             f"{trainable_parameters:,.0f} trainable parameters: score / log10(millions) needs "
             "more than 1,000,000"

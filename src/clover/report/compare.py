@@ -7,7 +7,6 @@ and by who is right.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,12 @@ from typing import Any
 from clover import __version__
 from clover.core.errors import CloverError
 from clover.core.files import write_text
+from clover.evaluate.item import Problems, read_rows, text_of
+from clover.evaluate.item import field as field_of
 from clover.report.example import Judgement, embedded, judge, short
 from clover.report.figure import decimal
 from clover.report.reading import Row
 from clover.report.template import fill
-
-_NAMES = ("prediction", "pred", "predict_ans", "text")
 
 
 @dataclass
@@ -64,12 +63,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """`closed` or `open`."""
-        stated = str(self.row.get("answer_type") or "").lower()
-        if stated in ("open", "closed"):
-            return stated
-        is_closed = str(self.row.get("answer", "")).strip().lower() in ("yes", "no")
-        return "closed" if is_closed else "open"
+        """`closed` or `open`, as the scorer tells it."""
+        return "closed" if self.judgements[0].is_closed else "open"
 
 
 def write_compared(
@@ -117,7 +112,7 @@ def write_compared(
 
 
 def read_speaker(path: Path) -> Speaker:
-    """Read a prediction file, or the one in a run folder; damaged lines are counted.
+    """Read a prediction file as the scorer reads it, or a run folder's; damage is counted.
 
     Raises:
         CloverError: no such file, or no line with an id and a prediction.
@@ -130,33 +125,31 @@ def read_speaker(path: Path) -> Speaker:
         path = found
     if not path.is_file():
         raise CloverError(f"no prediction file {path}")
-    speaker = Speaker(path.stem, path)
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
-            if line.strip():
-                _take(speaker, line)
+    speaker, problems = Speaker(path.stem, path), Problems()
+    for row in read_rows(path, problems):
+        _take(speaker, row)
+    speaker.num_damaged += sum(
+        count for kind, count in problems.counts.items() if kind.endswith("left out")
+    )
     if not speaker.rows:
         raise CloverError(f"{path} holds no line with an id, a question and a prediction")
     return speaker
 
 
-def _take(speaker: Speaker, line: str) -> None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if isinstance(row, dict) and isinstance(row.get("header"), dict):
+def _take(speaker: Speaker, row: Row) -> None:
+    """Keep a row under the names that the scorer knows its fields by."""
+    if isinstance(row.get("header"), dict):
         model, view = row["header"].get("model"), row["header"].get("view", "image")
         if model:
             speaker.name = str(model) if view == "image" else f"{model}, {view}"
         return
-    identity = None if not isinstance(row, dict) else row.get("id", row.get("question_id"))
-    if not isinstance(row, dict) or identity is None or str(identity) in speaker.rows:
+    identity = field_of(row, "id")
+    if identity is None or str(identity) in speaker.rows:
         speaker.num_damaged += 1
         return
-    said = next((row[name] for name in _NAMES if isinstance(row.get(name), str)), "")
-    asked = row.get("question") or row.get("prompt")
-    speaker.rows[str(identity)] = {**row, "question": asked, "prediction": said}
+    texts = {name: text_of(field_of(row, name)) for name in ("question", "answer", "prediction")}
+    known = {name: text for name, text in texts.items() if text is not None}
+    speaker.rows[str(identity)] = {**row, "prediction": "", **known}
 
 
 def shared_cases(speakers: Sequence[Speaker]) -> list[Case]:
@@ -180,10 +173,10 @@ def shared_cases(speakers: Sequence[Speaker]) -> list[Case]:
                 f"id {key} is “{short(sorted(asked)[0])}” in one file and “"
                 f"{short(sorted(asked)[1])}” in another; these are not the same questions"
             )
-        gold = {**rows[0], "answer": rows[0].get("answer") or rows[-1].get("answer")}
-        made = Case(gold, [str(row["prediction"]) for row in rows], [])
-        judged = [judge({**gold, "answer_type": made.kind, "prediction": a}) for a in made.answers]
-        cases.append(Case(gold, made.answers, judged))
+        truth = next((row for row in rows if row.get("answer")), rows[0])
+        gold, answers = {**rows[0], **truth}, [row["prediction"] for row in rows]
+        judged = [judge({**gold, "prediction": answer}) for answer in answers]
+        cases.append(Case(gold, answers, judged))
     return cases
 
 
@@ -208,12 +201,13 @@ def _tally(speakers: Sequence[Speaker], cases: Sequence[Case]) -> list[dict[str,
     rows = []
     for at, speaker in enumerate(speakers):
         right = [case for case in cases if at in case.right]
+        num_scored = sum(case.judgements[at].share is not None for case in cases)
         rows.append(
             {
                 "name": speaker.name,
                 "file": speaker.path.name,
                 "right": len(right),
-                "share": decimal(100 * len(right) / len(cases)),
+                "share": decimal(100 * len(right) / num_scored if num_scored else None),
                 "alone": sum(len(case.right) == 1 for case in right),
                 "wrong_alone": sum(
                     at not in case.right and len(case.right) == len(speakers) - 1 for case in cases

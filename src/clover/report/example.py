@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from clover.core.errors import CloverError
+from clover.evaluate.item import read_item
+from clover.evaluate.protocol.normalise import strict_words
+from clover.evaluate.protocol.strict import rate
 from clover.report.reading import Row, Run
 from clover.slides.picture import open_picture
 from clover.slides.region import split_reference
@@ -27,34 +29,40 @@ _LONGEST_SHOWN = 400
 class Judgement:
     """How much of the truth an answer says."""
 
-    share: float
+    share: float | None
+    """The strict rule's rating; None where it gives none."""
     text: str
+    is_closed: bool = False
 
     @property
     def kind(self) -> str:
-        """`right`, `part` or `wrong`."""
+        """`right`, `part`, `wrong`, or `unscored`."""
+        if self.share is None:
+            return "unscored"
         return "right" if self.share >= 1 else "part" if self.share > 0 else "wrong"
+
+    @property
+    def mark(self) -> str:
+        """The sign before the text."""
+        return {"right": "✓", "unscored": "–"}.get(self.kind, "✗")
 
 
 def judge(row: Row) -> Judgement:
-    """Judge an answer for showing it: yes or no as the first such word, else the truth's words.
+    """Judge an answer for showing it: as `clover score` reads the row and rates it strictly.
 
-    The scores come from the evaluation; this only sorts examples.
+    Closed answers by their yes or no, open ones by their recall of the truth's words.
     """
-    said, truth = _words(row.get("prediction")), _words(row.get("answer"))
-    if row.get("answer_type") == "closed":
-        first = next((word for word in said if word in ("yes", "no")), None)
-        is_right = bool(truth) and first == truth[0]
-        return Judgement(float(is_right), "right" if is_right else "wrong")
-    common = sum((Counter(said) & Counter(truth)).values())
-    share = common / len(truth) if truth else 0.0
+    item = read_item(row)
+    if item is None:
+        return Judgement(None, "not scored: no truth")
+    rating = rate(item)
+    share = rating.closed if item.is_closed else rating.recall
+    if share is None:
+        return Judgement(None, "not scored: the truth is neither yes nor no", item.is_closed)
     if 0 < share < 1:
-        return Judgement(share, f"{common} of {len(truth)} words")
-    return Judgement(share, "right" if share else "wrong")
-
-
-def _words(text: Any) -> list[str]:
-    return re.findall(r"\w+", text.lower()) if isinstance(text, str) else []
+        sought = len(strict_words(item.answer))
+        return Judgement(share, f"{round(share * sought)} of {sought} words")
+    return Judgement(share, "right" if share else "wrong", item.is_closed)
 
 
 def examples(run: Run) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def examples(run: Run) -> dict[str, Any]:
     judged = [(row, judge(row)) for row in rows]
     groups = {
         "right": [pair for pair in judged if pair[1].kind == "right"],
-        "wrong": [pair for pair in judged if pair[1].kind != "right"],
+        "wrong": [pair for pair in judged if pair[1].kind in ("part", "wrong")],
     }
     folder = image_folder(run)
     used: Counter[str] = Counter()

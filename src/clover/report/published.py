@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from clover.core.errors import CloverError, nearest
+from clover.core.known import KnownSet, known_sets, recognised
 from clover.core.terminal import align_columns
 from clover.report.figure import DASH, Figure, decimal, number
 from clover.report.reading import Row, charges, part, read_run, title
@@ -45,11 +46,10 @@ class Ours:
     scores: dict[str, Figure]
     charges: tuple[str, ...] = ()
     """What it was exposed as: a blind model, a yes-sayer, a copier."""
-
-    @property
-    def counts(self) -> list[int]:
-        """How many closed and open questions were scored."""
-        return [self.scores[key].count or 0 for key in ("closed", "open_recall")]
+    known: KnownSet | None = None
+    """The published set whose questions were asked."""
+    has_words: bool = False
+    """Whether that was told by the questions' words too, not by their counts alone."""
 
 
 @dataclass
@@ -82,9 +82,7 @@ def read_ours(path: Path) -> list[Ours]:
         if not view:
             raise CloverError(f"{path} has no scores.json; `clover evaluate` writes it")
         protocol = str(run.details.get("protocol", "strict")).partition("@")[0]
-        count = number(run.details.get("trainable_parameters"))
-        millions = None if count is None else count / 1e6
-        return [_ours(title(run), protocol, millions, view, charges(run.details))]
+        return [_ours(title(run), protocol, view, run.details)]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -97,19 +95,43 @@ def read_ours(path: Path) -> list[Ours]:
     ours = []
     for name, scores in protocols.items():
         if part(scores, "closed") or part(scores, "open_recall"):
-            model = part(scores, "details", "header").get("model") or path.stem
-            exposed = charges(part(scores, "details"))
-            ours.append(_ours(str(model), str(name), None, scores, exposed))
+            details = part(scores, "details")
+            model = part(details, "header").get("model") or path.stem
+            ours.append(_ours(str(model), str(name), scores, details))
     if not ours:
         raise CloverError(f"{path} holds no scores by protocol, as `clover score --json` prints")
     return ours
 
 
-def _ours(
-    model: str, protocol: str, trainable: float | None, scores: Row, exposed: Iterable[str]
-) -> Ours:
+def _ours(model: str, protocol: str, scores: Row, details: Row) -> Ours:
+    count = number(details.get("trainable_parameters"))
     figures = {key: Figure.read(scores.get(key)) for key in _TITLES}
-    return Ours(model, protocol, trainable, figures, tuple(exposed))
+    known = _known_set(figures, details)
+    return Ours(
+        model,
+        protocol,
+        None if count is None else count / 1e6,
+        figures,
+        tuple(charges(details)),
+        known,
+        has_words="known_set" in details and known is not None and known.words is not None,
+    )
+
+
+def _known_set(figures: Mapping[str, Figure], details: Row) -> KnownSet | None:
+    """Return the set that the scorer recognised; told by counts where an older file says nothing.
+
+    The counts are of the questions asked: a protocol may score fewer, or none of the closed ones.
+    """
+    if "known_set" in details:
+        return recognised(details["known_set"])
+    closed, open_ = (
+        details.get(f"num_{kind}", figures[key].count)
+        for kind, key in (("closed", "closed"), ("open", "open_recall"))
+    )
+    return next(
+        (known for known in known_sets() if (known.closed, known.open) == (closed, open_)), None
+    )
 
 
 def tables(runs: Sequence[Ours], sets: Iterable[str] = ()) -> list[Table]:
@@ -139,7 +161,7 @@ def _table(runs: Sequence[Ours], known: Mapping[str, Any], sources: Mapping[str,
     for run in runs:
         cells = [_with_interval(run.scores[key]) for key in columns]
         divided = _divided([run.scores[key].value for key in over], run.trainable)
-        own = run.counts in known["counts"]
+        own = run.known is not None and run.known.name in known["known"]
         mark = "this run" if own else "this run, other questions *"
         model = run.model + " †" * bool(run.charges)
         table.rows.append([model, decimal(run.trainable), run.protocol, *cells, divided, mark])
@@ -147,12 +169,7 @@ def _table(runs: Sequence[Ours], known: Mapping[str, Any], sources: Mapping[str,
         f"† {run.model} is exposed as {charge}" for run in runs for charge in run.charges
     ):
         table.notes.append(line)
-    if any(run.counts not in known["counts"] for run in runs):
-        sizes = " or ".join(f"{closed:,} + {open_:,}" for closed, open_ in known["counts"])
-        table.notes.append(
-            f"* not on this set's {sizes} closed and open questions: the columns can be read, the "
-            "numbers cannot be compared"
-        )
+    table.notes += _question_notes(runs, known["known"])
     rules = {sources[row["source"]]["protocol"] for row in known["rows"]}
     if other := sorted({run.protocol for run in runs} - rules):
         table.notes.append(
@@ -178,6 +195,26 @@ def _table(runs: Sequence[Ours], known: Mapping[str, Any], sources: Mapping[str,
         table.notes.append(f"[{letter}] {source['text']}. Differs: {source['differs']}.")
     table.notes.append("Quoted figures were not measured by us; ours carry 95 % intervals.")
     return table
+
+
+def _question_notes(runs: Sequence[Ours], names: Sequence[str]) -> list[str]:
+    """Return what is to be said of runs on other questions, and of those told by counts alone."""
+    notes = []
+    own = [run for run in runs if run.known is not None and run.known.name in names]
+    if len(own) < len(runs):
+        sizes = " or ".join(
+            f"{known.closed:,} + {known.open:,}" for known in known_sets() if known.name in names
+        )
+        notes.append(
+            f"* not this set's {sizes} closed and open questions, by their counts or their words: "
+            "the columns can be read, the numbers cannot be compared"
+        )
+    if counted := dict.fromkeys(run.model for run in own if not run.has_words):
+        notes.append(
+            f"{', '.join(counted)}: taken for this set by the counts of its questions; their "
+            "words were not compared"
+        )
+    return notes
 
 
 def _with_interval(figure: Figure) -> str:

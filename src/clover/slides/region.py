@@ -80,3 +80,19 @@ def split_reference(name: str | Path) -> tuple[Path, Region | None]:
     if rest.count(",") != 3 and not Path(file).is_file():
         return path, None
     return Path(file), parse_region(rest)
+
+
+def slide_of(image: str) -> str:
+    """Return the slide whose region an image's name is, else the name itself: never raises.
+
+    Regions of one slide are one patient's: what groups images takes them together. Told by the
+    name alone, since a record's name is seldom a path from here.
+    """
+    file, _, rest = image.rpartition("#")
+    if not file:
+        return image
+    try:
+        parse_region(rest)
+    except CloverError:  # a # without a region behind it: whoever opens the image says so
+        return image
+    return file
