@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from clover.core.errors import CloverError
 from clover.core.record import Record, write_records
 from clover.vision.dataset import ImageSet, load_image_set
 from clover.vision.leaks import find_overlap, refuse_leaks
+from clover.vision.likeness import Floats, Gallery
+from clover.vision.pictures import Picture, look
 
 
 def tissue(seed: int) -> Image.Image:
@@ -87,3 +91,92 @@ def test_a_group_that_is_only_the_images_name_is_none(
     train = write("train", {"000.png": tissue(1)}, **{"000": "000"})
     test = write("test", {"000.png": tissue(2)}, **{"000": "000"})
     assert not find_overlap(train, test, cache=tmp_path)
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the images that portraits are made of, in pieces of four."""
+    seen: list[Path] = []
+
+    def counted(path: Path, *, with_portrait: bool) -> Picture:
+        seen.append(path)
+        return look(path, with_portrait=with_portrait)
+
+    monkeypatch.setattr("clover.vision.portraits.look", counted)
+    monkeypatch.setattr("clover.vision.portraits.PIECE", 4)
+    return seen
+
+
+def test_a_stopped_check_goes_on_where_it_was(
+    write: Callable[..., ImageSet],
+    tmp_path: Path,
+    looked: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = write("train", {f"t{seed}.png": tissue(seed) for seed in range(20)})
+    test = write("test", {"v.png": tissue(100), "copy.png": turned(tissue(7))})
+    compared = Gallery.alike
+    left = [10]
+
+    def stopping(self: Gallery, one: Floats) -> list[tuple[int, float]]:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return compared(self, one)
+
+    monkeypatch.setattr(Gallery, "alike", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        find_overlap(train, test, cache=tmp_path / "cache")
+    looked.clear()
+    found = find_overlap(train, test, cache=tmp_path / "cache")
+    assert [pair[:2] for pair in found.pairs] == [("t7.png", "copy.png")]
+    assert len(looked) == 20 - 8, "two pieces of four were whole"
+    assert left[0] == -12, "what had been compared was compared again"
+    assert len(list((tmp_path / "cache" / "portraits").glob("alike-*"))) == 1
+
+
+def test_bytes_that_are_no_picture_are_looked_at_once(
+    write: Callable[..., ImageSet], tmp_path: Path, looked: list[Path]
+) -> None:
+    write("train", {"a.png": tissue(1), "b.png": tissue(2)})
+    (tmp_path / "train" / "b.png").write_bytes(b"no picture")
+    train = load_image_set(tmp_path / "train" / "records.jsonl")
+    for number in range(2):
+        test = write(f"test{number}", {"c.png": tissue(10 + number)})
+        assert not find_overlap(train, test, cache=tmp_path / "cache")
+    assert len([path for path in looked if path.parent.name == "train"]) == 2
+
+
+def test_processes_that_check_together_look_at_every_image_once(
+    write: Callable[..., ImageSet], tmp_path: Path
+) -> None:
+    write("train", {f"t{seed}.png": tissue(seed) for seed in range(40)})
+    write("test", {"v.png": tissue(100), "copy.png": turned(tissue(7))})
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "import clover.vision.leaks as leaks, clover.vision.portraits as portraits\n"
+        "from clover.vision.dataset import load_image_set\n"
+        "here, look, seen = Path(sys.argv[1]), portraits.look, []\n"
+        "def slow(path, *, with_portrait):\n"
+        "    # Neither goes on until both have begun: however slow one of them starts.\n"
+        "    if path.parent.name == 'train':\n"
+        "        (here / f'begun-{os.getpid()}').touch()\n"
+        "        while len(list(here.glob('begun-*'))) < 2:\n"
+        "            time.sleep(0.01)\n"
+        "    seen.append(path)\n"
+        "    return look(path, with_portrait=with_portrait)\n"
+        "portraits.look, portraits.PIECE = slow, 4\n"
+        "sets = [load_image_set(here / name / 'records.jsonl') for name in ('train', 'test')]\n"
+        "found = leaks.find_overlap(*sets, cache=here / 'cache')\n"
+        "print(len(seen), len(found.pairs))\n"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [[int(n) for n in worker.communicate()[0].split()] for worker in workers]
+    assert [pairs for _, pairs in results] == [1, 1]
+    assert sum(number for number, _ in results) == 42
+    assert all(number for number, _ in results), "one of them did everything"

@@ -6,24 +6,25 @@ one's pass by: name the smaller file second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, fingerprint, read_json, write_json
+from clover.core.files import fingerprint, read_json, write_json
 from clover.core.record import Needs, Record, Rejection, write_rejected
 from clover.core.terminal import progress
+from clover.vision.claim import Claims, number_of
 from clover.vision.dataset import FeatureSet, load_feature_set, load_image_set
 from clover.vision.encoder import ImageEncoder
 from clover.vision.likeness import ANGLES, RINGS, Floats, Gallery
 from clover.vision.pictures import Picture, look
+from clover.vision.portraits import Portraits, decoders, pieces
 
 REFUSED = 0.8
 """Pictures at least as alike are one for training, which is refused: among the millions of pairs of
@@ -135,7 +136,8 @@ def find_overlap(train: Pictured, test: Pictured, *, cache: Path) -> Overlap:
     """Find images and groups of `test` that `train` holds too.
 
     Images are the same by their bytes, or by their portraits: `REFUSED` alike or more, turned,
-    mirrored, cropped or brightened. Portraits are kept in `cache`, by hash, and so is the finding.
+    mirrored, cropped or brightened. Portraits are kept in `cache`, by hash, and so is the
+    finding; processes that look for the same at the same time share the work.
 
     Args:
         train: What is learnt from.
@@ -145,16 +147,10 @@ def find_overlap(train: Pictured, test: Pictured, *, cache: Path) -> Overlap:
     shared = sorted(_groups(train) & _groups(test))
     ours, theirs = _named(train), _named(test)
     pairs = [(ours[digest], theirs[digest], "same bytes") for digest in theirs if digest in ours]
-    key = fingerprint([sorted(ours), sorted(theirs), REFUSED])
-    kept = Path(cache) / "portraits" / f"alike-{key}.json"
-    if not kept.exists():
-        paths = [
-            {digest: data.images / name for digest, name in names.items()}
-            for data, names in ((train, ours), (test, theirs))
-        ]
-        write_json(kept, _alike(paths[0], paths[1], Path(cache)))
+    ours_at, theirs_at = _paths(ours, train.images), _paths(theirs, test.images)
     pairs += [
-        (ours[mine], theirs[other], f"alike {value:.2f}") for mine, other, value in read_json(kept)
+        (ours[mine], theirs[other], f"alike {value:.2f}")
+        for mine, other, value in _Comparison(ours_at, theirs_at, Path(cache)).found()
     ]
     return Overlap(pairs, shared)
 
@@ -193,59 +189,97 @@ def _named(data: Pictured) -> dict[str, str]:
     }
 
 
-def _alike(
-    ours: dict[str, Path], theirs: dict[str, Path], cache: Path
-) -> list[tuple[str, str, float]]:
-    """Return pairs of hashes of pictures that are surely one, with their likeness."""
-    portraits = read_portraits({**ours, **theirs}, cache)
-    others = [digest for digest in theirs if digest in portraits and digest not in ours]
-    if not others:
-        return []
-    gallery = Gallery(np.stack([portraits[digest] for digest in others]))
-    found = []
-    with progress("leaks", len(ours)) as advance:
-        for digest in ours:
-            advance()
-            if digest in portraits:
-                found += [
-                    (digest, others[place], round(value, 3))
-                    for place, value in gallery.alike(portraits[digest])
-                    if value >= REFUSED
-                ]
-    return sorted(found, key=lambda pair: -pair[2])
+def _paths(names: Mapping[str, str], folder: Path) -> dict[str, Path]:
+    return {digest: folder / name for digest, name in names.items()}
 
 
-def read_portraits(images: dict[str, Path], cache: Path) -> dict[str, Floats]:
-    """Return the portraits of images by hash; those not in the cache yet are made.
+class _Comparison:
+    """Which pictures of two sets are surely one; found once, piece by piece, and kept.
 
-    An image that cannot be read has none.
+    Args:
+        ours: SHA-256 -> path.
+        theirs: The same of the set whose portraits stay in memory.
+        cache: The feature cache's folder.
     """
-    folder = cache / "portraits"
-    folder.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Floats] = {}
-    files = sorted(folder.glob("part-*.safetensors"))
-    for file in files:
-        try:
-            known |= load_file(str(file))
-        except (SafetensorError, OSError):
-            continue  # cut off: its images are looked at again
-    missing = [digest for digest in images if digest not in known]
-    made: dict[str, Floats] = {}
-    with progress("portraits", len(missing)) as advance:
-        for digest in missing:
-            advance()
-            found = look(images[digest], with_portrait=True).portrait
-            if found is not None:
-                made[digest] = found.astype(np.float16)
-    if made:
-        name = folder / f"part-{fingerprint(sorted(made))}.safetensors"
-        with atomic_path(name) as partial:
-            save_file(made, str(partial))
-    return {
-        digest: found.astype(np.float32)
-        for digest, found in {**known, **made}.items()
-        if digest in images
-    }
+
+    def __init__(self, ours: Mapping[str, Path], theirs: Mapping[str, Path], cache: Path) -> None:
+        self._ours = list(ours)
+        self._others = [digest for digest in theirs if digest not in ours]
+        self._images = {**ours, **theirs}
+        self._folder = cache / "portraits"
+        self._key = fingerprint([sorted(ours), sorted(theirs), REFUSED])
+        self._kept = self._folder / f"alike-{self._key}.json"
+
+    def found(self) -> list[tuple[str, str, float]]:
+        """Return pairs of hashes with their likeness, the most alike first."""
+        if not self._kept.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with Claims(self._folder / "claims.lock") as claims, decoders() as pool:
+                try:
+                    self._find(claims, pool)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        return [(mine, other, value) for mine, other, value in read_json(self._kept)]
+
+    def _find(self, claims: Claims, pool: ThreadPoolExecutor) -> None:
+        portraits = Portraits(self._folder, self._images)
+        names, gallery = self._gallery(portraits, claims, pool)
+        cut = [] if gallery is None else pieces(self._ours)
+        left = [piece for piece in cut if self._is_left(piece)]
+        with progress("leaks", sum(map(len, left))) as advance:
+
+            def compare(piece: Sequence[str]) -> None:
+                assert gallery is not None
+                found = []
+                for digest, portrait in portraits.each(piece, pool):
+                    advance()
+                    found += [
+                        (digest, names[place], round(value, 3))
+                        for place, value in ([] if portrait is None else gallery.alike(portrait))
+                        if value >= REFUSED
+                    ]
+                write_json(self._piece(piece), found)
+
+            claims.each_once(left, is_left=self._is_left, do=compare)
+        claims.take(number_of(self._key), wait=True)
+        if not self._kept.exists():
+            self._join(cut)
+        claims.give_back(number_of(self._key))
+
+    def _gallery(
+        self, portraits: Portraits, claims: Claims, pool: ThreadPoolExecutor
+    ) -> tuple[list[str], Gallery | None]:
+        """Return the hashes and portraits of the others; None where none can be read."""
+        cut = pieces(self._others)
+        left = [piece for piece in cut if portraits.missing(piece)]
+        with progress("portraits", sum(map(len, left))) as advance:
+
+            def make(piece: Sequence[str]) -> None:
+                for _ in portraits.each(piece, pool):
+                    advance()
+
+            claims.each_once(left, is_left=lambda piece: bool(portraits.missing(piece)), do=make)
+        found = {
+            digest: portrait
+            for piece in cut
+            for digest, portrait in portraits.each(piece, pool)
+            if portrait is not None
+        }
+        return list(found), Gallery(np.stack(list(found.values()))) if found else None
+
+    def _piece(self, piece: Sequence[str]) -> Path:
+        """Return where the finding of a piece lies until that of all does."""
+        return self._folder / f"alike-{self._key}.{fingerprint(piece)}.json"
+
+    def _is_left(self, piece: Sequence[str]) -> bool:
+        # In this order: pieces go only once the whole is there.
+        return not self._piece(piece).exists() and not self._kept.exists()
+
+    def _join(self, cut: Sequence[Sequence[str]]) -> None:
+        found = [pair for piece in cut for pair in read_json(self._piece(piece))]
+        write_json(self._kept, sorted(found, key=lambda pair: -pair[2]))
+        for piece in cut:
+            self._piece(piece).unlink(missing_ok=True)
 
 
 def load_training_set(

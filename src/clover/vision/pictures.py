@@ -17,6 +17,8 @@ GREY = 16
 """Of 255: where nine tenths of a picture have their channels closer together, it has no colour."""
 _SEEN = 32
 """Pixels a side that colour is looked for in: noise and JPEG's blocks are averaged away."""
+BROKEN = "broken image"
+"""What is said of bytes that no decoder takes: so they will be tomorrow."""
 _SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
 
@@ -65,7 +67,7 @@ def look(path: Path, *, with_portrait: bool) -> Picture:
                 return Picture(None, digest, portrait(image), is_grey)
     # Pillow's decoders fail with whatever type the broken byte leads to.
     except Exception:
-        return Picture("broken image", digest)
+        return Picture(BROKEN, digest)
 
 
 def _is_grey(image: Image.Image) -> bool:
