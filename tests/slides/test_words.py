@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clover.core.errors import CloverError
-from clover.slides.region import Region, parse_region, split_reference
+from clover.slides.region import Region, file_of, parse_region, split_reference
 from clover.slides.units import MicronsPerPixel, estimated_from_power, parse_microns_per_pixel
 
 
@@ -55,3 +55,8 @@ def test_a_size_says_where_it_comes_from() -> None:
     assert parse_microns_per_pixel("0.25, 0.26") == MicronsPerPixel(0.25, 0.26, "user")
     assert estimated_from_power(20) == MicronsPerPixel(0.5, 0.5, "estimated")
     assert str(MicronsPerPixel(0.499, 0.499, "header")) == "0.499 µm/px (header)"
+
+
+def test_the_file_of_a_name_is_told_without_looking_for_it() -> None:
+    assert file_of("a/slide.svs#1,2,3.5,4") == "a/slide.svs"
+    assert file_of("plain.png") == "plain.png" and file_of("odd#1.png") == "odd#1.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, TiffImagePlugin
 from scipy.ndimage import gaussian_filter
 
 from clover.core.errors import CloverError
@@ -91,6 +92,93 @@ def test_a_group_that_is_only_the_images_name_is_none(
     train = write("train", {"000.png": tissue(1)}, **{"000": "000"})
     test = write("test", {"000.png": tissue(2)}, **{"000": "000"})
     assert not find_overlap(train, test, cache=tmp_path)
+
+
+def write_slide(path: Path, seed: int = 1) -> Path:
+    """Write 600 x 400 µm of tissue at 1 µm per pixel, as a TIFF with a slide's resolution."""
+    noise = np.random.default_rng(seed).normal(size=(400, 600, 3))
+    pixels = np.clip(128 + 900 * gaussian_filter(noise, (7, 7, 0)), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[282] = tags[283] = 10_000.0  # pixels a centimetre
+    tags[296] = 3
+    Image.fromarray(pixels).save(path, tiffinfo=tags)
+    return path
+
+
+def read_named(folder: Path, *names: str, group: str | None = None) -> ImageSet:
+    """Return records on images of a folder; regions are read at 1 µm per pixel."""
+    records = [Record(id=name, image=name, caption="c", group=group) for name in names]
+    write_records(folder / f"{len(list(folder.glob('*.jsonl')))}.jsonl", records)
+    newest = folder / f"{len(list(folder.glob('*.jsonl'))) - 1}.jsonl"
+    return load_image_set(newest, microns_per_pixel=1.0)
+
+
+@pytest.mark.parametrize("group", [None, "s"])
+def test_regions_of_one_slide_on_both_sides_are_refused_as_such(
+    tmp_path: Path, group: str | None
+) -> None:
+    write_slide(tmp_path / "s.tif")
+    train = read_named(tmp_path, "s.tif#0,0,100,100", "s.tif#0,100,100,100", group=group)
+    test = read_named(tmp_path, "s.tif#400,200,100,100", group=group)
+    found = find_overlap(train, test, cache=tmp_path / "cache")
+    assert found.slides == [("s.tif#0,0,100,100", "s.tif#400,200,100,100")]
+    assert found.groups == ([group] if group else [])
+    with pytest.raises(CloverError) as caught:
+        refuse_leaks(train, test, cache=tmp_path / "cache", what="these")
+    assert "1 slides (s.tif#400,200,100,100 is of the slide of s.tif#0,0,100,100)" in str(
+        caught.value
+    )
+
+
+def test_a_slide_is_known_under_another_name_whole_and_when_it_is_gone(tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.tif")
+    shutil.copy(tmp_path / "s.tif", tmp_path / "copy.tif")
+    train = read_named(tmp_path, "s.tif#0,0,100,100")
+    copied = read_named(tmp_path, "copy.tif#400,200,100,100")
+    whole = read_named(tmp_path, "copy.tif")
+    other = read_named(tmp_path, f"{write_slide(tmp_path / 'o' / 's.tif', 2)}#0,0,100,100")
+
+    def slides(one: ImageSet, two: ImageSet) -> list[tuple[str, str]]:
+        return find_overlap(one, two, cache=tmp_path / "cache").slides
+
+    assert slides(train, copied) == [("s.tif#0,0,100,100", "copy.tif#400,200,100,100")]
+    assert slides(train, whole) == [("s.tif#0,0,100,100", "copy.tif")]
+    assert slides(whole, train) == [("copy.tif", "s.tif#0,0,100,100")]
+    assert not find_overlap(train, other, cache=tmp_path / "cache")
+    again = read_named(tmp_path, "s.tif#1,1,100,100")
+    (tmp_path / "s.tif").unlink()
+    assert slides(train, again) == [("s.tif#0,0,100,100", "s.tif#1,1,100,100")]
+
+
+def test_a_picture_cut_from_a_slide_is_found_by_its_looks(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "s.tif")
+    with Image.open(slide) as image:
+        image.crop((100, 100, 260, 260)).transpose(Image.Transpose.ROTATE_90).save(
+            tmp_path / "patch.png"
+        )
+    train = read_named(tmp_path, "s.tif#0,240,160,160", "s.tif#100,100,160,160")
+    test = read_named(tmp_path, "patch.png")
+    found = find_overlap(train, test, cache=tmp_path / "cache")
+    assert [pair[:2] for pair in found.pairs] == [("s.tif#100,100,160,160", "patch.png")]
+
+
+def test_regions_are_told_apart_and_a_file_may_have_a_hash_in_its_name(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "s.tif")
+    here, same, there = (
+        look(Path(f"{slide}#{place}"), with_portrait=True)
+        for place in ("0,0,100,100", "0.0,0,100,100", "50,0,100,100")
+    )
+    assert here.digest == same.digest != there.digest and here.slide == there.slide
+    assert here.portrait is not None and here.problem is None
+    tissue(1).save(tmp_path / "a#1.png")
+    assert look(tmp_path / "a#1.png", with_portrait=False).problem is None
+    for name, problem in [
+        (f"{slide}#900,900,100,100", "unreadable region"),
+        (f"{slide}#nowhere", "unreadable region"),
+        (f"{tmp_path}/none.svs#0,0,100,100", "missing image"),
+    ]:
+        assert look(Path(name), with_portrait=True).problem == problem
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from clover.core.known import Census
 from clover.core.record import Record, Rejection, numbered_records
 from clover.core.terminal import progress
 from clover.data.images import Tally
+from clover.slides.region import file_of
 from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look
 
@@ -115,12 +116,15 @@ class Findings:
     def _leak_lines(self) -> list[str]:
         if self.against is None:
             return []
-        same = sum(leak.likeness is None for leak in self.leaks)
+        of_slide = sum(leak.is_of_slide for leak in self.leaks)
+        same = sum(leak.likeness is None for leak in self.leaks) - of_slide
+        slides = f"{of_slide:,} of the same slide, " if of_slide else ""
         images = len({leak.image for leak in self.leaks})
         lines = [
             self.against,
             f"{len(self.leaks):,} leaks on {images:,} images ({same:,} same bytes, "
-            f"{len(self.leaks) - same:,} look alike); {self.num_shared_groups:,} groups in both",
+            f"{slides}{len(self.leaks) - same - of_slide:,} look alike); "
+            f"{self.num_shared_groups:,} groups in both",
         ]
         shown = [f"  {leak.image}  {leak.other}  {leak.how()}" for leak in self.leaks[:_SHOWN]]
         if len(self.leaks) > _SHOWN:
@@ -145,6 +149,11 @@ def _caption_lines(words: Counter[int]) -> list[str]:
         f"captions: {total:,}; words: {at(0.5)} in the middle, 9 in 10 at most {at(0.9)}, "
         f"longest {max(words)}"
     ]
+
+
+def _group(record: Record) -> str | None:
+    """Return what must not stand in two splits: the group, or else the slide, or the image."""
+    return record.group or (file_of(record.image) if record.image else None)
 
 
 def _some(names: list[str]) -> str:
@@ -272,7 +281,7 @@ class _Check:
             found.closed_answers[(record.answer or "").strip().lower().rstrip(".")] += 1
         if record.image:
             self._uses[record.image] = self._uses.get(record.image, 0) + 1
-        group = record.group or record.image
+        group = _group(record)
         if group and record.split and self._splits.setdefault(group, record.split) != record.split:
             self._astride.setdefault(group)
 
@@ -310,7 +319,7 @@ class _Check:
             if not isinstance(item, Record):
                 continue
             reason = self._bad.get(item.image or "")
-            if reason is None and (item.group or item.image) in self._astride:
+            if reason is None and _group(item) in self._astride:
                 reason = "group straddles splits"
             if reason is None and not_histology(item):
                 reason = "no histology by its table"

@@ -80,3 +80,12 @@ def split_reference(name: str | Path) -> tuple[Path, Region | None]:
     if rest.count(",") != 3 and not Path(file).is_file():
         return path, None
     return Path(file), parse_region(rest)
+
+
+def file_of(name: str) -> str:
+    """Return an image's name without the region, by the name alone: that of the slide, or its own.
+
+    For what is grouped by slide where no folder to look in is known.
+    """
+    file, _, rest = name.rpartition("#")
+    return file if file and rest.count(",") == 3 else name

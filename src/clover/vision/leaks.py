@@ -1,4 +1,5 @@
-"""Images of one file that are in another: the same bytes, or the same picture turned or cropped.
+"""Images of one file that are in another: the same bytes, regions of the same slide, or the same
+picture turned or cropped.
 
 In: two record files. The second one's portraits stay in memory (about 9 KB an image), the first
 one's pass by: name the smaller file second.
@@ -19,6 +20,8 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, read_json, write_json
 from clover.core.record import Needs, Record, Rejection, write_rejected
 from clover.core.terminal import progress
+from clover.slides.picture import is_region, slide_digest
+from clover.slides.region import split_reference
 from clover.vision.claim import Claims, number_of
 from clover.vision.dataset import FeatureSet, load_feature_set, load_image_set
 from clover.vision.encoder import ImageEncoder
@@ -39,10 +42,14 @@ class Leak:
     image: str
     other: str
     likeness: float | None
-    """None where the bytes are the same."""
+    """None where the bytes, or the slides, are the same."""
+    is_of_slide: bool = False
+    """Whether the two are other places of one slide."""
 
     def how(self) -> str:
-        """Return ``same bytes`` or ``alike 0.83``."""
+        """Return ``same bytes``, ``same slide`` or ``alike 0.83``."""
+        if self.is_of_slide:
+            return "same slide"
         return "same bytes" if self.likeness is None else f"alike {self.likeness:.2f}"
 
     def row(self, path: Path) -> dict[str, Any]:
@@ -59,6 +66,7 @@ class Reference:
         self.num_unreadable = 0
         self.num_images = 0
         self._by_digest: dict[str, str] = {}
+        self._by_slide: dict[str, str] = {}
         self._names: list[str] = []
         portraits: list[Floats] = []
         with progress("second file", None) as advance:
@@ -70,6 +78,8 @@ class Reference:
                     self.num_unreadable += 1
                 elif found.digest:
                     self._by_digest.setdefault(found.digest, name)
+                    if found.slide:
+                        self._by_slide.setdefault(found.slide, name)
                     if found.portrait is not None:
                         self._names.append(name)
                         portraits.append(found.portrait)
@@ -80,6 +90,8 @@ class Reference:
         """Return the images here that are the same as one of the first file."""
         if picture.digest in self._by_digest and picture.digest:
             return [Leak(name, self._by_digest[picture.digest], None)]
+        if other := self._same_slide(picture):
+            return [Leak(name, other, None, is_of_slide=True)]
         if picture.portrait is None or self._gallery is None:
             return []
         alike = self._gallery.alike(picture.portrait)
@@ -87,6 +99,12 @@ class Reference:
             Leak(name, self._names[place], value)
             for place, value in sorted(alike, key=lambda item: -item[1])
         ]
+
+    def _same_slide(self, picture: Picture) -> str | None:
+        """Return a name here that is of a picture's slide; either may be the slide as a whole."""
+        if picture.slide:
+            return self._by_slide.get(picture.slide) or self._by_digest.get(picture.slide)
+        return self._by_slide.get(picture.digest)
 
 
 class Pictured(Protocol):
@@ -116,9 +134,11 @@ class Overlap:
     """Training image, evaluation image, how they are the same."""
     groups: list[str]
     """Patients, slides or source images with records on both sides."""
+    slides: list[tuple[str, str]]
+    """Of each slide that both sides name regions of: a training and an evaluation image."""
 
     def __bool__(self) -> bool:
-        return bool(self.pairs or self.groups)
+        return bool(self.pairs or self.groups or self.slides)
 
     def sentence(self) -> str:
         """Return what is shared, with the first of it named."""
@@ -127,17 +147,21 @@ class Overlap:
             images = len({pair[1] for pair in self.pairs})
             mine, theirs, how = self.pairs[0]
             parts.append(f"{images:,} evaluation images ({theirs} is {mine}: {how})")
+        if self.slides:
+            mine, theirs = self.slides[0]
+            parts.append(f"{len(self.slides):,} slides ({theirs} is of the slide of {mine})")
         if self.groups:
             parts.append(f"{len(self.groups):,} groups ({self.groups[0]})")
         return " and ".join(parts)
 
 
 def find_overlap(train: Pictured, test: Pictured, *, cache: Path) -> Overlap:
-    """Find images and groups of `test` that `train` holds too.
+    """Find images, slides and groups of `test` that `train` holds too.
 
     Images are the same by their bytes, or by their portraits: `REFUSED` alike or more, turned,
-    mirrored, cropped or brightened. Portraits are kept in `cache`, by hash, and so is the
-    finding; processes that look for the same at the same time share the work.
+    mirrored, cropped or brightened. Slides are the same by their bytes. Portraits are kept in
+    `cache`, by hash, and so is the finding; processes that look for the same at the same time share
+    the work.
 
     Args:
         train: What is learnt from.
@@ -152,11 +176,11 @@ def find_overlap(train: Pictured, test: Pictured, *, cache: Path) -> Overlap:
         (ours[mine], theirs[other], f"alike {value:.2f}")
         for mine, other, value in _Comparison(ours_at, theirs_at, Path(cache)).found()
     ]
-    return Overlap(pairs, shared)
+    return Overlap(pairs, shared, _shared_slides((ours, ours_at), (theirs, theirs_at)))
 
 
 def refuse_leaks(train: Pictured, test: Pictured, *, cache: Path, what: str) -> None:
-    """Raise where training and evaluation data share an image or a group.
+    """Raise where training and evaluation data share an image, a slide or a group.
 
     Raises:
         CloverError: they do; `what` names the two.
@@ -172,13 +196,19 @@ def refuse_leaks(train: Pictured, test: Pictured, *, cache: Path, what: str) -> 
 def _groups(data: Pictured) -> set[str]:
     """Return the groups of a file, but those that only repeat an image's name.
 
-    A number that counts a file's images says nothing about another file's number.
+    A number that counts a file's images says nothing about another file's number. A region's group
+    is kept though its slide is called so: that name was given to a slide, not counted.
     """
     return {
         record.group
         for record in data.records
-        if record.group and record.group not in (record.image, Path(record.image or "").stem)
+        if record.group and not _repeats_name(record, data.images)
     }
+
+
+def _repeats_name(record: Record, images: Path) -> bool:
+    name = record.image or ""
+    return record.group in (name, Path(name).stem) and not is_region(images / name)
 
 
 def _named(data: Pictured) -> dict[str, str]:
@@ -191,6 +221,51 @@ def _named(data: Pictured) -> dict[str, str]:
 
 def _paths(names: Mapping[str, str], folder: Path) -> dict[str, Path]:
     return {digest: folder / name for digest, name in names.items()}
+
+
+Images = tuple[Mapping[str, str], Mapping[str, Path]]
+"""Hash -> name, and hash -> path."""
+
+
+def _shared_slides(ours: Images, theirs: Images) -> list[tuple[str, str]]:
+    """Return a name of ours and one of theirs of each slide that both have regions of.
+
+    One side may also name the slide's file as a whole, as it can with a plain image.
+    """
+    mine, other = _slides(ours), _slides(theirs)
+    shared = [
+        (mine[slide] if slide in mine else ours[0][slide], name)
+        for slide, name in other.items()
+        if slide in mine or slide in ours[0]
+    ]
+    shared += [
+        (name, theirs[0][slide])
+        for slide, name in mine.items()
+        if slide not in other and slide in theirs[0]
+    ]
+    return sorted(shared)
+
+
+def _slides(images: Images) -> dict[str, str]:
+    """Return slide -> name of the first region of it, by the SHA-256 of the slide's bytes.
+
+    They were read for the hashes of the regions. A slide that is gone since is known by its path.
+    """
+    names, paths = images
+    slides: dict[Path, str] = {}
+    for digest, name in names.items():
+        if "#" in name:
+            slide, region = split_reference(paths[digest])
+            if region is not None:
+                slides[slide] = name  # names come from the last record to the first
+    found: dict[str, str] = {}
+    for slide, name in slides.items():
+        try:
+            key = slide_digest(slide)
+        except OSError:
+            key = str(slide.resolve())
+        found[key] = name
+    return found
 
 
 class _Comparison:
@@ -207,7 +282,9 @@ class _Comparison:
         self._others = [digest for digest in theirs if digest not in ours]
         self._images = {**ours, **theirs}
         self._folder = cache / "portraits"
-        self._key = fingerprint([sorted(ours), sorted(theirs), REFUSED])
+        # Findings of before regions had portraits are not those of today.
+        more = ["regions"] if any("#" in path.name for path in self._images.values()) else []
+        self._key = fingerprint([sorted(ours), sorted(theirs), REFUSED, *more])
         self._kept = self._folder / f"alike-{self._key}.json"
 
     def found(self) -> list[tuple[str, str, float]]:
@@ -300,7 +377,7 @@ def load_training_set(
         recipe: Says where images lie, how features are kept and how many views are drawn from.
         encoder: Of the images.
         cache: The feature cache's folder.
-        held_out: Record files that training must share no image and no group with.
+        held_out: Record files that training must share no image, slide or group with.
         rejected: Where what was set aside is listed; None for a process that writes nothing.
 
     Raises:
