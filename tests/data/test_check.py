@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, TiffImagePlugin
 
 from clover.cli import main
 from clover.core.errors import CloverError
@@ -299,3 +299,39 @@ def test_regions_of_one_slide_are_one_group(folder: Path) -> None:
     assert check_file(write(folder / "c.jsonl", named)).straddling == ["s.svs"]
     plain = write(folder / "d.jsonl", [rows[2]])
     assert not check_file(plain, against=plain).num_shared_groups
+
+
+def _write_slide(path: Path) -> None:
+    """Write the 200 µm of tissue 0 at 1 µm per pixel, as a TIFF with a slide's resolution."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[282] = tags[283] = 10_000.0  # pixels a centimetre
+    tags[296] = 3
+    tissue(0).resize((200, 200)).save(path, tiffinfo=tags)
+
+
+def test_regions_of_a_slide_are_images_of_their_own_and_one_slide_is_a_leak(folder: Path) -> None:
+    _write_slide(folder / "s.tif")
+    rows = [
+        {"id": place, "image": f"s.tif#{place}", "caption": "x", "split": split}
+        for place, split in (
+            ("0,0,90,90", "train"),
+            ("99,0,90,90", "test"),
+            ("99.0,0,90,90", "test"),  # the same once more
+        )
+    ]
+    first = write(folder / "a.jsonl", rows)
+    alone = check_file(first)
+    assert alone.num_duplicates == 1 and not alone.problems
+    assert alone.straddling == ["s.tif"]
+    second = write(folder / "b.jsonl", [{"id": "b", "image": "s.tif#99,99,90,90", "caption": "x"}])
+    out = folder / "leaks.jsonl"
+    found = check_file(first, against=second, out=out)
+    assert "3 leaks on 3 images (0 same bytes, 3 of the same slide, 0 look alike)" in str(
+        found.lines()
+    )
+    listed = [row["content"] for row in rows_of(out) if row["reason"] == "leak"]
+    assert listed[0] == {
+        "image": "s.tif#0,0,90,90",
+        "other": "s.tif#99,99,90,90",
+        "how": "same slide",
+    }

@@ -132,6 +132,16 @@ def test_no_group_is_on_both_sides_of_a_split() -> None:
     assert {r.group for r in split(named)[1]} == {"g0"}
 
 
+def test_regions_of_a_slide_without_a_group_stay_together(tmp_path: Path) -> None:
+    rows = [f"s{i // 4}.svs#{i % 4},0,90,90,{'ab'[i % 2]}" for i in range(40)]
+    table = tmp_path / "table.csv"
+    quoted = ['"{}",{}'.format(*row.rsplit(",", 1)) for row in rows]
+    table.write_text("\n".join(["image,label", *quoted]) + "\n")
+    pool, test = split(read_labelled(table, question="?", answers={}))
+    slides = [{str(r.image).partition("#")[0] for r in part} for part in (pool, test)]
+    assert all(slides) and not slides[0] & slides[1]
+
+
 def test_labels_become_answers(tmp_path: Path) -> None:
     for name in ("negative", "positive_patch"):
         (tmp_path / name).mkdir()

@@ -117,12 +117,15 @@ class Findings:
     def _leak_lines(self) -> list[str]:
         if self.against is None:
             return []
-        same = sum(leak.likeness is None for leak in self.leaks)
+        of_slide = sum(leak.is_of_slide for leak in self.leaks)
+        same = sum(leak.likeness is None for leak in self.leaks) - of_slide
+        slides = f"{of_slide:,} of the same slide, " if of_slide else ""
         images = len({leak.image for leak in self.leaks})
         lines = [
             self.against,
             f"{len(self.leaks):,} leaks on {images:,} images ({same:,} same bytes, "
-            f"{len(self.leaks) - same:,} look alike); {self.num_shared_groups:,} groups in both",
+            f"{slides}{len(self.leaks) - same - of_slide:,} look alike); "
+            f"{self.num_shared_groups:,} groups in both",
         ]
         shown = [f"  {leak.image}  {leak.other}  {leak.how()}" for leak in self.leaks[:_SHOWN]]
         if len(self.leaks) > _SHOWN:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -111,9 +111,18 @@ def check_is_no_slide(path: str | Path) -> None:
         )
 
 
-@lru_cache(maxsize=1024)
+@cache  # a slide is gigabytes, its hash 64 characters
 def _slide_digest(path: Path, _changed: int) -> str:
     return sha256_file(path)
+
+
+def slide_digest(path: Path) -> str:
+    """Return the SHA-256 of a slide's bytes, read once a process while it does not change.
+
+    Raises:
+        OSError: no such slide.
+    """
+    return _slide_digest(path, path.stat().st_mtime_ns)
 
 
 def region_digest(name: str | Path, microns_per_pixel: float | None) -> str:
@@ -125,5 +134,5 @@ def region_digest(name: str | Path, microns_per_pixel: float | None) -> str:
         OSError: no such slide.
     """
     path, region = split_reference(name)
-    slide = _slide_digest(path, path.stat().st_mtime_ns)
+    slide = slide_digest(path)
     return hashlib.sha256(f"{slide}#{region}@{microns_per_pixel}".encode()).hexdigest()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clover.core.errors import CloverError
 from clover.core.record import Record, read_records
+from clover.slides.region import slide_of
 from clover.slides.source import PLAIN_SUFFIXES
 
 _TEST = frozenset({"test", "val", "valid", "validation", "held-out"})
@@ -47,7 +48,7 @@ def read_labelled(path: Path, *, question: str, answers: Mapping[str, str]) -> l
             "question": question,
             "answer": answer,
             "answer_type": "closed" if is_closed else "open",
-            "group": item.group or item.image,
+            "group": item.group or slide_of(str(item.image)),  # regions of a slide go together
         }
         records.append(item.model_copy(update=changed))
     classes = {record.answer for record in records}

@@ -32,7 +32,7 @@ from clover.core.memory import keep_freed_memory
 from clover.core.record import Rejection
 from clover.core.terminal import progress
 from clover.slides.picture import is_region, read_region
-from clover.vision.claim import Claims
+from clover.vision.claim import Claims, number_of
 from clover.vision.encoder import ImageEncoder
 from clover.vision.image_processor import draw_view, rand_augment, turn_view
 from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
@@ -318,7 +318,7 @@ class _Fill:
         for chunk in chunks:
             if not self._cache.missing(chunk):
                 continue
-            number = int(fingerprint(chunk), 16) % (1 << 31)
+            number = number_of(chunk)
             if not self._claims.take(number, wait=wait):
                 self.busy.append(chunk)
                 continue

@@ -11,12 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clover.core.errors import CloverError
+from clover.slides.picture import read_region, region_digest, slide_digest
+from clover.slides.region import split_reference
 from clover.vision.likeness import SIDE, Floats, portrait
 
 GREY = 16
 """Of 255: where nine tenths of a picture have their channels closer together, it has no colour."""
 _SEEN = 32
 """Pixels a side that colour is looked for in: noise and JPEG's blocks are averaged away."""
+BROKEN = "broken image"
+"""What is said of bytes that no decoder takes: so they will be tomorrow."""
+_UNREADABLE = "unreadable region"
 _SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
 
@@ -25,27 +31,36 @@ class Picture:
     """What opening one image showed."""
 
     problem: str | None
-    """Missing image, empty image, broken image; or nothing."""
+    """Missing image, empty image, broken image, unreadable region; or nothing."""
     digest: str = ""
-    """SHA-256 of its bytes, in hex."""
+    """SHA-256 of its bytes, in hex; of a region that of the slide's bytes and the place; of a whole
+    slide nothing."""
     portrait: Floats | None = None
-    """Only where asked for, and not of a slide."""
+    """Only where asked for, and not of a whole slide."""
     is_grey: bool = False
     """Whether it has next to no colour; never said of a slide."""
+    slide: str = ""
+    """Of a region, SHA-256 of the slide's bytes."""
 
 
 def look(path: Path, *, with_portrait: bool) -> Picture:
     """Open an image.
 
     Args:
-        path: The image; of a region of a slide (`slide.svs#...`) the slide is looked for.
+        path: The image, or a region of a slide (`slide.svs#...`): its slide is read through once a
+            process, as its features need it, the region itself only for a portrait.
         with_portrait: Also make what look-alikes are told by.
     """
-    file = Path(str(path).partition("#")[0])
-    if file.suffix.lower() in _SLIDES:  # gigabytes: not read through
-        return Picture(None if file.is_file() else "missing image")
     try:
-        data = file.read_bytes()
+        slide, region = split_reference(path)
+    except CloverError:  # what stands behind the # is no region
+        return Picture(_UNREADABLE)
+    if region is not None:
+        return _look_at_region(path, slide, with_portrait=with_portrait)
+    if path.suffix.lower() in _SLIDES:  # gigabytes: not read through
+        return Picture(None if path.is_file() else "missing image")
+    try:
+        data = path.read_bytes()
     except OSError:
         return Picture("missing image")
     if not data:
@@ -65,7 +80,21 @@ def look(path: Path, *, with_portrait: bool) -> Picture:
                 return Picture(None, digest, portrait(image), is_grey)
     # Pillow's decoders fail with whatever type the broken byte leads to.
     except Exception:
-        return Picture("broken image", digest)
+        return Picture(BROKEN, digest)
+
+
+def _look_at_region(path: Path, slide: Path, *, with_portrait: bool) -> Picture:
+    try:
+        # Of no resolution: two files' regions are compared, no encoder's reading of them.
+        digest, whole = region_digest(path, None), slide_digest(slide)
+    except OSError:
+        return Picture("missing image")
+    if not with_portrait:
+        return Picture(None, digest, slide=whole)
+    try:
+        return Picture(None, digest, portrait(read_region(path, None)), slide=whole)
+    except CloverError:
+        return Picture(_UNREADABLE, digest, slide=whole)
 
 
 def _is_grey(image: Image.Image) -> bool:
