@@ -14,7 +14,7 @@ from tests.slides.conftest import SLIDE_MPP, halved, write_header, write_pyramid
 from clover.cli import main
 from clover.core.files import read_json
 from clover.model import load
-from clover.serve.tour import FieldAnswer, Tour, mixed
+from clover.serve.tour import FieldAnswer, Tour, _colours, mixed
 from clover.slides.region import Region
 from tiny import QUESTION
 
@@ -158,6 +158,23 @@ def test_counts_and_agreement_are_of_the_fields() -> None:
     tour = Tour("is it ?", 1.0, fields, 9, "m")
     assert tour.counts() == [("no", 3), ("yes", 1)] and tour.agreement == 0.75
     assert tour.row()["fields"][2] == {"region": "2,0,1,1", "answer": "yes", "yes": 0.8}
+
+
+def tour_of(answers: list[str]) -> Tour:
+    fields = [FieldAnswer(Region(n, 0, 1, 1), text, None) for n, text in enumerate(answers)]
+    return Tour("is it ?", 1.0, fields, len(answers), "m")
+
+
+def test_another_spelling_is_no_other_answer() -> None:
+    closed = tour_of(["Yes", "yes.", "Yes, there is.", "yes"])
+    assert closed.counts() == [("yes", 4)] and closed.agreement == 1.0
+    assert [field["answer"] for field in closed.row()["fields"]][2] == "Yes, there is."
+    unsure = tour_of(["No.", "no", "Not seen.", "not seen", "Yes"])
+    assert unsure.counts() == [("Not seen", 2), ("no", 2), ("yes", 1)]
+    # To an open question a few answers that begin with no are no noes.
+    named = tour_of(["HER2 positive.", "HER2 positive", "her2  positive", "No tumour", "no cells"])
+    assert named.counts() == [("HER2 positive", 3), ("No tumour", 1), ("no cells", 1)]
+    assert _colours(named)[0][0] == _colours(named)[0][2] != _colours(named)[0][3]
 
 
 def test_colours_run_from_no_by_way_of_light_to_yes() -> None:
