@@ -1,16 +1,13 @@
 """The page as its user uses it: headless Chromium, a real server, the shared slide, a tiny model.
 
-`CLOVER_HOME/test` keeps axe-core between runs.
+`CLOVER_HOME/test/npm` keeps axe-core between runs.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from clover.core.assets import home
 from clover.core.files import read_json
 from clover.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.npm import fetched
 from tests.serve.running import running, tiny_folder
 from tests.tiny import familiar_with_tiny
 
@@ -401,30 +398,7 @@ def test_an_image_can_be_dropped_and_asked_about(page: Any, server: str, tmp_pat
 @pytest.fixture(scope="module")
 def axe() -> str:
     """Return axe-core's script, from the cache or from npm, or skip."""
-    kept = home() / "test" / f"axe-{AXE}.min.js"
-    if not kept.is_file():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("axe-core is not in the cache and there is no npm")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(
-            [npm, "pack", f"axe-core@{AXE}", "--silent"],
-            cwd=kept.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={**os.environ, "npm_config_update_notifier": "false"},
-        )
-        if packed.returncode:
-            pytest.skip(f"axe-core is not in the cache and npm has none: {packed.stderr[-200:]}")
-        archive = kept.parent / packed.stdout.split()[-1]
-        with tarfile.open(archive) as found:
-            member = found.extractfile("package/axe.min.js")
-            assert member is not None
-            kept.write_bytes(member.read())
-        archive.unlink()
-    return kept.read_text(encoding="utf-8")
+    return (fetched("axe-core", AXE) / "axe.min.js").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
