@@ -1,16 +1,13 @@
 """The page as its user uses it: headless Chromium, a real server, the shared slide, a tiny model.
 
-`CLOVER_HOME/test` keeps axe-core between runs.
+`CLOVER_HOME/test/npm` keeps axe-core between runs.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from clover.core.assets import home
 from clover.core.files import read_json
 from clover.model import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.npm import fetched
 from tests.serve.running import running, tiny_folder
 from tests.tiny import familiar_with_tiny
 
@@ -34,15 +31,13 @@ HASTE = 60_000
 
 
 @pytest.fixture(scope="module")
-def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve a tiny model at 0.8 µm/px and a folder with the shared slide and a picture."""
+def parts(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a tiny model at 5.6 µm/px, and a folder with the shared slide and a picture."""
     pytest.importorskip("openslide", reason="the extra [slides] is not installed")
     folder = tmp_path_factory.mktemp("page")
     tiny, model = tiny_folder(folder)
-    config = read_json(model / "config.json")
     # A field of 179 µm, as the phantom's: 32 px of 5.6 µm.
-    config["recipe"]["encoder"]["microns_per_pixel"] = 5.6
-    (model / "config.json").write_text(json.dumps(config))
+    set_scale(model, 5.6)
     # It knows coloured noise: real tissue is unlike it.
     familiarity = familiar_with_tiny(load(model), folder / "learnt")
     familiarity.save(model / "familiarity.safetensors")
@@ -50,7 +45,29 @@ def server(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     slides.mkdir()
     shutil.copy(shared / "data" / "slides" / SLIDE, slides)
     shutil.copy(tiny.image(), slides / "unscaled.png")
-    with running(str(model), "--slides", str(slides)) as found:
+    return model, slides
+
+
+def set_scale(model: Path, microns_per_pixel: float) -> None:
+    config = read_json(model / "config.json")
+    config["recipe"]["encoder"]["microns_per_pixel"] = microns_per_pixel
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def server(parts: tuple[Path, Path]) -> Iterator[str]:
+    with running(str(parts[0]), "--slides", str(parts[1])) as found:
+        yield found.url
+
+
+@pytest.fixture(scope="module")
+def two_models(parts: tuple[Path, Path]) -> Iterator[str]:
+    """Serve the model as `fine`, and as `coarse` at twice its µm per pixel."""
+    model, slides = parts
+    coarse = model.parent / "coarse"
+    shutil.copytree(model, coarse)
+    set_scale(coarse, 11.2)
+    with running(f"fine={model}", f"coarse={coarse}", "--slides", str(slides)) as found:
         yield found.url
 
 
@@ -181,7 +198,10 @@ def test_the_answer_is_the_one_that_clover_ask_gives(
         picture = base64.b64encode(reply.read()).decode()
     part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     words = {"type": "text", "text": "which tissue is shown ?"}
-    body = {"messages": [{"role": "user", "content": [part, words]}], "model": rows["model"]}
+    body = {
+        "messages": [{"role": "user", "content": [part, words]}],
+        "model": rows["models"][0]["name"],
+    }
     request = urllib.request.Request(
         f"{server}/v1/chat/completions",
         data=json.dumps(body).encode(),
@@ -247,6 +267,116 @@ def test_a_file_without_size_is_asked_for_it(page: Any) -> None:
     assert "seen at" in page.inner_text(".about")
 
 
+def asked_of(page: Any) -> list[dict[str, Any]]:
+    """Return what the page sends from now on where it asks or explains; it grows."""
+    found: list[dict[str, Any]] = []
+
+    def keep(request: Any) -> None:
+        if request.method == "POST":
+            found.append(json.loads(request.post_data))
+
+    page.on("request", keep)
+    return found
+
+
+def picture_sent(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"][0]["image_url"]["url"])
+
+
+def pick(page: Any, model: str) -> None:
+    page.select_option("#model-place select", label=model)
+    page.wait_for_selector(f".about:has-text('conversation'):has-text('{model}') img")
+
+
+def test_each_answer_stays_its_model_s(browser: Any, two_models: str, tmp_path: Path) -> None:
+    context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(HASTE)
+    page.goto(two_models)
+    open_slide(page)
+    click_field(page)
+    sent = asked_of(page)
+    first = ask(page, "which tissue is shown ?")
+    pick(page, "coarse")
+    assert "begins a new conversation with coarse" in page.inner_text(".about")
+    # Read again at the other model's own µm per pixel: half as many pixels of the same tissue.
+    assert "179 × 179 µm, seen at 5.6 µm/px" in page.inner_text(".about")
+    assert page.evaluate("document.querySelector('.about img').naturalWidth") == 16
+    # The map and its test are of the model that answered, about the picture it was shown.
+    page.click(".turns li:nth-child(1) .after button")
+    page.wait_for_selector(".verdict")
+    whys = [body for body in sent if "deletion" in body]
+    assert whys and {body["model"] for body in whys} == {"fine"}
+    assert {body["image"] for body in whys} == {picture_sent(sent[0])}
+    second = ask(page, "which tissue is shown ?")
+    pick(page, "fine")
+    assert "goes on with the earlier conversation of fine" in page.inner_text(".about")
+    third = ask(page, "is there necrosis ?")
+    questions = [body for body in sent if "messages" in body]
+    assert [body["model"] for body in questions] == ["fine", "coarse", "fine"]
+    # No model is told another's answers, and each is told its own.
+    assert [len(body["messages"]) for body in questions] == [1, 1, 3]
+    assert questions[2]["messages"][1]["content"] == first
+    pictures = [picture_sent(body) for body in questions]
+    assert pictures[0] == pictures[2] != pictures[1]
+    marks = page.locator(".turns .of")
+    assert [marks.nth(place).inner_text().split(",")[0] for place in range(3)] == [
+        "Asked of fine",
+        "Asked of coarse",
+        "Asked of fine",
+    ]
+    rows = read_json(saved(page, "#save-json", tmp_path))
+    assert rows["models"] == [
+        {"name": "fine", "microns_per_pixel": 5.6},
+        {"name": "coarse", "microns_per_pixel": 11.2},
+    ]
+    turns = rows["regions"][0]["turns"]
+    assert [(turn["model"], turn["answer"]) for turn in turns] == [
+        ("fine", first),
+        ("coarse", second),
+        ("fine", third),
+    ]
+    printed = saved(page, "#save-page", tmp_path).read_text(encoding="utf-8")
+    assert printed.count("Asked of fine") == 2 and printed.count("Asked of coarse") == 1
+    context.close()
+
+
+def test_a_corrected_scale_leaves_no_region_at_the_old_one(page: Any, tmp_path: Path) -> None:
+    open_slide(page, "unscaled.png")
+    state_scale(page, "5.6")
+    page.click("#draw-button")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".about img")
+    sent = asked_of(page)
+    ask(page, "which tissue is shown ?")
+    state_scale(page, "11.2")
+    page.wait_for_selector(".about:has-text('begins a new conversation')")
+    ask(page, "which tissue is shown ?")
+    questions = [body for body in sent if "messages" in body]
+    assert [len(body["messages"]) for body in questions] == [1, 1]
+    assert picture_sent(questions[0]) != picture_sent(questions[1])
+    assert "at 5.6 µm per pixel" in page.inner_text(".turns li:nth-child(1) .of")
+    assert "at 11.2 µm per pixel" in page.inner_text(".turns li:nth-child(2) .of")
+    region = read_json(saved(page, "#save-json", tmp_path))["regions"][0]
+    first, second = region["turns"]
+    assert region["microns_per_pixel"] == {"x": 11.2, "y": 11.2}
+    scales = [(row, row["microns_per_pixel"]["x"]) for row in (region, first, second)]
+    assert [scale for _, scale in scales] == [11.2, 5.6, 11.2]
+    # Whatever the scale, what is named at it is the tissue that was drawn.
+    for row, scale in scales:
+        place = [float(number) / scale for number in row["reference"].split("#")[1].split(",")]
+        assert place == pytest.approx(region["pixels"], abs=0.51)
+    assert second["seen_microns_per_pixel"] == pytest.approx(2 * first["seen_microns_per_pixel"])
+
+
+def state_scale(page: Any, microns_per_pixel: str) -> None:
+    page.fill("#mpp", microns_per_pixel)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#scale:not([hidden])")
+
+
 def test_an_image_can_be_dropped_and_asked_about(page: Any, server: str, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -268,30 +398,7 @@ def test_an_image_can_be_dropped_and_asked_about(page: Any, server: str, tmp_pat
 @pytest.fixture(scope="module")
 def axe() -> str:
     """Return axe-core's script, from the cache or from npm, or skip."""
-    kept = home() / "test" / f"axe-{AXE}.min.js"
-    if not kept.is_file():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip("axe-core is not in the cache and there is no npm")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(
-            [npm, "pack", f"axe-core@{AXE}", "--silent"],
-            cwd=kept.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={**os.environ, "npm_config_update_notifier": "false"},
-        )
-        if packed.returncode:
-            pytest.skip(f"axe-core is not in the cache and npm has none: {packed.stderr[-200:]}")
-        archive = kept.parent / packed.stdout.split()[-1]
-        with tarfile.open(archive) as found:
-            member = found.extractfile("package/axe.min.js")
-            assert member is not None
-            kept.write_bytes(member.read())
-        archive.unlink()
-    return kept.read_text(encoding="utf-8")
+    return (fetched("axe-core", AXE) / "axe.min.js").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.slides.conftest import halved, write_pyramid
 
 from clover import load
 from clover.cli import main
@@ -152,6 +154,38 @@ def test_a_region_wants_a_scale_that_is_stated(
     assert code == 0 and "does not state its µm per pixel" in err
     code, _, err = talk([str(tiny_model), str(svs)], ask, monkeypatch, capsys)
     assert code == 2 and "does not state the µm per pixel its images were taken at" in err
+
+
+def test_a_reference_takes_the_scale_that_is_given_with_it(
+    scaled_model: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reference = f"{tiny.image()}#0,0,50,50"
+    arguments = [str(scaled_model), reference]
+    code, out, err = talk([*arguments, "--mpp", "5.6"], [QUESTION], monkeypatch, capsys)
+    by_command = talk(
+        [str(scaled_model), str(tiny.image()), "--mpp", "5.6"],
+        ["/region 0,0,50,50", QUESTION],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 0 and out.splitlines()[-1] == by_command[1].splitlines()[-1], err
+    code, _, err = talk(arguments, [QUESTION], monkeypatch, capsys)
+    assert code == 2 and "give it with --mpp" in err and err.count("\n") == 1
+
+
+def test_a_whole_slide_that_is_a_tiff_is_opened_for_its_fields(
+    scaled_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (512, 512, 3)).astype(np.uint8)
+    path = write_pyramid(tmp_path / "slide.tiff", [pixels, halved(pixels)], mpp=None)
+    lines = [QUESTION, "/region 100,100,179.2,179.2", QUESTION]
+    code, out, err = talk([str(scaled_model), str(path), "--mpp", "2"], lines, monkeypatch, capsys)
+    assert code == 0 and out.startswith(f"{path} is a slide of 1024 x 1024 µm")
+    assert f"Looking at {path}#100,100,179.2,179.2" in out
+    assert "is a whole slide; name a field of it first" in err
+    code, _, err = talk([str(scaled_model), str(path)], lines, monkeypatch, capsys)
+    assert code == 2 and "give it with --mpp" in err and err.count("\n") == 1
 
 
 def test_help_names_every_command_and_three_questions(

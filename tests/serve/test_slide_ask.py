@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.slides.conftest import SLIDE_MPP, halved, write_header, write_pyramid
 
 from clover.cli import main
 from clover.core.files import read_json
 from clover.model import load
-from clover.serve.tour import FieldAnswer, Tour, mixed
+from clover.serve.tour import FieldAnswer, Tour, _colours, mixed
 from clover.slides.region import Region
 from tiny import QUESTION
 
@@ -159,6 +160,23 @@ def test_counts_and_agreement_are_of_the_fields() -> None:
     assert tour.row()["fields"][2] == {"region": "2,0,1,1", "answer": "yes", "yes": 0.8}
 
 
+def tour_of(answers: list[str]) -> Tour:
+    fields = [FieldAnswer(Region(n, 0, 1, 1), text, None) for n, text in enumerate(answers)]
+    return Tour("is it ?", 1.0, fields, len(answers), "m")
+
+
+def test_another_spelling_is_no_other_answer() -> None:
+    closed = tour_of(["Yes", "yes.", "Yes, there is.", "yes"])
+    assert closed.counts() == [("yes", 4)] and closed.agreement == 1.0
+    assert [field["answer"] for field in closed.row()["fields"]][2] == "Yes, there is."
+    unsure = tour_of(["No.", "no", "Not seen.", "not seen", "Yes"])
+    assert unsure.counts() == [("Not seen", 2), ("no", 2), ("yes", 1)]
+    # To an open question a few answers that begin with no are no noes.
+    named = tour_of(["HER2 positive.", "HER2 positive", "her2  positive", "No tumour", "no cells"])
+    assert named.counts() == [("HER2 positive", 3), ("No tumour", 1), ("no cells", 1)]
+    assert _colours(named)[0][0] == _colours(named)[0][2] != _colours(named)[0][3]
+
+
 def test_colours_run_from_no_by_way_of_light_to_yes() -> None:
     assert mixed(0.0)[2] > mixed(0.0)[0] and mixed(1.0)[0] > mixed(1.0)[2]
     assert min(mixed(0.5)) > 240
@@ -196,6 +214,39 @@ def test_a_model_that_states_no_scale_is_shown_no_region(
     place = ["--region", "0,0,50,50", "--mpp", "1"]
     code, _, err = run(["ask", str(tiny_model), str(picture), QUESTION, *place], capsys)
     assert code == 2 and "set encoder.microns_per_pixel" in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def tiff(pixels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the shared slide as other scanners write it: a tiled pyramid named .tiff."""
+    half = halved(pixels)
+    to = tmp_path_factory.mktemp("tiff") / "slide.tiff"
+    return write_pyramid(to, [pixels, half, halved(half)], mpp=SLIDE_MPP)
+
+
+def test_a_whole_slide_that_is_a_tiff_is_refused_with_the_way_out(
+    model: Path, tiff: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in ([], ["--mpp", "0.5"]):
+        code, _, err = run(["ask", str(model), str(tiff), QUESTION, *more], capsys)
+        assert code == 2 and err.count("\n") == 1
+        assert "is a whole slide (2,220 x 2,967 px, tiled and with smaller levels)" in err
+        assert "--region" in err and "--tour" in err
+    code, out, _ = run(
+        ["ask", str(model), str(tiff), QUESTION, "--region", "560,560,179.2,179.2"], capsys
+    )
+    assert code == 0 and out == load(model).ask(f"{tiff}#560,560,179.2,179.2", QUESTION).text + "\n"
+
+
+def test_a_tiff_too_large_for_pillow_is_refused_with_the_way_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        ["ask", str(model), str(write_header(tmp_path / "huge.tif", 20_000, 10_000)), QUESTION],
+        capsys,
+    )
+    assert code == 2 and err.count("\n") == 1 and "--region" in err
+    assert "20,000 x 10,000 px, a field of view has at most 64,000,000 pixels" in err
 
 
 def test_a_whole_slide_is_refused_with_the_way_out(

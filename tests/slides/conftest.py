@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def write_pyramid(path: Path, levels: list[Any], *, mpp: float | None) -> Path:
                 subfiletype=int(number > 0),
                 **stated,
             )
+    return path
+
+
+def write_header(path: Path, width: int, height: int) -> Path:
+    """Write a TIFF of this size without its pixels: for whoever looks at headers alone."""
+    tags = b"".join(
+        struct.pack("<HHLL", tag, 4, 1, value) for tag, value in ((256, width), (257, height))
+    )
+    path.write_bytes(b"II*\x00" + struct.pack("<LH", 8, 2) + tags + bytes(4))
     return path
 
 

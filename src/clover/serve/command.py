@@ -129,13 +129,13 @@ def chat(model: Path, image: str | None, mpp: str | None, **options: Any) -> Non
     terminal that can shows the picture. Questions may also be piped in, one a line. Research use
     only, not for diagnosis.
     """
-    from clover.model import NOTICE, open_image, read_config
+    from clover.model import NOTICE, read_config
     from clover.serve.chat import Conversation, help_text
-    from clover.slides.picture import is_whole_slide
+    from clover.serve.slide_ask import check_conversation
 
-    read_config(model)
-    if image is not None and not is_whole_slide(image):
-        open_image(Path(image).expanduser())
+    config = read_config(model)
+    if image is not None:
+        check_conversation(config, image, mpp)
     loaded, settings = _load(model, options)
     from clover.serve.overlay import drawer
 

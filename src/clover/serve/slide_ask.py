@@ -123,6 +123,7 @@ def look_at_region(
     Raises:
         CloverError: everything that is wrong with them.
     """
+    from clover.slides.picture import check_is_no_slide
     from clover.slides.region import parse_region, split_reference
 
     path, named = split_reference(image)
@@ -131,10 +132,38 @@ def look_at_region(
     place = parse_region(region) if region is not None else named
     if place is None and mpp is None:
         return None
+    if place is None:
+        check_is_no_slide(path)
     learnt, side = stated_resolution(config)
     with open_for(path, mpp) as slide:
         place = place or slide.extent
         return View(slide.read(place, learnt), place, learnt, side)
+
+
+def check_conversation(config: dict[str, Any], image: str, mpp: str | None) -> None:
+    """Look whether a conversation can begin with an image, before gigabytes are loaded.
+
+    Args:
+        config: The model folder's.
+        image: A field of view, a whole slide, or ``slide.svs#x,y,width,height``.
+        mpp: The value of --mpp.
+
+    Raises:
+        CloverError: it cannot.
+    """
+    from clover.model import open_image
+    from clover.slides.picture import is_whole_slide
+    from clover.slides.region import split_reference
+
+    file, region = split_reference(Path(image).expanduser())
+    if region is not None:
+        look_at_region(config, Path(image).expanduser(), None, mpp)
+    elif is_whole_slide(file):
+        stated_resolution(config)
+        with open_for(file, mpp) as slide:
+            _ = slide.scale  # raises where nobody states it
+    else:
+        open_image(file)
 
 
 def stated_resolution(config: dict[str, Any]) -> tuple[float, int]:

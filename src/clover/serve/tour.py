@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +64,14 @@ class Tour:
     num_tissue: int
     model: str
 
+    @cached_property
+    def read(self) -> list[str]:
+        """The answers as they are counted, one a field."""
+        return read_answers([item.answer for item in self.fields])
+
     def counts(self) -> list[tuple[str, int]]:
-        """Return answers and how many fields got them, the commonest first."""
-        found = Counter(item.answer for item in self.fields)
+        """Return answers as read and how many fields got them, the commonest first."""
+        found = Counter(self.read)
         return sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))
 
     @property
@@ -88,6 +94,32 @@ class Tour:
             "fields": [item.row() for item in self.fields],
             "notice": NOTICE,
         }
+
+
+def read_answers(answers: Sequence[str]) -> list[str]:
+    """Return each answer as it is counted: spelling and politeness make no other answer.
+
+    Where most answers begin with yes or no the question was one of yes or no, and such an answer
+    is read as that word. Any other is told apart without capitals, spaces and its last full stop,
+    and named by its commonest spelling.
+    """
+    words = [first_word(answer) for answer in answers]
+    is_closed = 2 * sum(word in YES_NO for word in words) > len(words)
+    forms = [
+        word if is_closed and word in YES_NO else _form(answer)
+        for word, answer in zip(words, answers, strict=True)
+    ]
+    spellings: dict[str, Counter[str]] = {}
+    for form, answer in zip(forms, answers, strict=True):
+        spellings.setdefault(form, Counter())[" ".join(answer.split()).rstrip(".")] += 1
+    names = {
+        form: min(found, key=lambda text: (-found[text], text)) for form, found in spellings.items()
+    }
+    return [form if is_closed and form in YES_NO else names[form] for form in forms]
+
+
+def _form(answer: str) -> str:
+    return " ".join(answer.lower().split()).rstrip(".")
 
 
 def run_tour(
@@ -259,7 +291,7 @@ def _colours(tour: Tour) -> tuple[list[Colour], list[tuple[str, Colour]]]:
     rarer = sum(count for answer, count in counts if answer not in table)
     if rarer:
         shades.append((f"other answers ({rarer})", _REST))
-    return [table.get(item.answer, _REST) for item in tour.fields], shades
+    return [table.get(answer, _REST) for answer in tour.read], shades
 
 
 def mixed(chance: float) -> Colour:

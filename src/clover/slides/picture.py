@@ -17,6 +17,7 @@ from clover.core.files import sha256_file
 from clover.slides.reader import Slide, open_slide
 from clover.slides.region import Region, split_reference
 from clover.slides.source import SLIDE_SUFFIXES
+from clover.slides.tiff import TIFF_SUFFIXES, why_whole_slide
 
 _OVERVIEW = 512
 """Longer side in pixels of a region that is only looked over: for colours, for a thumbnail."""
@@ -94,20 +95,31 @@ def open_picture(image: str | Path | bytes, microns_per_pixel: float | None = No
 
 
 def is_whole_slide(path: str | Path) -> bool:
-    """Return whether a file is by its name a scanner's: no field of view, but a slide of many."""
-    return Path(path).suffix.lower() in SLIDE_SUFFIXES - {".tif", ".tiff"}
+    """Return whether a file is no field of view, but a slide of many.
+
+    A scanner's file is one by its name, a TIFF by its content: many are plain tiles.
+    """
+    return _why_whole_slide(Path(path)) is not None
+
+
+def _why_whole_slide(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    if suffix in TIFF_SUFFIXES:
+        return why_whole_slide(path)
+    return f"a scanner's {suffix}" if suffix in SLIDE_SUFFIXES else None
 
 
 def check_is_no_slide(path: str | Path) -> None:
     """Refuse a whole slide where a field of view is wanted.
 
     Raises:
-        CloverError: the file is a scanner's.
+        CloverError: the file is a whole slide.
     """
-    if is_whole_slide(path):
+    reason = _why_whole_slide(Path(path))
+    if reason is not None:
         raise CloverError(
-            f"{path} is a whole slide; name a region with --region x,y,width,height (µm), or go "
-            "over all of its tissue with --tour"
+            f"{path} is a whole slide ({reason}); name a region with --region x,y,width,height "
+            "(µm), or go over all of its tissue with --tour"
         )
 
 

@@ -17,11 +17,15 @@ const STOPS = [[60, 20, 110], [150, 40, 120], [225, 85, 65], [250, 160, 40], [25
 
 let shown = null; // {region, turn}
 
-/** Ask why an answer was given; the maps come at once, the deletion test takes longer. */
-export async function explain(region, turn, model, deletion) {
-  const { question, answer } = turn;
+/**
+ * Ask why an answer was given; the maps come at once, the deletion test takes longer.
+ *
+ * The model that answered is asked, about the picture it was shown, whatever is picked by now.
+ */
+export async function explain(turn, deletion) {
+  const { question, answer, view } = turn;
   const found = await postJson("talk/why", {
-    model, image: region.picture, question, answer, deletion,
+    model: view.model.name, image: view.picture, question, answer, deletion,
   });
   turn.why = { ...turn.why, ...found };
   return turn.why;
@@ -115,15 +119,15 @@ export function deletionText(test) {
 }
 
 /** Show the map of an answer over its region, then test it. */
-export async function showHeat(region, turn, model) {
-  if (!turn.why) await explain(region, turn, model, false);
+export async function showHeat(region, turn) {
+  if (!turn.why) await explain(turn, false);
   shown = { region, turn };
   kinds.replaceChildren(...maps(turn.why).map(([name]) => new Option(name)));
   panel.hidden = false;
   draw();
   say(turn);
   if (!turn.why.deletion) {
-    await explain(region, turn, model, true);
+    await explain(turn, true);
     if (shown?.turn === turn) say(turn);
   }
 }

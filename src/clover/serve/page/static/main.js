@@ -3,7 +3,7 @@
 import { getJson, request, streamAnswer } from "./api.js";
 import { saveJson, savePage } from "./export.js";
 import { explain, hideHeat, isShown, showHeat } from "./heat.js";
-import { makeRegion, scaleNote } from "./regions.js";
+import { isViewOf, makeRegion, makeView, scaleNote, sizeOf, viewText } from "./regions.js";
 import * as slide from "./viewer.js";
 
 const at = (id) => document.getElementById(id);
@@ -146,16 +146,51 @@ function draw() {
   slide.startDrawing();
 }
 
+/**
+ * See to it that a region's view is the picked model's at the stated size of a pixel.
+ *
+ * Each view has a conversation of its own: a model is never told another's answers, nor what was
+ * answered about tissue of another size. Coming back to a view goes on with its conversation.
+ */
+async function look(region) {
+  const { content, model } = state;
+  const isCurrent = (view) => isViewOf(view, content, model);
+  if (region.view && isCurrent(region.view)) return;
+  let view = region.views.find(isCurrent);
+  if (!view) {
+    const scale = content.micronsPerPixel;
+    region.view = null; // until it is read, or where it cannot be, nothing is asked
+    view = await makeView(content, region.box, model);
+    // Meanwhile another model was picked, or another size stated: that look is under way.
+    if (model !== state.model || scale !== content.micronsPerPixel) return;
+    const twin = region.views.find(isCurrent); // picked, left and picked again before it was read
+    if (!twin) region.views.push(view);
+    view = twin ?? view;
+  }
+  region.view = view;
+}
+
+/** Look at every region anew, once the model or the size of a pixel is another. */
+async function lookAgain() {
+  const looks = Promise.allSettled(state.regions.map(look));
+  show();
+  const failed = (await looks).find(({ status }) => status === "rejected");
+  show();
+  if (failed) throw failed.reason;
+}
+
 async function addRegion(box, name = null) {
   const content = state.content;
-  const number = state.count + 1;
-  const region = await makeRegion(content, box, number, state.model);
-  if (content !== state.content) return;
-  state.count = number;
+  const region = makeRegion(box, state.count + 1);
+  while (!region.view) {
+    await look(region);
+    if (content !== state.content) return;
+  }
+  state.count += 1;
   if (name) region.name = name;
   state.regions.push(region);
   select(region);
-  say(`${region.name}, ${region.size}. Ask about it.`);
+  say(`${region.name}, ${sizeOf(box, region.view.scale)}. Ask about it.`);
   at("question").focus({ preventScroll: true });
 }
 
@@ -183,11 +218,16 @@ function show() {
   at("regions").replaceChildren(...regions.map((region) => element("button", {
     type: "button",
     "aria-pressed": String(region === current),
-    onclick: () => { select(region); slide.lookAt(region.box); },
+    onclick: guarded(async () => {
+      select(region);
+      slide.lookAt(region.box);
+      await look(region);
+      show();
+    }),
   }, region.name)));
   showAbout();
   showTurns();
-  const canAsk = Boolean(current) && !state.running;
+  const canAsk = Boolean(current?.view) && !state.running;
   at("send").disabled = !canAsk;
   for (const button of at("suggestions").children) button.disabled = !canAsk;
   at("question").placeholder = current ? `Ask about ${current.name.toLowerCase()}` : "Draw a region, then ask about it";
@@ -201,18 +241,38 @@ function show() {
 function showAbout() {
   const { current, content } = state;
   const parts = [];
-  if (current) {
-    const note = scaleNote(current, state.model);
-    parts.push(element("div", { class: "row" },
-      element("img", { src: current.picture, alt: `${current.name} as the model sees it`, width: 76, height: 76 }),
-      element("div", {},
-        element("p", {}, element("strong", {}, current.size), current.seen ? `, seen at ${current.seen.toPrecision(2)} µm/px` : ""),
-        note ? element("p", { class: "caution" }, note) : null,
-        current.um ? element("p", {}, `At ${current.um.split(",").slice(0, 2).map((value) => Math.round(value)).join(", ")} µm`) : null,
-        element("button", { type: "button", class: "plain", onclick: () => remove(current) }, "Remove region"))));
-  }
+  if (current) parts.push(element("div", { class: "row" }, ...viewParts(current)));
   if (content && (!content.micronsPerPixel || content.origin !== "header")) parts.push(scaleForm());
   at("about").replaceChildren(...parts);
+}
+
+/** The picture that the picked model is shown of a region, and what has to be said of it. */
+function viewParts(region) {
+  const { view } = region;
+  const removal = element("button", { type: "button", class: "plain", onclick: () => remove(region) }, "Remove region");
+  if (!view) {
+    return [element("div", {}, element("p", {}, `${state.model.name} was not shown this region yet.`), removal)];
+  }
+  const caution = scaleNote(view);
+  const anew = newConversation(region);
+  return [
+    element("img", { src: view.picture, alt: `${region.name} as the model sees it`, width: 76, height: 76 }),
+    element("div", {},
+      element("p", {}, element("strong", {}, sizeOf(region.box, view.scale)), view.seen ? `, seen at ${view.seen.toPrecision(2)} µm/px` : ""),
+      caution ? element("p", { class: "caution" }, caution) : null,
+      anew ? element("p", { class: "caution" }, anew) : null,
+      view.um ? element("p", {}, `At ${view.um.split(",").slice(0, 2).map((value) => Math.round(value)).join(", ")} µm`) : null,
+      removal),
+  ];
+}
+
+/** What has to be said when the next question leaves the last answers behind, or null. */
+function newConversation({ turns, view }) {
+  const last = turns.at(-1);
+  if (!last || last.view === view) return null;
+  const isKnown = turns.some((turn) => turn.view === view);
+  return `The last answer is of ${viewText(last.view)}. The next question ${
+    isKnown ? "goes on with the earlier conversation of" : "begins a new conversation with"} ${viewText(view)}.`;
 }
 
 /** Ask for the size of a pixel where the file does not state it; it is never guessed. */
@@ -234,6 +294,7 @@ async function stateScale(text) {
   if (content.kind === "slide") {
     const query = new URLSearchParams({ name: content.name, mpp: text });
     const info = await getJson(`slides/info?${query}`);
+    if (content !== state.content) return;
     Object.assign(content, { micronsPerPixel: info.microns_per_pixel, origin: info.origin, stated: text });
   } else {
     const value = Number(text.replace(",", "."));
@@ -242,25 +303,26 @@ async function stateScale(text) {
   }
   slide.setMicrons(content.micronsPerPixel);
   // A picture that was cut at another scale would answer for a place it does not show.
-  const old = state.regions.filter((region) => !region.turns.length);
-  for (const region of old) {
-    const fresh = await makeRegion(content, region.box, 0, state.model);
-    Object.assign(region, { um: fresh.um, seen: fresh.seen, size: fresh.size, picture: fresh.picture });
-  }
-  show();
+  await lookAgain();
   say(`${content.micronsPerPixel.x.toPrecision(3)} µm per pixel.`);
 }
 
 function showTurns() {
   const turns = state.current?.turns ?? [];
-  at("turns").replaceChildren(...turns.map((turn) => turn.element ?? (turn.element = turnElement(turn))));
+  const hasSeveral = turns.some(({ view }) => view !== turns[0].view);
+  at("turns").replaceChildren(...turns.map((turn, number) => {
+    turn.element ??= turnElement(turn);
+    turn.of.hidden = !hasSeveral || turn.view === turns[number - 1]?.view;
+    return turn.element;
+  }));
 }
 
 function turnElement(turn) {
+  turn.of = element("p", { class: "of" }, `Asked of ${viewText(turn.view)}`);
   turn.said = element("p", { class: "said" });
   turn.unlike = element("p", { class: "unlike", hidden: true });
   turn.after = element("div", { class: "after" });
-  return element("li", {}, element("p", { class: "asked" }, turn.question), turn.said, turn.unlike, turn.after);
+  return element("li", {}, turn.of, element("p", { class: "asked" }, turn.question), turn.said, turn.unlike, turn.after);
 }
 
 function showTurn(turn) {
@@ -298,7 +360,7 @@ async function toggleHeat(turn) {
     hideHeat();
   } else {
     const region = state.regions.find((item) => item.turns.includes(turn));
-    const shown = showHeat(region, turn, state.model.name);
+    const shown = showHeat(region, turn);
     await Promise.race([shown, new Promise((resolve) => { setTimeout(resolve, 400); })]);
     shown.then(() => say(at("heat-verdict").textContent), complain).finally(() => showTurn(turn));
   }
@@ -311,9 +373,11 @@ async function toggleHeat(turn) {
 async function ask(question) {
   const region = state.current;
   const text = question.trim();
-  if (!region || !text || state.running) return;
-  const turn = { question: text, answer: "", isWriting: true };
-  const before = region.turns.filter((item) => !item.error && !item.isWriting);
+  if (!region?.view || !text || state.running) return;
+  const { view } = region;
+  const turn = { question: text, answer: "", isWriting: true, view };
+  // Told are this model's own answers about this very picture, nobody else's.
+  const before = region.turns.filter((item) => item.view === view && !item.error && !item.isWriting);
   region.turns.push(turn);
   const stop = new AbortController();
   state.running = stop;
@@ -326,7 +390,7 @@ async function ask(question) {
   const start = performance.now();
   try {
     await streamAnswer({
-      model: state.model.name, picture: region.picture, turns: before, question: text, signal: stop.signal,
+      model: view.model.name, picture: view.picture, turns: before, question: text, signal: stop.signal,
       onPiece: (piece) => { turn.answer += piece; showTurn(turn); },
       onNote: (note) => { turn.note = note; },
     });
@@ -345,7 +409,7 @@ async function ask(question) {
   turn.element.scrollIntoView({ block: "nearest" });
   say(turn.error ?? `Answer: ${turn.answer}${turn.note ? ` ${turn.note}` : ""}`);
   if (/^(yes|no)\b/i.test(turn.answer) && !turn.isStopped && !turn.error) {
-    await explain(region, turn, state.model.name, false);
+    await explain(turn, false);
     showTurn(turn);
     turn.element.scrollIntoView({ block: "nearest" });
   }
@@ -360,10 +424,10 @@ function fillSetup() {
     type: "button", disabled: true, onclick: guarded(() => ask(question)),
   }, question)));
   if (models.length > 1) {
-    const picker = element("select", { "aria-label": "Model", onchange: (event) => {
+    const picker = element("select", { "aria-label": "Model", onchange: guarded(async (event) => {
       state.model = models[event.target.selectedIndex];
-      show();
-    } }, ...models.map(({ name }) => element("option", {}, name)));
+      await lookAgain();
+    }) }, ...models.map(({ name }) => element("option", {}, name)));
     at("model-place").replaceChildren(picker);
   } else {
     at("model-place").textContent = `Model: ${state.model.name}.`;
@@ -402,8 +466,8 @@ function connect() {
     at("ask").requestSubmit();
   });
   at("stop").addEventListener("click", () => state.running?.abort());
-  at("save-json").addEventListener("click", () => saveJson(state.content, state.regions, state.model));
-  at("save-page").addEventListener("click", () => savePage(state.content, state.regions, state.model));
+  at("save-json").addEventListener("click", () => saveJson(state.content, state.regions));
+  at("save-page").addEventListener("click", () => savePage(state.content, state.regions));
   at("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const isDark = root.dataset.theme === "dark"
