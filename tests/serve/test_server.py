@@ -159,6 +159,15 @@ def test_several_answers_with_seeds_stops_and_scores(
     assert stopped.finish_reason == "stop"
 
 
+def test_tiny_temperature_and_top_p_are_answered_as_their_limits(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    for tiny in ({"temperature": 1e-40}, {"temperature": 1, "top_p": 1e-46}):
+        reply = ask(client, [seen(QUESTION, data_uri(path))], **tiny)
+        assert reply.choices[0].message.content == clover.ask(path, QUESTION).text
+
+
 def test_a_system_message_is_read_before_the_question(
     client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
 ) -> None:
