@@ -25,7 +25,9 @@ from clover.core.errors import CloverError
 from clover.language.protocol import GenerationSettings
 from clover.model import Clover, build_bridge, load, save_bridge
 from clover.qformer.bridge import Bridge
+from clover.serve import wire
 from clover.serve.run import _check_formats
+from clover.serve.wire import ChatRequest, EmbeddingRequest
 
 QUESTION = "describe the image"
 
@@ -221,6 +223,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [seen("what ?", "IMAGE")], "max_tokens": 400}, "more than the model's 256"),
     ({"messages": [seen("what ?", "IMAGE")], "temperature": 9}, "temperature"),
     ({"messages": [seen("what ?", "IMAGE")], "tools": [{"a": 1}]}, "tools is not supported"),
+    *(
+        ({"messages": [seen("what ?", "IMAGE")], "extra_body": {name: value}}, message)
+        for name, value, message in [
+            ("top_k", 1, "top_k is not supported here; leave it out"),
+            ("repetition_penalty", 1.5, "repetition_penalty is not supported"),
+            ("tool_choice", "required", "tool_choice is not supported"),
+            ("guided_json", {}, "guided_json is not supported"),
+            ("best_of", 4, "best_of is not supported"),
+            ("reasoning_effort", "high", "reasoning_effort is not supported"),
+            ("max_token", 5, "unknown field 'max_token'; did you mean 'max_tokens'?"),
+            ("temprature", 1, "unknown field 'temprature'; did you mean 'temperature'?"),
+        ]
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "a"}]}]},
+        "tool_calls of a message is not read",
+    ),
     ({"messages": [seen("what ?", "IMAGE")], "n": 1000}, "n: "),
     ({"messages": [{"role": "user", "content": "liver"}]}, "no chat template"),
     ({"messages": [{"role": "user", "content": "a" * 200_001}]}, "200,001 characters, at most"),
@@ -239,6 +258,46 @@ def test_a_mistake_is_one_line_in_the_shape_of_openai(
     assert body_of_error["type"] == "invalid_request_error"
     assert "Traceback" not in refused.value.response.text
     assert "\n" not in body_of_error["message"]
+
+
+def test_fields_that_change_no_answer_are_accepted(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    reply = ask(
+        client,
+        [seen(QUESTION, data_uri(path))],
+        user="somebody",
+        store=True,
+        metadata={"a": "b"},
+        service_tier="auto",
+        safety_identifier="x",
+        prompt_cache_key="x",
+        parallel_tool_calls=False,
+        tools=[],
+        tool_choice="none",
+        logit_bias={},
+        modalities=["text"],
+        extra_body={"top_k": -1, "repetition_penalty": 1.0, "best_of": None},
+    )
+    assert reply.choices[0].message.content == clover.ask(path, QUESTION).text
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    from openai.types import EmbeddingCreateParams
+    from openai.types.chat import completion_create_params as chat
+
+    offered = set(chat.CompletionCreateParamsNonStreaming.__annotations__)
+    offered |= set(chat.CompletionCreateParamsBase.__annotations__)
+    assert len(offered) > 30
+    assert offered <= set(ChatRequest.model_fields) | wire._HARMLESS | set(wire._OFF)
+    embedding = set(EmbeddingCreateParams.__annotations__)
+    assert embedding <= set(EmbeddingRequest.model_fields) | wire._HARMLESS
+
+
+def test_an_embedding_request_with_an_unknown_field_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="did you mean 'dimensions'"):
+        client.embeddings.create(model="tiny", input="a", extra_body={"dimension": 3})
 
 
 def test_too_many_at_once_are_told_to_come_again_and_the_rest_is_answered(
