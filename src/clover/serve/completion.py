@@ -8,10 +8,12 @@ any image the frozen language model answers by its own chat template.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -233,7 +235,10 @@ async def read_picture(request: Request, address: str, served: Served) -> Pictur
             "as data:image/png;base64,..."
         )
     else:
-        content = await asyncio.to_thread(fetch_image, address, max_bytes=settings.max_body_bytes)
+        fetch = functools.partial(fetch_image, address, max_bytes=settings.max_body_bytes)
+        # Not the pool that decodes: slow addresses must not keep others' images waiting.
+        pool: ThreadPoolExecutor = request.app.state.fetching
+        content = await asyncio.get_running_loop().run_in_executor(pool, fetch)
     sha256 = hashlib.sha256(content).hexdigest()
     kept = engine.kept_features(served, sha256)
     if kept is not None:
