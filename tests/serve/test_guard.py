@@ -21,7 +21,7 @@ async def nobody(*_: object) -> None:
 def test_a_host_s_name_has_no_case(said: str) -> None:
     guard = Guard(nobody, ServeSettings(hosts=("Slides.Hospital.org",)), Counter())
     guard._check_host({"host": said})
-    with pytest.raises(Refusal, match="this server is not 'evil.example'"):
+    with pytest.raises(Refusal, match=r"this server is not 'evil\.example'"):
         guard._check_host({"host": "Evil.example"})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from tests.serve.running import Running, data_uri, environment, running, seen, tiny_folder
 from tests.tiny import Tiny
 
@@ -26,7 +27,10 @@ from clover.language.protocol import GenerationSettings
 from clover.model import Clover, build_bridge, load, save_bridge
 from clover.qformer.bridge import Bridge
 from clover.serve import wire
-from clover.serve.run import _check_formats
+from clover.serve.app import create_app
+from clover.serve.engine import Engine
+from clover.serve.run import _check_formats, load_served
+from clover.serve.settings import ServeSettings
 from clover.serve.wire import ChatRequest, EmbeddingRequest
 
 QUESTION = "describe the image"
@@ -202,7 +206,7 @@ def test_embeddings_are_stage_1s_unit_vectors(
         assert item.embedding == pytest.approx(vector.tolist(), abs=1e-5)
     plain = client.embeddings.create(model="tiny", input=text, encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(reply.data[0].embedding, abs=1e-6)
-    with pytest.raises(openai.BadRequestError, match="start the server with --align"):
+    with pytest.raises(openai.BadRequestError, match="start the server with --align FILE"):
         client.embeddings.create(model="other", input=text)
     with pytest.raises(openai.BadRequestError, match="dimensions is 3, these embeddings have 16"):
         client.embeddings.create(model="tiny", input=text, dimensions=3)
@@ -293,6 +297,25 @@ def test_every_field_of_the_official_client_is_known() -> None:
     assert offered <= set(ChatRequest.model_fields) | wire._HARMLESS | set(wire._OFF)
     embedding = set(EmbeddingCreateParams.__annotations__)
     assert embedding <= set(EmbeddingRequest.model_fields) | wire._HARMLESS
+
+
+def test_each_model_embeds_with_its_own_stage_1(
+    parts: tuple[Tiny, Path], alignment: tuple[Path, Bridge], tmp_path: Path
+) -> None:
+    own = shutil.copytree(parts[1], tmp_path / "own")
+    shutil.copy(alignment[0], own / "align.safetensors")
+    served = load_served([("plain", parts[1]), ("own", own)], device="cpu", precision="float32")
+    settings = ServeSettings()
+    engine = Engine(served, settings)
+    with TestClient(create_app(engine, settings), base_url="http://127.0.0.1") as asking:
+        replies = [
+            asking.post("/v1/embeddings", json={"model": name, "input": "liver"})
+            for name in ("own", "plain")
+        ]
+    engine.close()
+    assert [reply.status_code for reply in replies] == [200, 400]
+    assert len(replies[0].json()["data"][0]["embedding"]) == 16
+    assert "'plain' has no embeddings" in replies[1].json()["error"]["message"]
 
 
 def test_an_embedding_request_with_an_unknown_field_is_refused(client: openai.OpenAI) -> None:
