@@ -29,6 +29,7 @@ from clover.core.errors import CloverError
 from clover.core.files import atomic_path, sha256_file
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
+from clover.core.transparency import on_white
 from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
@@ -432,7 +433,7 @@ def check_question(question: str) -> str:
 
 
 def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Image.Image:
-    """Open an image given as path, region of a slide, bytes or PIL image.
+    """Open an image given as path, region of a slide, bytes or PIL image; transparency is white.
 
     Args:
         image: What to open.
@@ -442,7 +443,7 @@ def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Imag
         CloverError: no such file, not an image, a whole slide, or a region that cannot be read.
     """
     if isinstance(image, Image.Image):
-        return image
+        return on_white(image)
     if not isinstance(image, bytes):
         if is_region(image):
             return read_region(image, microns_per_pixel)
@@ -455,7 +456,7 @@ def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Imag
         raise CloverError(f"no image {name}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CloverError(f"{name} cannot be read as an image: {error}") from error
-    return opened
+    return on_white(opened)
 
 
 def save_folder(model: Clover, path: Path) -> Path:

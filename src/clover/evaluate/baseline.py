@@ -135,10 +135,13 @@ def colour_features(records: Sequence[Record], folder: Path) -> Floats:
 def _colours(path: Path) -> Floats:
     from PIL import Image
 
+    from clover.core.transparency import on_white
+
     try:
         with Image.open(path) as image:
             # Counts of each level say mean and deviation exactly, and cost a tenth of the pixels.
-            counts = np.array(image.convert("RGB").histogram(), dtype=np.float64).reshape(3, 256)
+            picture = on_white(image).convert("RGB")
+            counts = np.array(picture.histogram(), dtype=np.float64).reshape(3, 256)
     except (OSError, ValueError) as error:
         raise CloverError(f"cannot read the image {path}: {error}") from error
     shares = counts / counts.sum(axis=1, keepdims=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clover.core.errors import CloverError, nearest
 from clover.core.record import image_path
+from clover.core.transparency import on_white
 from clover.evaluate.pixels import CHANGES
 from clover.evaluate.rewording import reworded
 from clover.vision.dataset import FeatureSet
@@ -114,7 +115,7 @@ class Viewer:
         path = image_path(record, self._data.images)
         try:
             with Image.open(path) as opened:
-                picture = opened.convert("RGB")
+                picture = on_white(opened).convert("RGB")
         except (OSError, ValueError) as error:
             raise CloverError(f"cannot read the image {path}: {error}") from error
         change = CHANGES.get(self.view)

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from clover.core.errors import CloverError
+from clover.core.transparency import on_white
 from clover.report.reading import Row, Run
 from clover.slides.picture import is_region, read_region
 from clover.slides.region import split_reference
@@ -140,7 +141,7 @@ def embedded(path: Path) -> str | None:
     """Return a small picture as a data URI of at most 20 kB, or None for what cannot be read."""
     try:
         with read_region(path, None) if is_region(path) else Image.open(path) as opened:
-            picture = opened.convert("RGB")
+            picture = on_white(opened).convert("RGB")
     except (CloverError, OSError, ValueError, Image.DecompressionBombError):
         return None
     picture.thumbnail((_SIDE, _SIDE))

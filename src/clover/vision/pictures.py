@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clover.core.transparency import on_white
 from clover.vision.likeness import SIDE, Floats, portrait
 
 GREY = 16
@@ -73,6 +74,6 @@ def _is_grey(image: Image.Image) -> bool:
 
     Measured on 3,227 stained patches and as many made grey: docs/data-scale.md.
     """
-    small = image.convert("RGB").resize((_SEEN, _SEEN), Image.Resampling.BOX)
+    small = on_white(image).convert("RGB").resize((_SEEN, _SEEN), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.int16)
     return bool(np.percentile(pixels.max(axis=2) - pixels.min(axis=2), 90) < GREY)
