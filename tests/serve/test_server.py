@@ -260,6 +260,8 @@ def test_a_mistake_is_one_line_in_the_shape_of_openai(
     assert message in refused.value.message
     body_of_error: Any = refused.value.body
     assert body_of_error["type"] == "invalid_request_error"
+    if "extra_body" in body:
+        assert body_of_error["param"] == next(iter(body["extra_body"]))
     assert "Traceback" not in refused.value.response.text
     assert "\n" not in body_of_error["message"]
 

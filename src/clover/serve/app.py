@@ -113,7 +113,8 @@ async def _explain(_: Request, error: Exception) -> JSONResponse:
     where = ".".join(places)
     message = str(first["msg"]).removeprefix("Value error, ")
     text = f"{where}: {message}" if where else message
-    return _error(400, text, param=places[0] if places else None)
+    param = places[0] if places else (first.get("ctx") or {}).get("param")
+    return _error(400, text, param=param)
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:

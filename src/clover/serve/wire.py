@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from clover.core.errors import nearest
 from clover.language.constraint import Schema
@@ -82,10 +83,16 @@ class _Understood(BaseModel):
                 continue
             if name not in _OFF:
                 short = str(name)[:_SHOWN]
-                raise ValueError(f"unknown field '{short}'{nearest(short, cls.model_fields)}")
+                hint = nearest(short, cls.model_fields)
+                raise _refused(short, f"unknown field '{short}'{hint}")
             if value is not None and value not in _OFF[name]:
-                raise ValueError(f"{name} is not supported here; leave it out")
+                raise _refused(name, f"{name} is not supported here; leave it out")
         return data
+
+
+def _refused(field: str, message: str) -> PydanticCustomError:
+    """Return what is raised of a field that is not among the model's own."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": field})
 
 
 class TextPart(BaseModel):
