@@ -28,6 +28,7 @@ from clover.core.errors import CloverError
 from clover.core.files import atomic_path, sha256_file
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
+from clover.core.transparency import on_white
 from clover.language.load import Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
@@ -440,7 +441,7 @@ def check_question(question: str) -> str:
 
 
 def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Image.Image:
-    """Open an image given as path, region of a slide, bytes or PIL image.
+    """Open an image given as path, region of a slide, bytes or PIL image; transparency is white.
 
     Args:
         image: What to open.
@@ -450,7 +451,7 @@ def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Imag
         CloverError: no such file, not an image, a whole slide, or a region that cannot be read.
     """
     if isinstance(image, Image.Image):
-        return image
+        return on_white(image)
     if not isinstance(image, bytes) and not is_region(image):
         check_is_no_slide(image)
     return open_picture(image, microns_per_pixel)

@@ -161,6 +161,8 @@ def odd_fields(dice: random.Random) -> bytes:
         -1,
         0,
         1e308,
+        1e-40,
+        5e-324,
         "",
         "a",
         [],

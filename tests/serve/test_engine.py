@@ -282,6 +282,70 @@ def test_a_fault_between_reading_and_writing_leaves_no_row_behind(
     assert len(calls) > 2
 
 
+def test_what_cannot_be_kept_costs_no_answer_and_no_engine(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune = tiny.recipe.tune.model_copy(update={"instruction_aware": False})
+    clover = tiny_clover(tiny.recipe.model_copy(update={"tune": tune}))
+    engine = Engine([Served("tiny", clover.language, clover)], ServeSettings())
+    keep = engine._keep
+
+    def fail_at_the_end(place: int, length: int) -> None:
+        if length > len(engine._rows[place].symbols):
+            raise RuntimeError("no memory for what was written")
+        keep(place, length)
+
+    monkeypatch.setattr(engine, "_keep", fail_at_the_end)
+    for text in QUESTIONS[:3]:
+        expected = clover.ask(tiny.image(), text, settings=LONG).text
+        assert ask(engine, clover, tiny.image(), text).texts() == [expected]
+    assert engine.counts.failed == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("method", ["remove", "step"])
+def test_a_torn_batch_fails_who_stands_in_it_and_the_next_are_answered(
+    clover: Clover, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    engine = Engine([Served("tiny", clover.language, clover)], ServeSettings())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine._batch, method, fail)
+    gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+    engine.call(gate.get)
+    short = ask(engine, clover, tiny.image(), QUESTIONS[0], settings=replace(LONG, max_tokens=4))
+    long = ask(engine, clover, tiny.image(), QUESTIONS[1])
+    gate.put(None)
+    with pytest.raises(RuntimeError, match="no memory"):
+        long.texts()
+    if method == "remove":  # the batch tore when this one was written to its end
+        assert len(short.texts()[0].split()) == 4
+    expected = clover.ask(tiny.image(), QUESTIONS[2], settings=LONG).text
+    assert ask(engine, clover, tiny.image(), QUESTIONS[2]).texts() == [expected]
+    engine.call(lambda: None).result(timeout=30)  # the last piece is told before its row leaves
+    assert engine.num_running == engine.num_waiting == 0
+    assert engine.counts.failed == (1 if method == "remove" else 2)
+    engine.close()
+
+
+def test_a_fault_among_the_waiting_fails_them_and_the_engine_lives(
+    engine: Engine, clover: Clover, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        patched.setattr(engine, "_next_group", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            ask(engine, clover, tiny.image(), QUESTIONS[0]).texts()
+    expected = clover.ask(tiny.image(), QUESTIONS[2], settings=LONG).text
+    assert ask(engine, clover, tiny.image(), QUESTIONS[2]).texts() == [expected]
+    assert engine.num_waiting == 0
+
+
 def test_beam_search_answers_as_alone(engine: Engine, clover: Clover, tiny: Tiny) -> None:
     beams = replace(LONG, num_beams=3)
     listeners = [ask(engine, clover, tiny.image(), text, settings=beams) for text in QUESTIONS]

@@ -5,9 +5,11 @@ Not run against vLLM itself.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import queue
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +23,13 @@ import torch
 from tests.serve.running import Running, data_uri, running, seen, tiny_folder
 from tests.tiny import Tiny
 
-from clover.model import Clover, load
-from clover.serve.far import encode_embeds
+from clover.core.files import sha256_file
+from clover.language.protocol import GenerationSettings
+from clover.model import Clover, load, open_image
+from clover.serve.engine import Engine
+from clover.serve.far import FarLanguage, FarRunning, encode_embeds
+from clover.serve.request import BusyError, Picture, Question, Served
+from clover.serve.settings import ServeSettings
 
 QUESTION = "describe the image"
 
@@ -166,6 +173,61 @@ def test_the_far_sides_trouble_is_told_as_such(
         far.is_busy = False
     with pytest.raises(openai.BadRequestError, match="logprobs are not passed"):
         client.chat.completions.create(model="tiny", messages=messages, logprobs=True)
+
+
+def test_all_that_come_at_once_are_counted_before_anything_is_waited_for(
+    clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    engine = Engine([Served("tiny", clover.language, clover)], ServeSettings())  # type: ignore[arg-type]
+    path = parts[0].image()
+    picture = Picture(sha256_file(path), clover.encoder.prepare(open_image(path)))
+    question = Question("tiny", GenerationSettings(max_tokens=4), QUESTION, picture)
+    # Nobody listens there: what is admitted fails in the end.
+    nowhere = "http://127.0.0.1:9/v1"
+
+    async def flood() -> list[BaseException | None]:
+        far = FarLanguage(nowhere, key=None, max_requests=2)
+        running = [FarRunning(engine, question, far) for _ in range(6)]
+        gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+        engine.call(gate.get)
+        told = await asyncio.gather(*(one.submit() for one in running), return_exceptions=True)
+        assert far.num_requests == 2
+        gate.put(None)
+        ended = await asyncio.gather(
+            *(one.next_event() for one in running[:2]), return_exceptions=True
+        )
+        assert all("does not answer" in str(error.detail) for error in ended)  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+        assert far.num_requests == 0
+        # One that is let go of before it has begun gives its place free too.
+        late = FarRunning(engine, question, far)
+        await late.submit()
+        late.stop(asyncio.create_task(asyncio.sleep(0)))
+        await asyncio.sleep(0.01)
+        assert far.num_requests == 0
+        return told
+
+    told = asyncio.run(flood())
+    engine.close()
+    assert told[:2] == [None, None]
+    assert all(isinstance(error, BusyError) for error in told[2:])
+    counts = engine.counts
+    assert (counts.refused, counts.failed, counts.cancelled, counts.answers) == (4, 2, 1, 0)
+
+
+def test_the_figures_count_what_the_far_side_writes(
+    client: openai.OpenAI, parts: tuple[Tiny, Path]
+) -> None:
+    def figures() -> list[int]:
+        lines = client.get("/../metrics", cast_to=str).splitlines()
+        wanted = ('clover_answers_total{result="answered"}', 'clover_tokens_total{kind="written"}')
+        return [int(line.split()[1]) for line in lines if line.split()[0] in wanted]
+
+    before = figures()
+    messages: Any = [seen(QUESTION, data_uri(parts[0].image()))]
+    reply = client.chat.completions.create(model="tiny", messages=messages)
+    assert reply.usage is not None
+    assert figures() == [before[0] + 1, before[1] + reply.usage.completion_tokens]
 
 
 def test_the_banner_says_that_prompts_leave(server: Running, far: Far) -> None:

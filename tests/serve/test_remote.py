@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from pathlib import Path
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from tests.serve.running import seen
 
 from clover.core.errors import CloverError
+from clover.model import load
 from clover.serve import remote
+from clover.serve.app import create_app
+from clover.serve.engine import Engine
+from clover.serve.request import Served
+from clover.serve.settings import ServeSettings
 
 
 @pytest.fixture
@@ -77,3 +87,103 @@ def test_files_are_bounded_and_redirects_looked_at_again(site: str) -> None:
         remote.fetch_image(site + "/loop", max_bytes=100)
     with pytest.raises(CloverError, match="name or password"):
         remote.fetch_image("http://a:b@127.0.0.1/", max_bytes=100)
+
+
+@pytest.fixture
+def dripping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes, bytes], Dripping]]:
+    monkeypatch.setattr(remote, "is_public", lambda address: address == "127.0.0.1")
+    servers: list[Dripping] = []
+
+    def start(at_once: bytes, drop: bytes) -> Dripping:
+        servers.append(Dripping(at_once, drop))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.listener.close()
+
+
+class Dripping:
+    """Sends something at once and then a drop at a time, until whoever listens has left."""
+
+    def __init__(self, at_once: bytes, drop: bytes) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.was_left = Event()
+        self._at_once, self._drop = at_once, drop
+        Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        connection, _ = self.listener.accept()
+        with connection:
+            try:
+                connection.sendall(self._at_once)
+                while True:
+                    connection.sendall(self._drop)
+                    time.sleep(0.02)
+            except OSError:
+                self.was_left.set()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "at_once", "drop"),
+    [
+        ("http", b"", b"H"),
+        ("http", HEAD + b"x: ", b"x"),
+        ("http", HEAD + b"content-length: 99999999\r\n\r\n", b"x"),
+        ("http", HEAD + b"transfer-encoding: chunked\r\n\r\n4;", b"x"),
+        ("http", HEAD + b"\r\n", b"x"),
+        ("https", b"\x16\x03\x03\x3f\x00", b"\x00"),  # a TLS record that never ends
+    ],
+    ids=["status", "header", "body", "chunk", "until it closes", "handshake"],
+)
+def test_drops_do_not_hold_a_fetch_beyond_its_deadline(
+    dripping: Callable[[bytes, bytes], Dripping], scheme: str, at_once: bytes, drop: bytes
+) -> None:
+    server = dripping(at_once, drop)
+    url = f"{scheme}://127.0.0.1:{server.listener.getsockname()[1]}/"
+    with pytest.raises(CloverError, match="too slow"):
+        remote.fetch_image(url, max_bytes=1 << 20, seconds=0.3)
+    # No verdict on speed: a fetch that waits on would never let the server go.
+    assert server.was_left.wait(60)
+
+
+def test_each_wait_is_for_what_is_left_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    waits: list[float] = []
+
+    class Slow:
+        settimeout = staticmethod(waits.append)
+
+        def recv_into(self, buffer: Any) -> int:
+            clock[0] += 4
+            return 1
+
+    reader = remote._Hurried(Slow(), 110.0)  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError):
+        while reader.readinto(bytearray(1)):
+            pass
+    assert waits == [10, 6, 2]
+
+
+def test_fetches_have_threads_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, site: str
+) -> None:
+    clover = load(tiny_model, device="cpu", precision="float32")
+    settings = ServeSettings(allow_image_urls=True)
+    engine = Engine([Served("tiny", clover.language, clover)], settings)  # type: ignore[arg-type]
+    names: list[str] = []
+
+    def fetch(url: str, **_: Any) -> bytes:
+        names.append(current_thread().name)
+        raise CloverError("seen")
+
+    monkeypatch.setattr("clover.serve.completion.fetch_image", fetch)
+    body = {"model": "tiny", "messages": [seen("what ?", site)]}
+    with TestClient(create_app(engine, settings), base_url="http://127.0.0.1") as client:
+        assert client.post("/v1/chat/completions", json=body).status_code == 400
+    engine.close()
+    assert names and names[0].startswith("clover-fetch")

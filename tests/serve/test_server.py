@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from tests.npm import fetched
 from tests.serve.running import Running, data_uri, environment, running, seen, tiny_folder
 from tests.tiny import Tiny
@@ -27,7 +28,12 @@ from clover.core.files import read_json
 from clover.language.protocol import GenerationSettings
 from clover.model import Clover, build_bridge, load, save_bridge
 from clover.qformer.bridge import Bridge
-from clover.serve.run import _check_formats
+from clover.serve import wire
+from clover.serve.app import create_app
+from clover.serve.engine import Engine
+from clover.serve.run import _check_formats, load_served
+from clover.serve.settings import ServeSettings
+from clover.serve.wire import ChatRequest, EmbeddingRequest
 
 QUESTION = "describe the image"
 
@@ -161,6 +167,15 @@ def test_several_answers_with_seeds_stops_and_scores(
     assert stopped.finish_reason == "stop"
 
 
+def test_tiny_temperature_and_top_p_are_answered_as_their_limits(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    for tiny in ({"temperature": 1e-40}, {"temperature": 1, "top_p": 1e-46}):
+        reply = ask(client, [seen(QUESTION, data_uri(path))], **tiny)
+        assert reply.choices[0].message.content == clover.ask(path, QUESTION).text
+
+
 def test_a_system_message_is_read_before_the_question(
     client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
 ) -> None:
@@ -193,7 +208,7 @@ def test_embeddings_are_stage_1s_unit_vectors(
         assert item.embedding == pytest.approx(vector.tolist(), abs=1e-5)
     plain = client.embeddings.create(model="tiny", input=text, encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(reply.data[0].embedding, abs=1e-6)
-    with pytest.raises(openai.BadRequestError, match="start the server with --align"):
+    with pytest.raises(openai.BadRequestError, match="start the server with --align FILE"):
         client.embeddings.create(model="other", input=text)
     with pytest.raises(openai.BadRequestError, match="dimensions is 3, these embeddings have 16"):
         client.embeddings.create(model="tiny", input=text, dimensions=3)
@@ -214,6 +229,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [seen("what ?", "IMAGE")], "max_tokens": 400}, "more than the model's 256"),
     ({"messages": [seen("what ?", "IMAGE")], "temperature": 9}, "temperature"),
     ({"messages": [seen("what ?", "IMAGE")], "tools": [{"a": 1}]}, "tools is not supported"),
+    *(
+        ({"messages": [seen("what ?", "IMAGE")], "extra_body": {name: value}}, message)
+        for name, value, message in [
+            ("top_k", 1, "top_k is not supported here; leave it out"),
+            ("repetition_penalty", 1.5, "repetition_penalty is not supported"),
+            ("tool_choice", "required", "tool_choice is not supported"),
+            ("guided_json", {}, "guided_json is not supported"),
+            ("best_of", 4, "best_of is not supported"),
+            ("reasoning_effort", "high", "reasoning_effort is not supported"),
+            ("max_token", 5, "unknown field 'max_token'; did you mean 'max_tokens'?"),
+            ("temprature", 1, "unknown field 'temprature'; did you mean 'temperature'?"),
+        ]
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{"id": "a"}]}]},
+        "tool_calls of a message is not read",
+    ),
     ({"messages": [seen("what ?", "IMAGE")], "n": 1000}, "n: "),
     ({"messages": [{"role": "user", "content": "liver"}]}, "no chat template"),
     ({"messages": [{"role": "user", "content": "a" * 200_001}]}, "200,001 characters, at most"),
@@ -230,8 +262,69 @@ def test_a_mistake_is_one_line_in_the_shape_of_openai(
     assert message in refused.value.message
     body_of_error: Any = refused.value.body
     assert body_of_error["type"] == "invalid_request_error"
+    if "extra_body" in body:
+        assert body_of_error["param"] == next(iter(body["extra_body"]))
     assert "Traceback" not in refused.value.response.text
     assert "\n" not in body_of_error["message"]
+
+
+def test_fields_that_change_no_answer_are_accepted(
+    client: openai.OpenAI, clover: Clover, parts: tuple[Tiny, Path]
+) -> None:
+    path = parts[0].image()
+    reply = ask(
+        client,
+        [seen(QUESTION, data_uri(path))],
+        user="somebody",
+        store=True,
+        metadata={"a": "b"},
+        service_tier="auto",
+        safety_identifier="x",
+        prompt_cache_key="x",
+        parallel_tool_calls=False,
+        tools=[],
+        tool_choice="none",
+        logit_bias={},
+        modalities=["text"],
+        extra_body={"top_k": -1, "repetition_penalty": 1.0, "best_of": None},
+    )
+    assert reply.choices[0].message.content == clover.ask(path, QUESTION).text
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    from openai.types import EmbeddingCreateParams
+    from openai.types.chat import completion_create_params as chat
+
+    offered = set(chat.CompletionCreateParamsNonStreaming.__annotations__)
+    offered |= set(chat.CompletionCreateParamsBase.__annotations__)
+    assert len(offered) > 30
+    assert offered <= set(ChatRequest.model_fields) | wire._HARMLESS | set(wire._OFF)
+    embedding = set(EmbeddingCreateParams.__annotations__)
+    assert embedding <= set(EmbeddingRequest.model_fields) | wire._HARMLESS
+
+
+def test_each_model_embeds_with_its_own_stage_1(
+    parts: tuple[Tiny, Path], alignment: tuple[Path, Bridge], tmp_path: Path
+) -> None:
+    own = shutil.copytree(parts[1], tmp_path / "own")
+    shutil.copy(alignment[0], own / "align.safetensors")
+    served = load_served([("plain", parts[1]), ("own", own)], device="cpu", precision="float32")
+    settings = ServeSettings()
+    engine = Engine(served, settings)
+    with TestClient(create_app(engine, settings), base_url="http://127.0.0.1") as asking:
+        replies = [
+            asking.post("/v1/embeddings", json={"model": name, "input": "liver"})
+            for name in ("own", "plain")
+        ]
+    engine.close()
+    assert [reply.status_code for reply in replies] == [200, 400]
+    assert len(replies[0].json()["data"][0]["embedding"]) == 16
+    assert "'plain' has no embeddings" in replies[1].json()["error"]["message"]
+
+
+def test_an_embedding_request_with_an_unknown_field_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="did you mean 'dimensions'"):
+        client.embeddings.create(model="tiny", input="a", extra_body={"dimension": 3})
 
 
 def test_too_many_at_once_are_told_to_come_again_and_the_rest_is_answered(

@@ -161,6 +161,7 @@ def test_a_region_comes_at_the_model_s_resolution(client: TestClient) -> None:
     [
         ({"region": "20,10,64,48"}, "does not state its µm per pixel"),
         ({"region": "20,10,640,48", "mpp": "0.5"}, "reaches beyond a.png"),
+        ({"region": "-0.2,0,0.1,10", "mpp": "0.5"}, "less than 0.01 of a pixel of a.png"),
         ({"region": "here", "mpp": "0.5"}, "'here' is no region"),
         ({"region": "0,0,10,10", "mpp": "huge"}, "is no size of a pixel"),
     ],

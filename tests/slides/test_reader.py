@@ -104,6 +104,36 @@ def test_a_region_outside_is_one_line_with_the_slide_s_size(svs: Path, place: Re
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        Region(-0.2, 0, 0.1, 10),
+        Region(0, -0.2, 10, 0.1),
+        Region(-0.2, 0, 0.2, 10),
+        Region(1107.9, 0, 0.1, 10),
+        Region(0, 1480.6, 10, 0.1),
+        Region(500, 500, 1e-9, 10),
+    ],
+    ids=str,
+)
+def test_a_region_of_which_the_edge_leaves_nothing_is_one_line(svs: Path, place: Region) -> None:
+    with open_slide(svs) as slide, pytest.raises(CloverError, match=r"less than 0\.01 of a"):
+        slide.read(place, 0.8)
+
+
+def test_half_a_pixel_over_the_edge_is_forgiven_on_every_side(svs: Path) -> None:
+    with open_slide(svs) as slide:
+        right, bottom, over = slide.extent.right, slide.extent.bottom, 0.4 * SLIDE_MPP
+        for place in (
+            Region(-over, -over, 10, 10),
+            Region(-over, 0, over + 0.02 * SLIDE_MPP, 10),
+            Region(right - 10 + over, bottom - 10 + over, 10, 10),
+            Region(right - 0.02 * SLIDE_MPP, 0, over, 10),
+        ):
+            for resolution in (SLIDE_MPP, 0.8, 20):
+                assert slide.read(place, resolution).mode == "RGB"
+
+
 def test_a_reading_of_too_many_pixels_is_refused_with_the_way_out(svs: Path) -> None:
     with open_slide(svs) as slide, pytest.raises(CloverError, match=r"at most 4,096 .* --tour"):
         slide.read(slide.extent, 0.1)

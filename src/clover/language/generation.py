@@ -18,6 +18,9 @@ from clover.language.tokens import Tokens
 
 _WORTH_DROPPING = 8
 """One row of so many that has ended is worth copying the cache of the others."""
+_COLDEST = 1e-5
+"""Lower temperatures are greedy: that is their limit, and in float32 logits divided by them are
+infinite or not numbers. vLLM draws the line at the same place."""
 
 
 class Stepper(Protocol):
@@ -192,13 +195,14 @@ def _pick(
     scores: Tensor, settings: GenerationSettings, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Choose the next token of each row: `[B, V]` to `[B]`."""
-    if settings.temperature == 0:
+    if settings.temperature < _COLDEST:
         return scores.argmax(dim=-1)
     probabilities = torch.softmax(scores / settings.temperature, dim=-1)
     if settings.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
         # A token is dropped when the likelier ones alone already reach top_p.
         dropped = ordered.cumsum(dim=-1) - ordered >= settings.top_p
+        dropped[:, 0] = False  # also where top_p is 0 in float32
         probabilities = probabilities.masked_fill(dropped.scatter(1, order, dropped), 0.0)
     # A generator a row: what a row says does not depend on who shares its batch.
     drawn = [

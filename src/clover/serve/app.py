@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -30,6 +31,8 @@ from clover.serve.settings import ServeSettings
 from clover.serve.wire import ChatRequest, EmbeddingRequest, error_body
 
 _LOG = logging.getLogger(__name__)
+_FETCHES = 4
+"""Images fetched from addresses at a time; others wait their turn."""
 
 
 def create_app(
@@ -46,6 +49,7 @@ def create_app(
     app.state.engine, app.state.settings = engine, settings
     app.state.start = starter(engine, settings)
     app.state.decoding = asyncio.Semaphore(2)  # images decoded at a time: each may take 0.5 GB
+    app.state.fetching = ThreadPoolExecutor(_FETCHES, "clover-fetch")
     app.state.responses = Counter()
     app.add_middleware(Guard, settings=settings, responses=app.state.responses)
     app.add_exception_handler(RequestValidationError, _explain)
@@ -109,7 +113,8 @@ async def _explain(_: Request, error: Exception) -> JSONResponse:
     where = ".".join(places)
     message = str(first["msg"]).removeprefix("Value error, ")
     text = f"{where}: {message}" if where else message
-    return _error(400, text, param=places[0] if places else None)
+    param = places[0] if places else (first.get("ctx") or {}).get("param")
+    return _error(400, text, param=param)
 
 
 async def _refuse(_: Request, error: Exception) -> JSONResponse:

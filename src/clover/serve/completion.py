@@ -8,10 +8,12 @@ any image the frozen language model answers by its own chat template.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
 import random
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from starlette.exceptions import HTTPException
 from clover.core.errors import CloverError
 from clover.language.decoder_only import DecoderOnly
 from clover.language.protocol import GenerationSettings
+from clover.language.rows import can_share_a_batch
 from clover.model import check_question
 from clover.serve.engine import Engine
 from clover.serve.picture import data_uri_bytes, open_stranger
@@ -93,11 +96,10 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
             f"the conversation has {length:,} characters, at most {settings.max_text:,} are read"
         )
     first = max((i for i, message in enumerate(body.messages) if message.images), default=None)
-    common = {
+    common: dict[str, Any] = {
         "seeds": _seeds(body),
         "stops": body.stops,
         "num_top": body.num_top,
-        "schema": await _schema(engine, body),
     }
     if first is None:
         if not isinstance(served.language, DecoderOnly):
@@ -106,7 +108,9 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
         written = _settings(body, settings, GenerationSettings(max_tokens=_TEXT_TOKENS))
         if body.temperature is None:
             written = replace(written, temperature=1.0)
-        return Question(served.name, written, messages=messages, **common)
+        _check_reachable(body, written, served)
+        schema = await _schema(engine, body)
+        return Question(served.name, written, messages=messages, schema=schema, **common)
     if served.clover is None:
         raise CloverError(f"'{served.name}' reads text alone; leave the image out")
     system, turns, question = conversation(body.messages, first)
@@ -115,7 +119,8 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
         raise CloverError(f"{len(address)} images in one message; one is read at a time")
     default = served.clover.default_settings()
     written = _settings(body, settings, default)
-    _check_scores(body, written, served)
+    _check_reachable(body, written, served)
+    schema = await _schema(engine, body)
     picture = await read_picture(request, address[0], served)
     return Question(
         served.name,
@@ -124,6 +129,7 @@ async def read_question(request: Request, body: ChatRequest, served: Served) -> 
         picture=picture,
         turns=tuple(turns),
         system=system,
+        schema=schema,
         **common,
     )
 
@@ -193,10 +199,24 @@ def _settings(
     )
 
 
-def _check_scores(body: ChatRequest, written: GenerationSettings, served: Served) -> None:
-    can_score = isinstance(served.language, DecoderOnly) and written.num_beams == 1
-    if body.logprobs and not can_score:
-        raise CloverError(f"logprobs are not known of '{served.name}'; leave them out")
+def _check_reachable(body: ChatRequest, written: GenerationSettings, served: Served) -> None:
+    """Check that the way in which the answer will be written gives what is asked for.
+
+    Raises:
+        CloverError: scores or a schema where there are none.
+    """
+    has_schema = body.response_format is not None and body.response_format.type != "text"
+    if written.num_beams > 1 and (body.logprobs or has_schema):
+        name = "logprobs" if body.logprobs else "response_format"
+        raise CloverError(
+            f"{name} does not go with beam search, and '{served.name}' searches with "
+            f"{written.num_beams} beams; set a temperature above 0, which samples, or leave it out"
+        )
+    if body.logprobs and not can_share_a_batch(served.language):
+        raise CloverError(
+            f"logprobs are not known of '{served.name}': it is an encoder-decoder or has sliding "
+            "windows; leave them out"
+        )
 
 
 async def read_picture(request: Request, address: str, served: Served) -> Picture:
@@ -215,7 +235,10 @@ async def read_picture(request: Request, address: str, served: Served) -> Pictur
             "as data:image/png;base64,..."
         )
     else:
-        content = await asyncio.to_thread(fetch_image, address, max_bytes=settings.max_body_bytes)
+        fetch = functools.partial(fetch_image, address, max_bytes=settings.max_body_bytes)
+        # Not the pool that decodes: slow addresses must not keep others' images waiting.
+        pool: ThreadPoolExecutor = request.app.state.fetching
+        content = await asyncio.get_running_loop().run_in_executor(pool, fetch)
     sha256 = hashlib.sha256(content).hexdigest()
     kept = engine.kept_features(served, sha256)
     if kept is not None:

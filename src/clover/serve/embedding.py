@@ -39,8 +39,8 @@ async def embed(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     alignment = served.alignment
     if alignment is None:
         raise CloverError(
-            f"'{served.name}' has no embeddings: model folders hold stage 2 alone; start the "
-            "server with --align RUN/align.safetensors"
+            f"'{served.name}' has no embeddings: its folder holds stage 2 alone; put the run's "
+            "align.safetensors into it, or for the first model start the server with --align FILE"
         )
     size = alignment.bridge.config.embedding_size
     if body.dimensions not in (None, size):

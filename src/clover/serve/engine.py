@@ -214,10 +214,16 @@ class Engine:
     def _work(self) -> None:
         with self._autocast():
             while self._receive():
-                self._forget_cancelled()
-                self._admit()
-                if self._rows:
-                    self._step()
+                try:
+                    self._forget_cancelled()
+                    self._admit()
+                    if self._rows:
+                        self._step()
+                except Exception as error:
+                    # This is the only thread that answers: it must outlive whatever went wrong.
+                    self._start_over(error, self._waiting)
+                    self._no_longer_waiting(len(self._waiting))
+                    self._waiting = []
         for row in (*self._rows, *self._waiting):
             row.ticket.emit(CloverError("the server is shutting down"))
         self._rows, self._waiting = [], []
@@ -446,14 +452,26 @@ class Engine:
         try:
             logits = self._batch.step([row.writing.ids[-1] for row in self._rows])
         except Exception as error:
-            for row in self._rows:
-                self._fail(row.ticket, error)
-            self._rows = []
-            assert isinstance(self._language, DecoderOnly), "it has a batch"
-            self._batch = RowBatch(self._language, self.settings.max_batch)
-            self._held = {key: self._batch.hold(self.prompts.constant(key)) for key in self._held}
+            self._start_over(error)
             return
         self._write(logits, range(len(self._rows)))
+
+    def _start_over(self, error: Exception, more: Sequence[Row] = ()) -> None:
+        """Fail the answers being written, and `more`, and go on with a batch of nobody."""
+        for row in (*self._rows, *more):
+            if row.writing.finish_reason is None:
+                self._fail(row.ticket, error)
+        self._rows = []
+        if self._batch is None:
+            return
+        assert isinstance(self._language, DecoderOnly), "it has a batch"
+        self._batch = RowBatch(self._language, self.settings.max_batch)
+        keys, self._held = list(self._held), {}
+        try:
+            self._held = {key: self._batch.hold(self.prompts.constant(key)) for key in keys}
+        except Exception:
+            _LOG.exception("constant texts cannot be held once; every answer copies its own")
+            self._batch = RowBatch(self._language, self.settings.max_batch)
 
     def _write(self, logits: Tensor, places: Sequence[int]) -> None:
         """Write the next token of the rows at `places`; those that end leave."""
@@ -470,8 +488,11 @@ class Engine:
                 self.counts.answers += 1
                 self.counts.answer_seconds += time.monotonic() - row.arrived
                 ended.append(place)
-        for place in reversed(ended):
-            self._leave(place)
+        try:
+            for place in reversed(ended):
+                self._leave(place)
+        except Exception as error:
+            self._start_over(error)  # the batch may be torn between two rows
 
     def _write_row(self, row: Row, logits: Tensor) -> None:
         scores: tuple[Any, ...] = ()
@@ -495,7 +516,11 @@ class Engine:
         assert self._batch is not None, "rows only stand in the batch"
         row = self._rows[place]
         if may_go_on(row) and self._batch.lengths[place] > len(row.symbols):
-            self._keep(place, self._batch.lengths[place])
+            try:
+                self._keep(place, self._batch.lengths[place])
+            except Exception:
+                # The answer is written; a later turn reads again what is not kept.
+                _LOG.exception("an answer is not kept for the next turn")
         last = self._batch.remove(place)
         self._rows[place] = self._rows[last]
         self._rows.pop()

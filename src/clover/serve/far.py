@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ class FarRunning(Running):
         super().__init__(engine, question)
         self._far = far
         self._task: asyncio.Task[None] | None = None
+        self._left = len(question.seeds)
+        self._arrived = time.monotonic()
 
     async def submit(self) -> None:
         """Compute the prompt here, and send it there."""
@@ -84,34 +87,49 @@ class FarRunning(Running):
                 "ask with a temperature"
             )
         if far.num_requests >= far.max_requests:
+            self.engine.counts.refused += 1
             raise BusyError(f"{far.num_requests} answers wait at the language endpoint", 2)
-        embeds = await asyncio.wrap_future(self.engine.call(self.engine.prompt_embeds, question))
-        note = await asyncio.wrap_future(self.engine.call(self.engine.note_of, question))
-        self._task = asyncio.create_task(self._follow(embeds, note))
+        # Counted before anything is waited for: all that come meanwhile are counted as well.
+        far.num_requests += 1
+        self._task = asyncio.create_task(self._follow())
+        self._task.add_done_callback(self._leave)
 
-    async def _follow(self, embeds: Tensor, note: str | None) -> None:
-        self._far.num_requests += 1
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        """Give the place free; a task that was cancelled may never have begun."""
+        self._far.num_requests -= 1
+        if task.cancelled():
+            self.engine.counts.cancelled += self._left
+
+    async def _follow(self) -> None:
         try:
+            engine, question = self.engine, self.question
+            embeds = await asyncio.wrap_future(engine.call(engine.prompt_embeds, question))
+            note = await asyncio.wrap_future(engine.call(engine.note_of, question))
             await self._read(embeds, note)
         except Exception as error:
+            self.engine.counts.failed += 1
             self.events.put_nowait(_told(error, self._far.url))
-        finally:
-            self._far.num_requests -= 1
 
     async def _read(self, embeds: Tensor, note: str | None) -> None:
         stream: Any = await self._far.client.completions.create(
             **self._body(await self._far.model(), embeds)
         )
+        counts = self.engine.counts
+        counts.prompt_tokens += len(embeds)
         self.events.put_nowait(Begun(len(embeds), 0, note))
         open_answers = set(range(len(self.question.seeds)))
         async with stream:
             async for chunk in stream:
                 for choice in chunk.choices:
                     reason: Literal["stop", "length"] | None = None
-                    if choice.finish_reason is not None:
+                    if choice.finish_reason is not None and choice.index in open_answers:
                         reason = "length" if choice.finish_reason == "length" else "stop"
-                        open_answers.discard(choice.index)
+                        open_answers.remove(choice.index)
+                        counts.answers += 1
+                        counts.answer_seconds += time.monotonic() - self._arrived
+                        self._left -= 1
                     count = 1 if choice.text or reason else 0
+                    counts.written_tokens += count
                     piece = Piece(choice.index, choice.text or "", reason, num_tokens=count)
                     self.events.put_nowait(piece)
         if open_answers:

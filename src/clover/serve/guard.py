@@ -120,7 +120,8 @@ class Guard:
         settings = self._settings
         if not is_loopback(settings.host) and not settings.hosts:
             return  # reached under names we cannot know; the token is what keeps others out
-        own = {settings.host.strip("[]"), *settings.hosts}
+        # Names have no case, and `_host_name` gives the client's in lower case.
+        own = {item.lower() for item in (settings.host.strip("[]"), *settings.hosts)}
         if not (is_loopback(name) or name in own):
             raise Refusal(
                 403, f"this server is not '{_short(name)}'; name it with --allow-host if it is"

@@ -23,10 +23,10 @@ def render(engine: Engine, responses: dict[int, int]) -> str:
     def add(name: str, kind: str, text: str, values: dict[str, float]) -> None:
         lines.append(f"# HELP clover_{name} {text}")
         lines.append(f"# TYPE clover_{name} {kind}")
-        lines.extend(f"clover_{name}{label} {value:g}" for label, value in values.items())
+        lines.extend(f"clover_{name}{label} {_written(value)}" for label, value in values.items())
 
     statuses: dict[str, float] = {
-        f'{{status="{status}"}}': float(count) for status, count in sorted(responses.items())
+        f'{{status="{status}"}}': count for status, count in sorted(responses.items())
     }
     add("http_responses_total", "counter", "HTTP responses by status.", statuses)
     ended: dict[str, float] = {
@@ -66,3 +66,8 @@ def render(engine: Engine, responses: dict[int, int]) -> str:
     add("kept_feature_bytes", "gauge", "Bytes of these.", {"": engine.features.num_bytes})
     add("kept_prompt_bytes", "gauge", "Bytes of kept prompts.", {"": engine.prompts.num_bytes})
     return "\n".join(lines) + "\n"
+
+
+def _written(value: float) -> str:
+    """Return a figure whole: a counter of eight digits that loses two stands still for long."""
+    return str(value) if isinstance(value, int) else repr(round(value, 6))

@@ -45,7 +45,8 @@ def run(
         settings: How much.
         listener: From `listen`; the caller closes it.
         write: Takes lines for the person who started it.
-        align: Stage 1's weights of the first model's run, for embeddings.
+        align: Stage 1's weights of the first model's run, for embeddings; a folder's own
+            `align.safetensors` needs none.
         device: `auto`, `cpu`, `cuda`, ...
         precision: `auto`, `float32` or `bfloat16`.
         slides: The folder whose slides the page may open; no file outside it is ever sent.
@@ -94,7 +95,8 @@ def load_served(
         model = load(path, device=device, precision=precision, beside=first)
         first = first or model
         assert isinstance(model.language, FrozenLanguage), "load gives no other"
-        served.append(Served(name or model.name, model.language, model))
+        # Of a folder that holds its own stage 1, embeddings are served as they are compared.
+        served.append(Served(name or model.name, model.language, model, model.aligned))
     return served
 
 

@@ -1,7 +1,7 @@
 """OpenAI's wire format: what a chat request may hold, and what is answered.
 
 What is not understood is refused by name, never ignored: an answer that silently left out a tool or
-a penalty would be taken for one that had it.
+a penalty would be taken for one that had it. What changes no answer is named (`_HARMLESS`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,87 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
+from clover.core.errors import nearest
 from clover.language.constraint import Schema
 from clover.model import NOTICE
 from clover.serve.writing import TokenScore
 
-_UNSUPPORTED = ("tools", "functions", "logit_bias", "audio", "modalities", "prediction")
+_HARMLESS = frozenset(
+    (
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "parallel_tool_calls",  # of tools, which are refused
+    )
+)
+"""Bookkeeping of OpenAI's own service: no answer depends on it, so that it is accepted unread."""
+_OFF: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logit_bias": ({},),
+    "modalities": ([], ["text"]),
+    "audio": (),
+    "prediction": (),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM's
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+}
+"""Known elsewhere and not done here, with the values that ask for nothing; null always does."""
+_SHOWN = 60
+"""Characters of an unknown field's name that are looked at."""
 _MAX_SCHEMA_DEPTH = 32
 Role = Literal["system", "user", "assistant", "developer"]
+
+
+class _Understood(BaseModel):
+    """A request of which every field is read, asks for nothing, or changes nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_understood(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, value in data.items():
+            if name in cls.model_fields or name in _HARMLESS:
+                continue
+            if name not in _OFF:
+                short = str(name)[:_SHOWN]
+                hint = nearest(short, cls.model_fields)
+                raise _refused(short, f"unknown field '{short}'{hint}")
+            if value is not None and value not in _OFF[name]:
+                raise _refused(name, f"{name} is not supported here; leave it out")
+        return data
+
+
+def _refused(field: str, message: str) -> PydanticCustomError:
+    """Return what is raised of a field that is not among the model's own."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "param": field})
 
 
 class TextPart(BaseModel):
@@ -50,6 +123,15 @@ class ChatMessage(BaseModel):
 
     role: Role
     content: str | list[Part] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_said_in_words(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name in ("tool_calls", "function_call", "audio"):
+                if data.get(name):
+                    raise ValueError(f"{name} of a message is not read here; leave it out")
+        return data
 
     @property
     def text(self) -> str:
@@ -108,7 +190,7 @@ class StreamOptions(BaseModel):
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Understood):
     """The part of OpenAI's chat completion request that is understood here."""
 
     model: str
@@ -128,15 +210,6 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _is_understood(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in _UNSUPPORTED:
-                if data.get(name):
-                    raise ValueError(f"{name} is not supported here; leave it out")
-        return data
-
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
@@ -148,7 +221,7 @@ class ChatRequest(BaseModel):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(_Understood):
     """OpenAI's embedding request; a data URI among the inputs is an image."""
 
     model: str

@@ -14,6 +14,7 @@ from PIL import Image
 
 from clover.core.errors import CloverError
 from clover.core.files import sha256_file
+from clover.core.transparency import on_white
 from clover.slides.reader import Slide, open_slide
 from clover.slides.region import Region, split_reference
 from clover.slides.source import SLIDE_SUFFIXES
@@ -91,7 +92,7 @@ def open_picture(image: str | Path | bytes, microns_per_pixel: float | None = No
         raise CloverError(f"no image {name}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CloverError(f"{name} cannot be read as an image: {error}") from error
-    return opened
+    return on_white(opened)
 
 
 def is_whole_slide(path: str | Path) -> bool:

@@ -21,6 +21,8 @@ from clover.slides.units import MicronsPerPixel, estimated_from_power
 
 MAX_SIDE = 4096
 """Pixels along a side of one reading: 50 MB in memory."""
+_LEAST = 0.01
+"""Pixels of the finest level along a side of what a region has on its slide."""
 _MARGIN = 4
 """Pixels read around a region, so that its edge is resampled from tissue, not from a border."""
 _OVERVIEW = 1024
@@ -103,7 +105,7 @@ class Slide:
         """Check that a region lies on the slide; half a pixel over its edge is forgiven.
 
         Raises:
-            CloverError: it does not.
+            CloverError: it does not, or nothing of it is left once the edge has cut it.
         """
         whole, slack = self.extent, self.scale.mean / 2
         is_inside = (
@@ -115,6 +117,14 @@ class Slide:
             raise CloverError(
                 f"region {region} µm reaches beyond {self.path.name}, which is "
                 f"{whole.width:.0f} x {whole.height:.0f} µm ({self.scale})"
+            )
+        width = min(region.right, whole.right) - max(region.x, 0.0)
+        height = min(region.bottom, whole.bottom) - max(region.y, 0.0)
+        if width < _LEAST * self.scale.x or height < _LEAST * self.scale.y:
+            raise CloverError(
+                f"region {region} µm holds less than {_LEAST:g} of a pixel of {self.path.name}, "
+                f"which is {whole.width:.0f} x {whole.height:.0f} µm ({self.scale}); move it onto "
+                "the slide or make it larger"
             )
 
     def read(self, region: Region, microns_per_pixel: float) -> Image.Image:

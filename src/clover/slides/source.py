@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from clover.core.errors import CloverError
+from clover.core.transparency import on_white
 from clover.slides.units import MicronsPerPixel, estimated_from_power
 
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi")
@@ -20,7 +21,6 @@ SLIDE_SUFFIXES = frozenset((*_SCANNERS, ".tif", ".tiff"))
 """Files that OpenSlide is tried on first."""
 PLAIN_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 _NEED_OPENSLIDE = SLIDE_SUFFIXES - PLAIN_SUFFIXES
-_WHITE = (255, 255, 255)
 
 
 class Source(Protocol):
@@ -103,7 +103,7 @@ class PlainSource:
                 with Image.open(path) as image:
                     self.kind = f"image/{(image.format or 'unknown').lower()}"
                     self.stated = _tiff_size(image)
-                    self._image = _without_transparency(image)
+                    self._image = on_white(image).convert("RGB")
         except FileNotFoundError as error:
             raise CloverError(f"no image {path}") from error
         except Image.DecompressionBombError as error:
@@ -196,12 +196,3 @@ def _tiff_size(image: Image.Image) -> MicronsPerPixel | None:
     if unit != 3 or not x or not y:
         return None
     return _stated(10_000 / float(x), 10_000 / float(y))
-
-
-def _without_transparency(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return image.convert("RGB")
-    found = image.convert("RGBA")
-    whole = Image.new("RGB", found.size, _WHITE)
-    whole.paste(found, mask=found.getchannel("A"))
-    return whole

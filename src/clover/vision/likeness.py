@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clover.core.transparency import on_white
+
 Floats = NDArray[np.float32]
 
 RINGS = 16
@@ -55,7 +57,7 @@ def _rings() -> tuple[NDArray[np.intp], NDArray[np.intp], Floats, Floats]:
 
 def portrait(image: Image.Image) -> Floats:
     """Return a picture's portrait [R, A], of mean 0 and deviation 1."""
-    small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    small = on_white(image).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float32)
     top, left, down, right = _rings()
     upper = pixels[top, left] * (1 - right) + pixels[top, left + 1] * right

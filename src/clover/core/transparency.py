@@ -1,0 +1,17 @@
+"""Transparent pixels, as every reader of images here sees them: on white, like an empty slide."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+_WHITE = (255, 255, 255)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image composed on white, RGB; one without transparency comes back as it is."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    found = image.convert("RGBA")
+    whole = Image.new("RGB", found.size, _WHITE)
+    whole.paste(found, mask=found.getchannel("A"))
+    return whole
