@@ -63,8 +63,8 @@ def assert_same_weights(found: Path, wanted: Path) -> None:
         torch.testing.assert_close(ours[name], item, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
+# One process refuses sums of parts in stage 1: they are not the losses of its batch.
+@pytest.mark.parametrize(("stage", "accumulate"), [("align", 1), ("tune", 1), ("tune", 2)])
 def test_two_processes_train_to_the_weights_of_one(
     stage: Stage, accumulate: int, tiny: Tiny, tmp_path: Path, plain_descent: None
 ) -> None:
