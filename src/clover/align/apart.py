@@ -2,10 +2,10 @@
 
 Contrast and caption share the queries' pass and go backward first. Matching runs three pairs for
 each one of the batch, two thirds of a step's activations. It shares nothing with them but the image
-keys and the weights, and its loss is a mean over pairs: they follow a third at a time, each forward
-and backward before the next begins. Last come the image projections, with the sum of all passes'
-gradients of their keys. Sums of gradients are what autograd makes of one backward, in another
-order.
+keys and the weights, and its loss is a mean over pairs: they follow a third at a time or less, each
+forward and backward before the next begins. Last come the image projections, with the sum of all
+passes' gradients of their keys. Sums of gradients are what autograd makes of one backward, in
+another order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from clover.align.losses import (
     Everyone,
     LossSettings,
     compare,
-    matching_thirds,
+    matching_parts,
     pair_logits,
 )
 from clover.align.match import Negatives, matching_share
@@ -75,14 +75,14 @@ def backward_apart(
         if "match" in settings.which:
             assert negatives is not None, "drawn above"
             found["match"] = torch.zeros((), device=features.device)
-            thirds = matching_thirds(bridge, keys, text, negatives, everyone)
-            for place, third in enumerate(thirds):
-                logits = pair_logits(bridge, *third)
+            pairs = 3 * len(text.ids)
+            for place, part in enumerate(matching_parts(bridge, keys, text, negatives, everyone)):
+                logits = pair_logits(bridge, *part)
                 is_match = torch.full((len(logits),), place == 0, device=logits.device)
-                share = matching_share(logits, is_match, pairs=3 * len(logits))
+                share = matching_share(logits, is_match, pairs=pairs)
                 _backward(share * scale)
                 found["match"] += share.detach()
-                del third, logits, share
+                del part, logits, share
     _backward_into(projected, keys)
     return AlignmentLosses({name: found[name] for name in ALL_LOSSES if name in found}, similar)
 

@@ -208,27 +208,30 @@ def match_logits(
     everyone: Everyone | None = None,
 ) -> Tensor:
     """Return matching logits [3B, 2] of (own, own), (negative image, own), (own, negative text)."""
-    thirds = matching_thirds(bridge, image, text, negatives, everyone)
-    return torch.cat([pair_logits(bridge, *third) for third in thirds])
+    parts = matching_parts(bridge, image, text, negatives, everyone)
+    return torch.cat([pair_logits(bridge, *part) for part in parts])
 
 
-def matching_thirds(
+def matching_parts(
     bridge: Bridge,
     image: ImageKeys,
     text: Tokens,
     negatives: Negatives,
     everyone: Everyone | None = None,
 ) -> Iterator[tuple[ImageKeys, Tokens]]:
-    """Yield B pairs at a time: (own, own), (negative image, own), (own, negative text).
+    """Yield the own pairs, those with a negative image in two halves, those with a negative text.
 
-    Where `everyone` is given, a negative image comes as the encoder's tokens and is projected here:
-    at the published size its keys have six times the bytes, and gradients that would be sent back.
+    A negative image's keys are copies, and so are their gradients: they come by halves. Where
+    `everyone` is given, a negative image comes as the encoder's tokens and is projected here: at
+    the published size its keys have six times the bytes, and gradients that would be sent back.
     """
     yield image, text
-    if everyone is None:
-        yield image.select(negatives.image_for_text), text
-    else:
-        yield bridge.read_image(everyone.features[negatives.image_for_text]), text
+    ids, masks = text.ids.chunk(2), text.mask.chunk(2)
+    for chosen, *own in zip(negatives.image_for_text.chunk(2), ids, masks, strict=True):
+        if everyone is None:
+            yield image.select(chosen), Tokens(*own)
+        else:
+            yield bridge.read_image(everyone.features[chosen]), Tokens(*own)
     texts, rows = text if everyone is None else everyone.text, negatives.text_for_image
     yield image, Tokens(texts.ids[rows], texts.mask[rows])
 
