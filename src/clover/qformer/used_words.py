@@ -136,7 +136,7 @@ def looked_up_once(qformer: QFormer, ids: Tensor) -> Iterator[None]:
     """Let every pass inside the block read the same rows; their gradient is added at its end.
 
     The backward of a look-up fills a gradient as large as the vocabulary with zeros and adds it to
-    the others: five times in a step of stage 1, a fiftieth of it at the published size.
+    the others: five times in a step of stage 1, a fiftieth of it at the published size in bfloat16.
 
     Args:
         qformer: Whose passes, forward and backward, are inside the block.
