@@ -51,7 +51,7 @@ def test_token_counts_and_finish_reason_are_true(llama: DecoderOnly) -> None:
 def test_a_model_without_a_chat_template_is_named() -> None:
     language = tiny_llama()
     language.tokens.tokenizer.chat_template = None
-    with pytest.raises(CloverError, match="tiny-llama has no chat template"):
+    with pytest.raises(CloverError, match=r"^tiny-llama has no chat template"):
         complete(language, [conversation("liver")], GenerationSettings())
 
 

@@ -8,6 +8,7 @@ the same path as with a large model elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from clover.core.errors import CloverError
@@ -40,7 +41,8 @@ def chat_ids(language: DecoderOnly, messages: Sequence[Message]) -> list[int]:
     """
     tokenizer = language.tokens.tokenizer
     if not getattr(tokenizer, "chat_template", None):
-        raise CloverError(f"{language.id} has no chat template; name an instruction-tuned model")
+        name = Path(language.id).name  # a server's clients need not know where it lies
+        raise CloverError(f"{name} has no chat template; name an instruction-tuned model")
     if not messages:
         raise CloverError("the conversation has 0 messages; give at least one")
     from jinja2 import TemplateError
