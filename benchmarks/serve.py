@@ -44,6 +44,9 @@ LONG = 32
 
 def main(arguments: list[str]) -> int:
     """Print the figures."""
+    if len(arguments) not in (0, 2):
+        print("python -m benchmarks.serve [MODEL IMAGES]", file=sys.stderr)
+        return 2
     folder, images = arguments or ["clover-demo/model", "clover-demo/phantom-validation/images"]
     if not Path(folder).exists():
         print(f"no {folder}: run `make demo` first, or name a model and images", file=sys.stderr)
