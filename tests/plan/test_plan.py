@@ -159,6 +159,12 @@ def test_a_batch_in_chunks_takes_less_memory_and_a_little_more_work(made: Plan) 
         images=10,
     )
     assert mended.switch is not None and "align.gradient_chunk=4" in mended.switch
+    # Sums of parts, which a single process refuses, are named away.
+    summed = recipe.model_copy(update={"align": align.model_copy(update={"accumulate": 2})})
+    limit = 0.95 * align_size(summed, encoder).peak / 2**30
+    refused = plan(summed, Card(memory_gib=limit, tflops=1, price=1), images=10)
+    assert not refused.fits
+    assert "--set align.accumulate=1 --set align.gradient_chunk=2" in str(refused.switch)
 
 
 def test_eight_bits_halve_the_frozen_weights_of_a_planned_model(made: Plan) -> None:

@@ -17,6 +17,8 @@ import torch
 from clover.align.run import align
 from clover.core.config import load_recipe
 from clover.core.errors import CloverError
+from clover.core.files import fingerprint
+from clover.core.record_file import sha256_records
 from clover.core.run import RunFolder
 from clover.model import load
 from clover.training import device
@@ -137,6 +139,30 @@ def test_a_finished_training_of_other_settings_is_kept(
         assert load(folder).name == tiny.recipe.name  # it can still be asked
     else:
         assert json.loads((folder / "align.json").read_text())["key"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_was_finished_before_images_were_told_apart_still_counts(
+    stage: Stage, tiny: Tiny, tmp_path: Path
+) -> None:
+    weights = run_stage(stage, tiny, tmp_path)
+    before = weights.stat().st_mtime_ns
+    note = tmp_path / ("align.json" if stage == "align" else "model/config.json")
+    sections = ["seed", "precision", "encoder", "qformer", stage]
+    data = [sha256_records(tiny.captions)]
+    if stage == "tune":
+        sections += ["language", "prompt"]
+        data = [sha256_records(tiny.instructions), None]
+    found = json.loads(note.read_text())
+    del found["number_format"]
+    found["key"] = fingerprint([tiny.recipe.fingerprint(*sections), *data])
+    note.write_text(json.dumps(found))
+    run_stage(stage, tiny, tmp_path)
+    assert weights.stat().st_mtime_ns == before
+    found["key"] = "other"
+    note.write_text(json.dumps(found))
+    run_stage(stage, tiny, tmp_path)
+    assert weights.stat().st_mtime_ns != before
 
 
 def test_a_finished_training_counts_on_a_machine_of_another_number_format(

@@ -92,7 +92,8 @@ def align(
         recipe,
         *("seed", "encoder", "qformer", "align"),
         device=device,
-        data={"the captions' sha256": sha256_records(captions), **data.named()},
+        files={"the captions' sha256": sha256_records(captions)},
+        images=data.named(),
     )
     processes.check_same("captions, images or number formats", made_from.resume_key)
     weights = out / "align.safetensors"

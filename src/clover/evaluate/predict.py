@@ -148,6 +148,8 @@ def predict(
     wanted = range(len(records)) if indices is None else indices
     asked = {i: question for i in wanted if (question := viewer.question(i)) is not None}
     header = json.loads(json.dumps(job.header(view)))
+    if view == "shuffled":  # by another rule of choosing they would be other images
+        header["header"]["shown"] = fingerprint([viewer.key(i) for i in wanted])
     if num_same := viewer.num_of_own_group(wanted):
         # Not in other headers: predictions from before are read.
         header["header"]["shown_of_own_group"] = num_same

@@ -174,6 +174,9 @@ def _split(
         language = language.model_copy(update={"quantise": quantise})
         more = [f"language.quantise={quantise}"]
     config = getattr(recipe, stage)
+    if stage == "align" and config.accumulate > 1:  # which a single process refuses
+        config = config.model_copy(update={"accumulate": 1})
+        more = [*more, "align.accumulate=1"]
     for parts in range(config.accumulate, config.batch_size + 1):
         if config.batch_size % parts:
             continue

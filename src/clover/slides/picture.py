@@ -9,6 +9,7 @@ import hashlib
 import io
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import RLock
 
 from PIL import Image
 
@@ -22,6 +23,9 @@ from clover.slides.tiff import TIFF_SUFFIXES, why_whole_slide
 
 _OVERVIEW = 512
 """Longer side in pixels of a region that is only looked over: for colours, for a thumbnail."""
+
+_OPENING = RLock()
+"""Of threads that want a slide opened or hashed, one does it and all have it: gigabytes each."""
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +41,8 @@ def shared_slide(path: Path) -> Slide:
         CloverError: no such file, or no slide.
     """
     try:
-        return _shared_slide(path, path.stat().st_mtime_ns)
+        with _OPENING:
+            return _shared_slide(path, path.stat().st_mtime_ns)
     except OSError as error:
         raise CloverError(f"no slide {path}") from error
 
@@ -135,7 +140,8 @@ def slide_digest(path: Path) -> str:
     Raises:
         OSError: no such slide.
     """
-    return _slide_digest(path, path.stat().st_mtime_ns)
+    with _OPENING:
+        return _slide_digest(path, path.stat().st_mtime_ns)
 
 
 def region_digest(name: str | Path, microns_per_pixel: float | None) -> str:

@@ -28,10 +28,17 @@ class MadeFrom:
     settings: Mapping[str, str]
     number_format: str
     is_chosen: bool
+    earlier_key: str
+    """By which finished stages were known before images and number formats were told apart."""
 
     @classmethod
     def of(
-        cls, recipe: Recipe, *sections: str, device: Device, data: Mapping[str, str | None]
+        cls,
+        recipe: Recipe,
+        *sections: str,
+        device: Device,
+        files: Mapping[str, str | None],
+        images: Mapping[str, str],
     ) -> MadeFrom:
         """Return it for a stage.
 
@@ -39,11 +46,14 @@ class MadeFrom:
             recipe: Of the stage.
             sections: Those of the recipe that matter to it.
             device: Where it is trained.
-            data: Hashes and counts by what they are called.
+            files: Hashes of the files it reads, by what they are called.
+            images: What tells its images from others, likewise.
         """
-        settings = recipe.settings(*sections) | {name: str(value) for name, value in data.items()}
+        named = {name: str(value) for name, value in {**files, **images}.items()}
+        settings = recipe.settings(*sections) | named
+        earlier = fingerprint([recipe.fingerprint("precision", *sections), *files.values()])
         number_format = str(device.dtype).removeprefix("torch.")
-        return cls(settings, number_format, recipe.precision != "auto")
+        return cls(settings, number_format, recipe.precision != "auto", earlier)
 
     @property
     def key(self) -> str:
@@ -68,5 +78,7 @@ class MadeFrom:
         if not note.exists():
             return False
         found: dict[str, Any] = read_json(note)
+        if _FORMAT not in found:
+            return found.get("key") == self.earlier_key
         is_same_format = not self.is_chosen or found.get(_FORMAT) == self.number_format
         return found.get("key") == self.key and is_same_format

@@ -111,7 +111,8 @@ def tune(
         recipe,
         *("seed", "encoder", "qformer", "language", "prompt", "tune"),
         device=device,
-        data={**files, **data.named()},
+        files=files,
+        images=data.named(),
     )
     is_finished = made_from.is_that_of(out / "config.json")
     processes.check_same(

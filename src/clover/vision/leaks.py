@@ -319,8 +319,12 @@ class _Comparison:
 
             claims.each_once(left, is_left=self._is_left, do=compare)
         claims.take(number_of(self._key), wait=True)
-        if not self._kept.exists():
-            self._join(cut)
+        try:
+            if not self._kept.exists():
+                self._join(cut)
+        except CloverError:  # without locks another process may have joined them meanwhile
+            if not self._kept.exists():
+                raise
         claims.give_back(number_of(self._key))
 
     def _gallery(
