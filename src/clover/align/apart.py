@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clover.align.losses import (
     ALL_LOSSES,
@@ -57,8 +56,8 @@ def backward_apart(
     """
     projected = bridge.read_image(features)
     keys = ImageKeys(tuple((_leaf(key), _leaf(value)) for key, value in projected.layers))
-    words = text.ids if everyone is None else everyone.text.ids
-    with looked_up_once(bridge.qformer, F.pad(words, (0, 1), value=settings.decode_start)):
+    words = settings.words(text if everyone is None else everyone.text)
+    with looked_up_once(bridge.qformer, words):
         compared = compare(bridge, keys, text, settings, everyone)
         parts: dict[str, Tensor] = {}
         if "match" in settings.which and negatives is None:

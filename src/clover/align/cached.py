@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clover.align.contrast import contrastive_loss, same_caption, similarity
 from clover.align.losses import (
@@ -86,7 +85,7 @@ def backward_in_chunks(
     if "match" in settings.which and negatives is None:
         negatives = sample_negatives(similar, ignored=ignored)
     onward = _random_state(features.device)
-    with looked_up_once(bridge.qformer, F.pad(text.ids, (0, 1), value=settings.decode_start)):
+    with looked_up_once(bridge.qformer, settings.words(text)):
         for part, state in zip(parts, states, strict=True):
             _set_random_state(state)  # the dropout of the first time
             found = step.vectors(part)

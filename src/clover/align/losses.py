@@ -43,6 +43,10 @@ class LossSettings:
     ignore_duplicates: bool = False
     """Whether a text that says the same as an image's own is no negative of it."""
 
+    def words(self, text: Tokens) -> Tensor:
+        """Return all word ids [B, T + 1] that the passes over these texts read."""
+        return F.pad(text.ids, (0, 1), value=self.decode_start)
+
 
 @dataclass(frozen=True)
 class AlignmentLosses:

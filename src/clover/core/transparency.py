@@ -15,3 +15,8 @@ def on_white(image: Image.Image) -> Image.Image:
     whole = Image.new("RGB", found.size, _WHITE)
     whole.paste(found, mask=found.getchannel("A"))
     return whole
+
+
+def rgb_on_white(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, composed on white where it has transparency."""
+    return on_white(image).convert("RGB")

@@ -18,7 +18,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from clover.core.errors import CloverError
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 from clover.evaluate.decoding import find_decoding
 from clover.language.protocol import GenerationSettings
 from clover.model import load
@@ -115,7 +115,7 @@ class CloverModel(lmms):  # type: ignore[misc]
                 f"{task}, document {document}: {len(shown)} images or a video; CLOVER is shown one "
                 "image a question"
             )
-        return on_white(shown[0]).convert("RGB")
+        return rgb_on_white(shown[0])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refuse: CLOVER ranks whole answers, not continuations of any text."""

@@ -14,7 +14,7 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 
 from clover.core.errors import CloverError
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 """What is decoded."""
@@ -65,7 +65,7 @@ def open_stranger(content: bytes, *, max_pixels: int) -> Image.Image:
                     "crop it or make it smaller"
                 )
             opened.load()
-            return on_white(opened).convert("RGB")
+            return rgb_on_white(opened)
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise CloverError(f"the image is none of {known}, or is broken") from error

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from clover.core.errors import CloverError
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 from clover.slides.units import MicronsPerPixel, estimated_from_power
 
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi")
@@ -103,7 +103,7 @@ class PlainSource:
                 with Image.open(path) as image:
                     self.kind = f"image/{(image.format or 'unknown').lower()}"
                     self.stated = _tiff_size(image)
-                    self._image = on_white(image).convert("RGB")
+                    self._image = rgb_on_white(image)
         except FileNotFoundError as error:
             raise CloverError(f"no image {path}") from error
         except Image.DecompressionBombError as error:

@@ -36,6 +36,7 @@ from clover.vision.claim import Claims, number_of
 from clover.vision.encoder import ImageEncoder
 from clover.vision.image_processor import draw_view, rand_augment, turn_view
 from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
+from clover.vision.portraits import decoders
 from clover.vision.shard import Shard, open_shard, write_shard
 from clover.vision.storage import Storage, pack
 
@@ -200,7 +201,7 @@ class FeatureCache:
         with (
             progress("features", missing) as advance,
             Claims(self.path / "claims.lock") as claims,
-            ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool,
+            decoders() as pool,
             ThreadPoolExecutor(max_workers=1) as writer,
         ):
             run = _Fill(self, images, claims, pool, writer, advance)

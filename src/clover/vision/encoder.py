@@ -19,7 +19,7 @@ from clover.core.assets import content, parse, resolve
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 from clover.vision.fold import drop_unread_stages, fold_batch_norms
 
 _PIXELS_A_PASS = 4 * 224 * 224
@@ -125,7 +125,7 @@ class FeatureMapEncoder:
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
-        image = on_white(image).convert("RGB")
+        image = rgb_on_white(image)
         if image.size != (self._size, self._size):
             image = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -222,7 +222,7 @@ class TinyEncoder:
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as pixels in [-1, 1], [3, S, S]."""
         side = (self._size // self._grid) * self._grid
-        image = on_white(image).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        image = rgb_on_white(image).resize((side, side), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
     def encode(self, pixels: Tensor) -> Tensor:

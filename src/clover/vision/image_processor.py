@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,7 +44,7 @@ class ImageProcessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return [3, S, S], float32 (`blip_image_eval`)."""
-        image = on_white(image).convert("RGB")
+        image = rgb_on_white(image)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return self.normalise(image)
@@ -91,7 +91,7 @@ def draw_view(
     scale: tuple[float, float] = (0.5, 1.0),
 ) -> Image.Image:
     """Return a random crop of `scale` of the image's area, `size` pixels a side, half mirrored."""
-    image = on_white(image).convert("RGB")
+    image = rgb_on_white(image)
     box = crop_box(image.size, random, scale=scale)
     # Cropped first: `resize(box=...)` would let the filter see pixels outside the crop.
     view = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
@@ -116,7 +116,7 @@ def turn_view(image: Image.Image, number: int) -> Image.Image:
         image: Any image.
         number: Which of the seven that differ from the image itself, from 1.
     """
-    return on_white(image).convert("RGB").transpose(_TURNS[(number - 1) % len(_TURNS)])
+    return rgb_on_white(image).transpose(_TURNS[(number - 1) % len(_TURNS)])
 
 
 def crop_box(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clover.core.errors import CloverError
-from clover.core.transparency import on_white
+from clover.core.transparency import rgb_on_white
 from clover.slides.picture import read_region, region_digest, slide_digest
 from clover.slides.region import split_reference
 from clover.vision.likeness import SIDE, Floats, portrait
@@ -103,6 +103,6 @@ def _is_grey(image: Image.Image) -> bool:
 
     Measured on 3,227 stained patches and as many made grey: docs/data-scale.md.
     """
-    small = on_white(image).convert("RGB").resize((_SEEN, _SEEN), Image.Resampling.BOX)
+    small = rgb_on_white(image).resize((_SEEN, _SEEN), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.int16)
     return bool(np.percentile(pixels.max(axis=2) - pixels.min(axis=2), 90) < GREY)

@@ -33,7 +33,7 @@ def pieces(digests: Sequence[str]) -> list[Sequence[str]]:
 
 
 def decoders() -> ThreadPoolExecutor:
-    """Return the threads that `Portraits.each` opens images in."""
+    """Return the threads that images are opened in, for portraits as for features."""
     return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
 
 
