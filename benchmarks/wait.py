@@ -5,12 +5,13 @@
 Stage 1 as `clover align` runs it: records and tokens of a batch are read (`AlignObjective.collate`)
 and then losses, gradients, clipping and AdamW computed. "demo": 32 pairs of 196 x 272, the phantom
 recipe's bridge. "published": 8 pairs of 257 x 1408, the published bridge. Each batch is read twice:
-the first time after the system was asked to forget the shards' pages (cold: the disk is read; a
-virtual one may remember more than it says), then once more (warm). By the clock, since waiting for
-a disk takes no processor time: on a core that others share both sides are slower. The share of the
+the first time after the system was asked to forget the shards' pages (the disk is read; a virtual
+one may remember more than it says), then once more (warm). Every other batch is announced two
+steps before, as training does, the others not at all (cold). By the clock, since waiting for a disk
+takes no processor time: on a core that others share both sides are slower. The share of the
 processor time is printed beside it.
 
-The share is reading / (reading + computing): what a thread that read ahead could save at most.
+The share is reading / (reading + computing).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from clover.core.config import AlignConfig, EncoderConfig, QFormerConfig, load_r
 from clover.model import load_tokenizer
 from clover.qformer.bridge import Bridge
 from clover.training.device import choose_device
-from clover.training.loop import apply_gradients, make_optimizer
+from clover.training.loop import _AHEAD, apply_gradients, make_optimizer
 from clover.training.sampler import Sampler
 from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
@@ -94,7 +95,7 @@ def _share(reading: Sequence[float], computing: Sequence[float]) -> float:
     return 100 * mean / (mean + statistics.median(computing))
 
 
-def measure(size: str, steps: int) -> None:
+def measure(size: str, steps: int, scratch: Path | None) -> None:
     """Print the share that reading has in a step, cold and warm."""
     torch.manual_seed(0)
     batch, places, width = _SHAPES[size]
@@ -104,18 +105,24 @@ def measure(size: str, steps: int) -> None:
         shape = recipe.qformer.model_copy(update={"encoder_width": width})
     else:
         shape = QFormerConfig(**SIZES[size])  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory(prefix="clover-wait-") as folder:
+    with tempfile.TemporaryDirectory(prefix="clover-wait-", dir=scratch) as folder:
         data = prepare(Path(folder), steps * batch, places, width)
         bridge = Bridge(shape, has_alignment=True)
         objective = AlignObjective(bridge, data, load_tokenizer(recipe), AlignConfig(), device)
         optimizer = make_optimizer(bridge, learning_rate=1e-4, weight_decay=0.05)
         sampler = Sampler(len(data.records), batch, seed=0)
         cold: list[Times] = []
+        ahead: list[Times] = []
         warm: list[Times] = []
         computing: list[Times] = []
         for step in range(sampler.batches_per_epoch):
             indices = sampler.batch(step)
-            cold.append(_timed(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
+            coming = step + _AHEAD
+            if coming % 2 == 0 and coming < sampler.batches_per_epoch:
+                objective.announce(sampler.batch(coming), [0] * batch)
+            first = _timed(lambda rows=indices: objective.collate(rows))  # type: ignore[misc]
+            if step >= _AHEAD:  # like beside like: the first ones open shards
+                (cold if step % 2 else ahead).append(first)
             warm.append(_timed(lambda rows=indices: objective.collate(rows)))  # type: ignore[misc]
             read = objective.collate(indices)
 
@@ -126,7 +133,7 @@ def measure(size: str, steps: int) -> None:
                 apply_gradients(optimizer, losses.count, clip_norm=1.0)
 
             computing.append(_timed(compute))
-    for name, times in (("cold", cold), ("warm", warm)):
+    for name, times in (("cold", cold), ("announced", ahead), ("warm", warm)):
         print_figure(
             f"share of a stage-1 step that waits for its features, {size} size, {name}",
             _share([item.clock for item in times], [item.clock for item in computing]),
@@ -139,18 +146,19 @@ def measure(size: str, steps: int) -> None:
             slowest_read_ms=round(1000 * max(item.clock for item in times), 2),
             compute_ms=round(1000 * statistics.median(item.clock for item in computing), 1),
             batch=batch,
-            steps=steps,
+            reads=len(times),
             numbers=str(device.dtype),
         )
 
 
 @click.command()
 @click.option("--size", type=click.Choice(list(_SHAPES)), multiple=True)
-@click.option("--steps", default=8, show_default=True)
-def main(size: tuple[str, ...], steps: int) -> None:
+@click.option("--steps", type=click.IntRange(4), default=8, show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="Scratch, on the disk in question.")
+def main(size: tuple[str, ...], steps: int, folder: Path | None) -> None:
     """Print the shares of the sizes named, or of both."""
     for name in size or ("demo", "published"):
-        measure(name, steps)
+        measure(name, steps, folder)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class Line:
     def __init__(self, values: Sequence[float]) -> None:
         self.module = nn.Linear(1, 1, bias=False)
         self.values = torch.tensor(values)
+        self.announced: list[tuple[list[int], list[int]]] = []
 
     def num_samples(self) -> int:
         return len(self.values)
@@ -30,6 +31,9 @@ class Line:
 
     def names(self, indices: Sequence[int]) -> list[str]:
         return [f"record-{index}" for index in indices]
+
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        self.announced.append((list(indices), list(draws)))
 
     def collate(self, indices: Sequence[int]) -> Tensor:
         return self.values[list(indices)]

@@ -42,6 +42,10 @@ class AlignObjective:
         """Return the records' ids."""
         return [self.data.records[index].id for index in indices]
 
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        """Have these pairs' features read from the disk beside the steps before."""
+        self.data.announce(indices, draws)
+
     def collate(self, indices: Sequence[int]) -> tuple[Tensor, Tokens]:
         """Return image tokens [B, P, E] and captions."""
         captions = [self.data.records[index].caption or "" for index in indices]

@@ -12,10 +12,12 @@ import contextlib
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,10 @@ from clover.training.validation import BestWeights, Validation
 
 _NAMED = 8
 """Samples of a bad batch that its error names."""
+_AHEAD = 2
+"""Steps whose samples are announced beyond the one that is made."""
+_VIEWS = 0x76696577
+"""Keeps these random numbers apart from the sampler's, which has the same seed."""
 _LOG_EVERY = 10  # steps; reading a loss waits for the device, so not every step
 
 
@@ -180,10 +186,11 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
     ):
         log = _Log(job)
         stop = min(config.steps, job.max_steps or config.steps)
+        batches = _announced(objective, sampler, job, start, stop)
         for step in range(start, stop):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            losses = _step(objective, optimizer, sampler, step, job)
+            losses = _step(objective, optimizer, batches, step, job)
             note = log.add(step, losses)
             advance(1, note)
             done = step + 1
@@ -213,7 +220,7 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
 def _step(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
-    sampler: Sampler,
+    batches: Iterator[Sequence[int]],
     step: int,
     job: TrainingJob,
 ) -> list[Losses]:
@@ -221,8 +228,8 @@ def _step(
     config = job.config
     all_losses: list[Losses] = []
     total = torch.zeros((), device=job.device.device)
-    for part in range(config.accumulate):
-        indices = processes.own_part(sampler.batch(step * config.accumulate + part))
+    for _ in range(config.accumulate):
+        indices = next(batches)
         with job.device.autocast():
             losses = objective.losses(objective.collate(indices))
         if not torch.isfinite(losses.sum):
@@ -243,6 +250,27 @@ def _step(
     processes.sum_gradients(learning)
     apply_gradients(optimizer, processes.sum_over_processes(total), clip_norm=config.clip_norm)
     return all_losses
+
+
+def _announced(
+    objective: Objective, sampler: Sampler, job: TrainingJob, start: int, stop: int
+) -> Iterator[Sequence[int]]:
+    """Yield this process's part of each batch of the steps to come, announced some steps before.
+
+    Random numbers come from the batch's number: not from a generator that would be ahead of its
+    step, and so of its checkpoint.
+    """
+    parts = job.config.accumulate
+    ahead: deque[Sequence[int]] = deque()
+    for number in range(start * parts, stop * parts):
+        batch = sampler.batch(number)
+        random = np.random.SeedSequence([job.seed, _VIEWS, number])
+        draws = random.generate_state(len(batch), np.uint32).tolist()
+        ahead.append(processes.own_part(batch))
+        objective.announce(ahead[-1], processes.own_part(draws))
+        if len(ahead) > _AHEAD * parts:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _named(objective: Objective, indices: Sequence[int]) -> str:

@@ -41,6 +41,16 @@ class Objective(Protocol):
         """Return what a user knows these samples by, for messages about them."""
         ...
 
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        """Take note of a batch that `collate` will be asked for some steps later.
+
+        Args:
+            indices: Its samples [B].
+            draws: A random number for each [B], for what is drawn for a sample when it is loaded:
+                the same ones however often training stopped, and in however many processes.
+        """
+        ...
+
     def collate(self, indices: Sequence[int]) -> Any:
         """Load the samples with these indices as a batch."""
         ...

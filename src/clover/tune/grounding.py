@@ -176,6 +176,10 @@ class GroundingObjective:
         """Return the ids of the first record of each group."""
         return [self.data.records[self._groups[index][0]].id for index in indices]
 
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        """Have the features of these groups' images read from the disk beside the steps before."""
+        self.data.announce([self._groups[index][0] for index in indices], draws)
+
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load these groups: features [G, P, E], questions and answers of G * together rows."""
         rows = [row for index in indices for row in self._groups[index]]

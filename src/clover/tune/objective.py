@@ -127,6 +127,10 @@ class TuneObjective:
         """Return the records' ids."""
         return [self.data.records[index].id for index in indices]
 
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        """Have these images' features read from the disk beside the steps before."""
+        self.data.announce(indices, draws)
+
     def collate(self, indices: Sequence[int]) -> InstructionBatch:
         """Load the instructions with these indices."""
         return load_instructions(self.model, self.data, indices)

@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -168,17 +168,28 @@ class FeatureCache:
             CloverError: a shard has flipped bits; it is set aside and named.
             KeyError: an image is not in the cache.
         """
+        return torch.stack([shard.read(row) for shard, row in self._find(digests, views)])
+
+    def announce(self, digests: Sequence[str], views: Sequence[int] | None = None) -> None:
+        """Say that `get` will soon be asked for these: the disk is read beside other work."""
+        rows: dict[int, list[int]] = defaultdict(list)
+        shards = {}
+        for shard, row in self._find(digests, views):
+            shards[id(shard)] = shard
+            rows[id(shard)].append(row)
+        for key, shard in shards.items():
+            shard.announce(rows[key])
+
+    def _find(
+        self, digests: Sequence[str], views: Sequence[int] | None
+    ) -> Iterator[tuple[Shard, int]]:
         chosen = views if views is not None else [0] * len(digests)
         keys = [self._key(*pair) for pair in zip(digests, chosen, strict=True)]
         shards, rows = self._places.find(_packed(keys, self._view_kind)[0])
-        if lost := [key for key, shard in zip(keys, shards.tolist(), strict=True) if shard < 0]:
-            raise KeyError(lost[0])
-        return torch.stack(
-            [
-                self._shards[shard].read(row)
-                for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
-            ]
-        )
+        for key, shard, row in zip(keys, shards.tolist(), rows.tolist(), strict=True):
+            if shard < 0:
+                raise KeyError(key)
+            yield self._shards[shard], row
 
     def fill(self, images: Mapping[str, Path]) -> list[Rejection]:
         """Encode the images that are missing; images that others encode are waited for.

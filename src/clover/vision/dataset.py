@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +40,38 @@ class FeatureSet:
     cache: FeatureCache
     rejected: list[Rejection]
     images: Path
+    _announced: deque[tuple[list[int], list[int]]] = field(default_factory=deque, init=False)
+    """Indices that come next, and the view of each."""
+
+    def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
+        """Say that `features` will soon be asked for these records, in this order of calls.
+
+        Args:
+            indices: The records' [B].
+            draws: A random number for each [B], which chooses its view.
+        """
+        views = [draw % self.cache.views for draw in draws]
+        self._announced.append((list(indices), views))
+        self.cache.announce([self.digests[index] for index in indices], views)
 
     def features(self, indices: Sequence[int]) -> Tensor:
         """Return tokens [B, P, E] of the records with these indices.
 
-        Where the cache holds several views, one is drawn for each record from torch's generator,
-        which training seeds and a checkpoint keeps.
+        Where the cache holds several views, one of each record: the announced one, or one drawn
+        from torch's generator.
         """
-        views = None
-        if self.cache.views > 1:
+        views = self._announced_views(list(indices))
+        if views is None and self.cache.views > 1:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
         return self.cache.get([self.digests[index] for index in indices], views)
+
+    def _announced_views(self, indices: list[int]) -> list[int] | None:
+        for place, (those, views) in enumerate(self._announced):
+            if those == indices:
+                for _ in range(place + 1):  # what was not asked for before will not be
+                    self._announced.popleft()
+                return views
+        return None
 
     def evenly(self, number: int) -> FeatureSet:
         """Return at most so many records, evenly spaced: files are often sorted by image."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}(@|$)")
 _HEX = re.compile(r"[0-9a-f]*")
 _WORDS = 1 << 64
 _LONGEST_HEADER = 1 << 20
+_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+"""What reading a damaged header or index may raise."""
 _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -69,6 +72,8 @@ class Shard:
     check: Check = "weighted64"
     _tensors: dict[str, Tensor] | None = None
     _checked: bytearray = field(default_factory=bytearray)
+    _extents: list[tuple[int, int]] | None = None
+    """Where each tensor's first row starts in the file, and bytes a row."""
 
     @property
     def index(self) -> Path:
@@ -129,6 +134,23 @@ class Shard:
             self._checked[row] = 1
         return unpack({name: tensor[row] for name, tensor in self._tensors.items()})
 
+    def announce(self, rows: Iterable[int]) -> None:
+        """Ask the system to bring these rows into memory, and do not wait for them.
+
+        Where it cannot be asked (other systems than Linux), or the file is damaged, nothing
+        happens: `read` waits, or says what is wrong.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(*_DAMAGE), self.path.open("rb") as handle:
+            if self._extents is None:
+                self._extents = _extents(handle)
+            for start, size in self._extents:
+                for row in rows:
+                    os.posix_fadvise(
+                        handle.fileno(), start + row * size, size, os.POSIX_FADV_WILLNEED
+                    )
+
     def set_aside(self) -> Path:
         """Move the file and its index into `broken/`; return where the file is now."""
         self._tensors = None
@@ -183,6 +205,18 @@ def _weighted(content: npt.NDArray[np.uint8]) -> int:
 @cache
 def _odd(count: int) -> npt.NDArray[np.uint64]:
     return np.arange(1, 2 * count, 2, dtype=np.uint64)
+
+
+def _extents(handle: BinaryIO) -> list[tuple[int, int]]:
+    """Return where each tensor's first row starts in a safetensors file, and bytes a row."""
+    length = int.from_bytes(handle.read(8), "little")
+    header = json.loads(handle.read(min(length, _LONGEST_HEADER)))
+    found = []
+    for name, row in header.items():
+        if name != "__metadata__":
+            start, end = row["data_offsets"]
+            found.append((8 + length + start, (end - start) // max(1, row["shape"][0])))
+    return found
 
 
 def _header_sum(path: Path) -> int:
@@ -296,5 +330,5 @@ def open_shard(index: Path) -> tuple[Shard, list[str]]:
             row.get("check", "crc32"),
         )
         return shard, keys
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except _DAMAGE:
         return Shard(path, 0, size=-1), []  # a size that no file has: torn
