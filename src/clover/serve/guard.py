@@ -121,7 +121,7 @@ class Guard:
         if not is_loopback(settings.host) and not settings.hosts:
             return  # reached under names we cannot know; the token is what keeps others out
         # Names have no case, and `_host_name` gives the client's in lower case.
-        own = {item.lower() for item in (settings.host.strip("[]"), *settings.hosts)}
+        own = {settings.host.strip("[]").lower(), *self._given_names()}
         if not (is_loopback(name) or name in own):
             raise Refusal(
                 403, f"this server is not '{_short(name)}'; name it with --allow-host if it is"
@@ -132,11 +132,25 @@ class Guard:
         if origin is None:
             return
         try:
-            theirs = urlsplit(origin).netloc
+            theirs = urlsplit(origin).netloc.lower()
         except ValueError:
             theirs = ""
-        if not theirs or theirs.lower() != headers.get("host", "").lower():
-            raise Refusal(403, "pages of other sites may not ask here")
+        if theirs and theirs == headers.get("host", "").lower():
+            return
+        # A reverse proxy mostly puts another Host there, or leaves out the port. Not so for this
+        # machine's own names: each of its ports may be another program's.
+        name = _host_name(theirs)
+        if name in self._given_names() and not is_loopback(name):
+            return
+        raise Refusal(
+            403,
+            f"pages of '{_short(theirs or origin)}' may not ask here; start the server with "
+            "--allow-host and that name if it is its own",
+        )
+
+    def _given_names(self) -> set[str]:
+        """Return the names given with --allow-host, in lower case."""
+        return {item.lower() for item in self._settings.hosts if item}
 
     def _check_token(self, headers: dict[str, str]) -> None:
         token = self._settings.token
