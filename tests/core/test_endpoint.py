@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,3 +131,21 @@ def test_a_pause_is_what_the_endpoint_asks_for_or_grows() -> None:
     assert 7 <= pause_s(Refused("busy", retry_after=7.0), 1, 60) <= 7.25
     assert [0.5 <= pause_s(None, 1, 60) <= 1, 2 <= pause_s(None, 3, 60) <= 4] == [True, True]
     assert pause_s(None, 30, 60) <= 60
+
+
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [
+        ("socks5://127.0.0.1:1080", "pip install socksio"),
+        ("nonsense://127.0.0.1:1080", "mend or unset the variable"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_one_line(
+    proxy: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(CloverError, match=words) as error:
+        Client("https://models.example/v1", key="k", timeout_s=1)
+    assert "nothing sent" in str(error.value) and "\n" not in str(error.value)
+    http_client("http://127.0.0.1:8000/v1")  # what is on this machine meets no proxy

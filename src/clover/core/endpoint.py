@@ -100,6 +100,9 @@ def http_client(endpoint: str, *, is_plain_local: bool = False) -> Any:
     Args:
         endpoint: Its URL.
         is_plain_local: Whether to take the quicker way to this machine, which does not stream.
+
+    Raises:
+        CloverError: the environment names a proxy that cannot be used.
     """
     from openai import DefaultAsyncHttpxClient
 
@@ -112,9 +115,20 @@ def http_client(endpoint: str, *, is_plain_local: bool = False) -> Any:
     # A proxy from the environment must not carry what was addressed to this machine; and plain
     # http needs no certificates, which take longer to load than to be used.
     is_https = endpoint.startswith("https")
-    return DefaultAsyncHttpxClient(
-        trust_env=not is_loopback(endpoint), verify=is_https, follow_redirects=False
-    )
+    try:
+        return DefaultAsyncHttpxClient(
+            trust_env=not is_loopback(endpoint), verify=is_https, follow_redirects=False
+        )
+    except ImportError as error:  # its own advice names another package than the one it imports
+        raise CloverError(
+            "the environment names a SOCKS proxy (ALL_PROXY, HTTPS_PROXY), which needs the package "
+            "socksio; pip install socksio, or unset the variable; nothing sent"
+        ) from error
+    except ValueError as error:
+        raise CloverError(
+            f"the environment names a proxy that is none (ALL_PROXY, HTTPS_PROXY, HTTP_PROXY): "
+            f"{error}; mend or unset the variable; nothing sent"
+        ) from error
 
 
 class Client:
