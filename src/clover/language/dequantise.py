@@ -8,7 +8,7 @@ way than the model learned; reading the file takes seconds each time either way.
 
 from __future__ import annotations
 
-import os
+import errno
 import re
 import shutil
 import tempfile
@@ -17,26 +17,43 @@ from typing import Any
 
 import yaml
 
-from clover.core.assets import home
+from clover.core.assets import home, remembered_sha256
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, sha256_file, umask, write_json
+from clover.core.files import atomic_path, umask, write_json
 
 _NAMES = Path(__file__).with_name("gguf_names.yaml")
 _FORM = "1"
 """Changes when the written folder changes, so that an old cache is a miss."""
 
 
+def dequantised_path(sha256: str) -> Path:
+    """Return where the folder of the GGUF file with this SHA-256, in hex, lies or will lie."""
+    return home() / "dequantised" / f"{sha256[:32]}-{_FORM}"
+
+
+def is_dequantised(sha256: str) -> bool:
+    """Return whether that folder is there: then nothing is left to be written."""
+    return (dequantised_path(sha256) / "config.json").exists()
+
+
 def dequantised_folder(path: Path) -> Path:
     """Return the folder of a GGUF file in transformers' form, making it when it is absent.
 
+    Where it is there, nothing is written: a cache may be read-only once `clover fetch` filled it.
+
     Raises:
-        CloverError: the file is not GGUF, or its architecture or tokenizer is not known here.
+        CloverError: the file is not GGUF, its architecture or tokenizer is not known here, or the
+            folder is absent and cannot be written.
     """
-    folder = home() / "dequantised" / f"{_fingerprint(path)}-{_FORM}"
-    if (folder / "config.json").exists():
+    (sha256,) = remembered_sha256(path)
+    folder = dequantised_path(sha256)
+    if is_dequantised(sha256):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     try:
         _write_folder(path, partial)
         # As any new folder: a server's user is mostly another one.
@@ -48,29 +65,20 @@ def dequantised_folder(path: Path) -> Path:
             if not (folder / "config.json").exists():
                 raise
     except OSError as error:
-        raise CloverError(
-            f"cannot write {folder}: {error.strerror or error}; "
-            "free some space and run the same command again"
-        ) from error
+        raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _fingerprint(path: Path) -> str:
-    """Return the start of a file's SHA-256, remembered while size and time stay the same."""
-    state = os.stat(path)
-    stamp = f"{state.st_size} {state.st_mtime_ns}"
-    note = home() / "dequantised" / f"{path.name}.{state.st_size}.sha256"
-    if note.exists():
-        known, _, digest = note.read_text(encoding="utf-8").partition("\n")
-        if known == stamp and digest:
-            return digest
-    digest = sha256_file(path)[:32]
-    from clover.core.files import write_text
-
-    write_text(note, f"{stamp}\n{digest}")
-    return digest
+def _cannot_write(folder: Path, error: OSError) -> CloverError:
+    remedy = "free some space and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = (
+            "the language model is unpacked there once: run `clover fetch RECIPE` as somebody who "
+            "may write there, or set CLOVER_HOME to a folder that you may write to"
+        )
+    return CloverError(f"cannot write {folder}: {error.strerror or error}; {remedy}")
 
 
 def _write_folder(path: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from clover.core.assets import expanded
 from clover.core.errors import CloverError, nearest
 from clover.core.files import atomic_path, write_json
 from clover.serve.slide_ask import View, open_for
@@ -102,7 +103,7 @@ class Conversation:
         name = path.strip().strip("'\"")
         if not name:
             raise CloverError("/image wants a path, for instance /image slide-17.png")
-        file, region = split_reference(Path(name).expanduser())
+        file, region = split_reference(expanded(name))
         if region is not None:
             self._look_at_region(file, region)
         elif is_whole_slide(file):
@@ -156,7 +157,7 @@ class Conversation:
             return True
         if line.startswith("/") and not (self.image is None and Path(line).is_file()):
             return self._command(line)
-        if self.image is None and self.file is not None and not Path(line).expanduser().is_file():
+        if self.image is None and self.file is not None and not expanded(line).is_file():
             raise CloverError(
                 f"{self.file} is a whole slide; name a field of it first, for instance "
                 "/region 1200,800,180,180"
@@ -219,7 +220,7 @@ class Conversation:
 
         if not self.turns or self._features is None or self._picture is None:
             raise CloverError("/why wants a question first; ask one, then /why")
-        path = Path(name or "why.png").expanduser()
+        path = expanded(name or "why.png")
         if path.suffix.lower() != ".png":
             raise CloverError(f"/why writes a PNG; name it for instance {path.stem}.png")
         last = self.turns[-1]
@@ -240,7 +241,7 @@ class Conversation:
 
         if not name:
             raise CloverError("/save wants a file, for instance /save conversation.json")
-        path = Path(name).expanduser()
+        path = expanded(name)
         content = {
             "model": self.model.name,
             "notice": NOTICE,

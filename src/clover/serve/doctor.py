@@ -17,6 +17,7 @@ from clover.core.assets import home, is_offline, parse
 from clover.core.config import load_recipe
 from clover.core.errors import CloverError
 from clover.core.run import num_processors
+from clover.language.dequantise import is_dequantised
 from clover.serve.fetch import asset_references
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def examine() -> dict[str, Any]:
         "models": _models(missing),
     }
     to_come = any(state != "in the cache" for state in found["models"].values())
+    if (trouble := _home_trouble(to_come=to_come)) is not None:
+        missing.append(trouble)
     for path, wanted, remedy in (
         (home(), _MODELS_GIB if to_come else 0.0, "free some, or set CLOVER_HOME to another disk"),
         (Path.cwd(), _RUN_GIB, "free some, or run `clover demo --out DIR` on another disk"),
@@ -99,9 +102,33 @@ def _memory_gib() -> float | None:
 
 def _free_disk(path: Path) -> int:
     """Return free bytes where `path` lies or will lie."""
+    return shutil.disk_usage(_lying(path)).free
+
+
+def _lying(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that is there."""
+    path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
+
+
+def _home_trouble(*, to_come: bool) -> str | None:
+    """Return what is wrong with `CLOVER_HOME`; None if nothing is.
+
+    Args:
+        to_come: Whether something is still to be fetched or unpacked there.
+    """
+    lying = _lying(home())
+    if not lying.is_dir():
+        return f"CLOVER_HOME is {home()}, and {lying} is no folder; set it to a folder"
+    if to_come and not os.access(lying, os.W_OK | os.X_OK):
+        return (
+            f"CLOVER_HOME is {home()}, which does not hold all models unpacked and cannot be "
+            "written; run `clover fetch phantom` as somebody who may write there, or set it to "
+            "another folder"
+        )
+    return None
 
 
 def _models(missing: list[str]) -> dict[str, str]:
@@ -111,7 +138,8 @@ def _models(missing: list[str]) -> dict[str, str]:
         asset = parse(reference)
         wheel = asset.name.replace("-", "_")
         if asset.path.exists():
-            states[field] = "in the cache"
+            is_packed = asset.path.suffix == ".gguf" and not is_dequantised(str(asset.sha256))
+            states[field] = "in the cache, to be unpacked" if is_packed else "in the cache"
         elif any((home() / "wheels").glob(f"{wheel}-{asset.version}-*.whl")):
             states[field] = "in a wheel in the cache"
         elif not is_offline():

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from clover.core.assets import check_hash, home, parse, resolve
+from clover.core.assets import check_hash, expanded, home, parse, resolve
 from clover.core.config import ASSETS, EncoderConfig, Recipe, load_recipe, lock_of
 from clover.core.errors import CloverError
 from clover.core.lock import Lock, changed_files, entry, read_lock, write_lock
+from clover.language.dequantise import dequantised_folder
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,17 @@ def lock(recipe: str, loaded: Recipe, references: dict[str, str]) -> Path | None
     help="Use this folder as CLOVER_HOME.",
 )
 def fetch(recipe: str, to: Path | None) -> None:
-    """Bring every file that RECIPE names into the cache and check its SHA-256.
+    """Bring every file that RECIPE names into the cache, check its SHA-256, and unpack it.
 
     For a closed network: run it where there is a network, carry the folder over, and set
-    CLOVER_HOME and CLOVER_OFFLINE=1 there. Files that lie there already are only checked.
+    CLOVER_HOME and CLOVER_OFFLINE=1 there. Files that lie there already are only checked. The
+    folder may then be read-only: using the models writes nothing.
 
     What RECIPE does not pin itself is locked: RECIPE.lock.json says which commit of a hub was
     fetched and the SHA-256 of each file; every verb keeps to it until you delete the lock.
     """
     if to is not None:
-        os.environ["CLOVER_HOME"] = str(to.expanduser().resolve())
+        os.environ["CLOVER_HOME"] = str(expanded(to).resolve())
     loaded = load_recipe(recipe)
     references = asset_references(loaded)
     files = [fetch_file(field, reference) for field, reference in references.items()]
@@ -143,8 +146,13 @@ def fetch(recipe: str, to: Path | None) -> None:
         )
     if (path := lock(recipe, loaded, references)) is not None:
         click.echo(f"Locked: {path}")
-    verb = "demo" if loaded.phantom is not None else f"align --recipe {recipe}"
-    click.echo(f"Offline: CLOVER_HOME={home()} CLOVER_OFFLINE=1 clover {verb}")
+    for item in files:
+        if item.field == "language.weights" and item.path.suffix.lower() == ".gguf":
+            # Now, and not when it is first asked: the cache may be read-only by then.
+            click.echo(f"Unpacked: {dequantised_folder(item.path)}")
+    verb = ["demo"] if loaded.phantom is not None else ["align", "--recipe", recipe]
+    where = shlex.quote(str(home()))
+    click.echo(f"Offline: CLOVER_HOME={where} CLOVER_OFFLINE=1 {shlex.join(['clover', *verb])}")
 
 
 def _show(files: list[FetchedFile]) -> None:

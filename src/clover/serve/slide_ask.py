@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from clover.core.assets import expanded
 from clover.core.errors import CloverError
 
 if TYPE_CHECKING:
@@ -155,9 +156,9 @@ def check_conversation(config: dict[str, Any], image: str, mpp: str | None) -> N
     from clover.slides.picture import is_whole_slide
     from clover.slides.region import split_reference
 
-    file, region = split_reference(Path(image).expanduser())
+    file, region = split_reference(expanded(image))
     if region is not None:
-        look_at_region(config, Path(image).expanduser(), None, mpp)
+        look_at_region(config, expanded(image), None, mpp)
     elif is_whole_slide(file):
         stated_resolution(config)
         with open_for(file, mpp) as slide:
