@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Both libraries print advice to stderr that is no business of a CLOVER user's.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _say_what_can_be_said()
     try:
         code = cli.main(args=arguments, prog_name="clover", standalone_mode=False)
     except (CloverError, click.ClickException) as error:
@@ -94,6 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"clover: {refusal}", err=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_what_can_be_said() -> None:
+    """Let a sign that the output's encoding lacks become a question mark, not the command's end.
+
+    Redirected output is cp1252 on Windows and whatever the locale says elsewhere: neither has all
+    of "→", "≥" and what a model may answer.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _refusal(error: OSError) -> str | None:

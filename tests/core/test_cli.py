@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from clover.cli import VERBS, main
+from clover.demo import table
+from tiny import Tiny
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,3 +77,56 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert not stop.value.code and "clover" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_output_to_a_narrow_encoding_goes_on_with_question_marks(encoding: str) -> None:
+    code = (
+        "import click, clover.cli as cli\n"
+        "@click.command()\n"
+        "def say():\n    click.echo('a ≥ b → c')\n    click.echo('d ≥ e', err=True)\n"
+        "cli.LazyGroup.get_command = lambda *_: say\n"
+        "cli.main(['say'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"a ? b ? c") and done.stderr.startswith(b"d ? e")
+
+
+def test_commands_to_be_typed_next_are_quoted(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(*arguments: str | Path) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([str(item) for item in arguments])
+        captured = capsys.readouterr()
+        assert not stop.value.code, captured.err
+        return captured.out
+
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path / "a home"))
+    recipe, aligned, model = tmp_path / "my own.yaml", tmp_path / "r un", tmp_path / "m odel"
+    recipe.write_text(tiny.recipe.to_yaml())
+    short = ("--recipe", recipe, "--features", tiny.folder / "cache")
+    steps = [f"--set={stage}.steps=1" for stage in ("align", "tune")]
+    steps += [f"--set={stage}.warmup_steps=0" for stage in ("align", "tune")]
+    out = said("align", *short, *steps, "--data", tiny.captions, "--out", aligned)
+    command = ["clover", "tune", "--recipe", str(recipe), "--from", str(aligned)]
+    assert shlex.split(out.partition("next: ")[2]) == command
+    out = said("tune", *short, *steps, "--data", tiny.instructions, "--out", model)
+    assert shlex.split(out.partition("next: ")[2])[:3] == ["clover", "ask", str(model)]
+    out = said("fetch", recipe)
+    command = [f"CLOVER_HOME={tmp_path / 'a home'}", "CLOVER_OFFLINE=1", "clover", "align"]
+    assert shlex.split(out.partition("Offline: ")[2]) == [*command, "--recipe", str(recipe)]
+    monkeypatch.setattr(table, "evaluation_lines", lambda _: [])
+    demo = tmp_path / "a demo"
+    *_, line = table.demo_table({"seconds": 1, "dollars": 0}, demo)
+    image = demo / "phantom-validation" / "images" / "00000.png"
+    assert shlex.split(line) == ["clover", "chat", str(demo / "model"), str(image)]

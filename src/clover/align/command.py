@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -76,4 +77,5 @@ def align(recipe_name: str, settings: tuple[str, ...], out: Path, **options: Any
     if result.scores is not None:
         for name, value in result.scores.row().items():
             click.echo(f"  {name:<24} {value:g}")
-    click.echo(f"{result.weights}; next: clover tune --recipe {recipe_name} --from {out}")
+    command = shlex.join(["clover", "tune", "--recipe", recipe_name, "--from", str(out)])
+    click.echo(f"{result.weights}; next: {command}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def convert(source: Path, target: Path, to: str, no_check: bool, **options: Any)
     for item in done.lacking:
         click.echo(f"  not yet a model: it lacks {item}")
     if to == "clover" and not done.lacking:
-        click.echo(f'  a model: clover ask {target} image.png "Is there necrosis?"')
+        model = shlex.quote(str(target))
+        click.echo(f'  a model: clover ask {model} image.png "Is there necrosis?"')
     if done.parity is None:
         return
     click.echo(f"  equal bit by bit: {done.parity.num_equal} of {done.parity.num_shared} tensors")

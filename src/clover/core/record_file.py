@@ -13,6 +13,7 @@ import array
 import bisect
 import itertools
 import json
+import shlex
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -312,7 +313,7 @@ def _numbered_rows(file: Path) -> Iterator[tuple[int, Any]]:
 def _more_than_json(path: Path, error: TypeError) -> CloverError:
     return CloverError(
         f"{path} holds more than text and numbers ({error}); write its images out first: "
-        f"clover data import records {path} --out F"
+        f"clover data import records {shlex.quote(str(path))} --out F"
     )
 
 
@@ -356,7 +357,8 @@ def _as_lines(path: Path, folder: Path | None) -> Path:
     """
     if folder is None:
         raise CloverError(
-            f"{path} is Parquet; write records first: clover data import records {path} --out F"
+            f"{path} is Parquet; write records first: "
+            f"clover data import records {shlex.quote(str(path))} --out F"
         )
     found = path.stat()
     key = fingerprint([str(path.absolute()), found.st_size, found.st_mtime_ns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,5 +20,5 @@ def demo_table(scores: dict[str, Any], out: Path) -> list[str]:
         "Research use only, not for diagnosis.",
         "",
         "Talk to it:",
-        f"  clover chat {out / 'model'} {image}",
+        "  " + shlex.join(["clover", "chat", str(out / "model"), str(image)]),
     ]

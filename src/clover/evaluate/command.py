@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ def evaluate(model: Path | None, data: Path, out: Path, **options: Any) -> None:
     else:
         scores = _endpoint_scores(data, out, options)
     if scores is None:
-        click.echo(f"{out / 'predictions.jsonl'}; next: clover score {out / 'predictions.jsonl'}")
+        written = out / "predictions.jsonl"
+        click.echo(f"{written}; next: clover score {shlex.quote(str(written))}")
         return
     if options["as_json"]:
         click.echo(json.dumps(scores, ensure_ascii=False))

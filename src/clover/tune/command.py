@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
         return
     if result.kept is not None:
         click.echo(result.kept)
-    click.echo(f'{out}/; next: clover ask {out} IMAGE "What tissue is this?"')
+    model = shlex.quote(str(out))
+    click.echo(f'{out}/; next: clover ask {model} IMAGE "What tissue is this?"')
 
 
 def _few_shot(out: Path, options: dict[str, Any]) -> None:
