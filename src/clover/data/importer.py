@@ -20,7 +20,7 @@ from clover.core.files import atomic_path, write_jsonl
 from clover.core.known import Census
 from clover.core.record import Needs, Record, Rejection, read_row
 from clover.core.terminal import progress
-from clover.data.images import ImageFinder, Tally
+from clover.data.images import Ambiguous, ImageFinder, Tally
 from clover.data.lines import Line, read_lines
 from clover.data.source import AUTO, READERS, check_name, recognise
 from clover.data.source.base import Options, Subset
@@ -94,11 +94,17 @@ def import_file(
         raise CloverError(f"{path} holds no row")
     name = recognise(first) if source == AUTO else source
     roots = images or [path if path.is_dir() else path.parent]
-    run = _Import(name, Summary(name, out), ImageFinder(roots, out=out))
+    finder = ImageFinder(roots, out=out)
     try:
+        run = _Import(name, Summary(name, out), finder)
         run.write(itertools.chain([first], lines), options or Options())
+        if finder.num_contested:
+            # Once more, now that it is known which pictures two names claim: rare.
+            finder.num_broken = 0
+            run = _Import(name, Summary(name, out), finder)
+            run.write(read_lines(path), options or Options())
     finally:
-        run.finder.close()
+        finder.close()
     return run.summary
 
 
@@ -142,21 +148,23 @@ class _Import:
 
     def _record(self, line: Line) -> Record | Rejection:
         row = line.row
-        kept = None
+        kept: str | Ambiguous | None = None
         if isinstance(row, dict):
             row = {key: value for key, value in row.items() if value is not None}
             if isinstance(row.get("image"), dict):
                 cell = row.pop("image")
                 kept = self.finder.keep(cell)
-                row["image"] = kept or cell.get("path") or ""
+                row["image"] = kept if isinstance(kept, str) else cell.get("path") or ""
         item = read_row(line.path, line.number, row, _NEEDS.get(self.name, "question"))
         if isinstance(item, Rejection):
             return item
         if item.caption is None and item.question is None:
             return Rejection(str(line.path), line.number, "no caption and no question", item.row())
-        return self._placed(item, kept)
+        return self._placed(item, line, kept)
 
-    def _placed(self, record: Record, kept: str | None) -> Record:
+    def _placed(
+        self, record: Record, line: Line, kept: str | Ambiguous | None
+    ) -> Record | Rejection:
         """Return a record whose image is named from the written file's folder, if it is there."""
         if record.image is None:
             return record
@@ -164,5 +172,8 @@ class _Import:
         found = kept or self.finder.find(record.image, record.split)
         if found is None:
             return record
+        if isinstance(found, Ambiguous):
+            content = {**record.row(), "could_be": found.places}
+            return Rejection(str(line.path), line.number, "ambiguous image name", content)
         self.summary.present.is_new(record.image)
         return record.model_copy(update={"image": found})
