@@ -47,6 +47,106 @@ def test_every_form_with_every_line_end_gives_the_same_records(
     assert [record.row() for record in found.records] == rows and found.rejected == []
 
 
+def as_table(rows: list[list[str]], separator: str) -> str:
+    return "".join(separator.join(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "cp1252"])
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "json"])
+def test_every_form_in_every_usual_encoding_gives_the_same_letters(
+    tmp_path: Path, form: str, encoding: str
+) -> None:
+    rows = [{"id": str(n), "caption": f"naïve Übergänge – 40× {n}"} for n in range(3)]
+    if form in ("csv", "tsv"):
+        text = as_table(
+            [["id", "caption"], *(list(row.values()) for row in rows)], ",\t"[form > "d"]
+        )
+    else:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        text = "\n".join(lines) if form == "jsonl" else f"[{', '.join(lines)}]"
+    path = tmp_path / f"t.{form}"
+    path.write_bytes(text.encode(encoding))
+    assert [record.row() for record in read_records(path, needs="caption").records] == rows
+
+
+def test_one_wrong_byte_changes_no_other_letter(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes("caption\nnaïve – \n".encode() + "größer\n".encode("cp1252"))
+    assert [r.caption for r in read_records(path).records] == ["naïve – ", "größer"]
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_is_cut_at_the_sign_its_header_has(
+    tmp_path: Path, ending: str, separator: str, end: str
+) -> None:
+    rows = [["ID ", " Image", "CAPTION", "Site"], ["1", "a.png", f'"fat{separator} bone"', "skin"]]
+    path = tmp_path / f"t.{ending}"
+    path.write_bytes(as_table(rows, separator).replace("\n", end).encode())
+    (record,) = read_records(path, needs="caption").records
+    caption = f"fat{separator} bone"
+    assert record.row() == {"id": "1", "image": "a.png", "caption": caption, "Site": "skin"}
+
+
+def test_a_row_with_more_cells_than_its_header_is_set_aside_whole(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("image,caption\na.png,liver, with necrosis\nb.png,fat,, \n\nc.png\n")
+    found = read_records(path)
+    assert [record.row() for record in found.records] == [
+        {"id": "t-3", "image": "b.png", "caption": "fat"},  # a spreadsheet's empty cells
+        {"id": "t-4", "image": "c.png"},
+    ]
+    (row,) = found.rejected
+    assert (row.line, row.content) == (2, ["a.png", "liver", " with necrosis"])
+    assert row.reason == "more cells than the header: quote texts that hold commas"
+    path.write_text("image,caption\na.png,liver, with necrosis\n")
+    with pytest.raises(CloverError, match="no usable record: 1 more cells than the header"):
+        read_records(path, needs="caption")
+
+
+@pytest.mark.parametrize(
+    ("row", "caption", "answer", "group"),
+    [
+        ({"Caption": "ours", "text": "theirs"}, "ours", None, None),
+        ({"Text": "theirs", "Label": 3, "Group": 7}, "theirs", None, None),
+        ({"A": "Bone", "B": "Fat", "Answer": "Fat"}, None, "Fat", None),
+        ({"A": "Bone", "B": "Fat"}, None, None, None),  # choices
+        ({"a": "Fat", "GROUP": "case 7"}, None, "Fat", "case 7"),
+    ],
+)
+def test_columns_in_capitals_are_ours_where_they_hold_text(
+    row: dict[str, object],
+    caption: str | None,
+    answer: str | None,
+    group: str | None,
+    tmp_path: Path,
+) -> None:
+    (record,) = read_records(write_rows(tmp_path / "t.jsonl", [row])).records
+    assert (record.caption, record.answer, record.group) == (caption, answer, group)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("t.parquet", r"a '\.parquet' file; here one file is read .* clover data import records"),
+        ("t.csv.gz", r"a '\.gz' file; here one file is read .* clover data import records"),
+        ("t.xlsx", r"no reader for '\.xlsx'; known: \.jsonl, .*\.csv, \.tsv$"),
+        ("folder", r"is a folder; here one file is read .* clover data import records"),
+    ],
+)
+def test_what_cannot_be_read_here_is_named_with_what_can(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    if name == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CloverError, match=words) as said:
+        read_records(tmp_path / name, needs="caption")
+    assert "\n" not in str(said.value)
+
+
 def test_other_peoples_column_names_are_understood_and_further_ones_kept(tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "vqa.jsonl",
@@ -153,3 +253,8 @@ def test_a_record_without_an_image_says_so(tmp_path: Path) -> None:
     assert image_path(Record(id="1", image="a.png"), tmp_path) == tmp_path / "a.png"
     with pytest.raises(CloverError, match="record 1 names no image"):
         image_path(Record(id="1"), tmp_path)
+
+
+def test_lines_under_any_other_name_are_read(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "captions.out", [{"id": "1", "caption": "fat"}])
+    assert read_records(path, needs="caption").records[0].caption == "fat"

@@ -52,6 +52,11 @@ CHANGES: list[dict[str, Any]] = [
     {"caption": "half a sign: \ud83d"},
     {"id": "twice"},
     {"id": "twice", "caption": "another"},
+    {"caption": None, "Caption": "Fat", "Magnification": 3},
+    {"answer": "some", "answer_type": None, "Answer_Type": "CLOSED"},
+    {"Group": 3, "GROUP": "case", "Label": 4},
+    {"answer": None, "label": 3},
+    {"caption": "Größe", "site": "in Windows-1252"},
 ]
 RAW = ["", "   ", "null", "[1, 2]", '{"id": 1, "torn', '"text"', '{"id": "x"} trailing', "nan"]
 
@@ -66,7 +71,11 @@ def write(path: Path, *, seed: int, num_lines: int) -> Path:
             row = {"id": f"r{number}", **GOOD, **draw.choice(CHANGES)}
             lines.append(json.dumps(row, ensure_ascii=draw.random() < 0.5 or "half" in str(row)))
     text = draw.choice(["\n", "\r\n"]).join(lines) + draw.choice(["", "\n"])
-    path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
+    data = b"".join(
+        line.encode("cp1252" if "Windows" in line and "ö" in line else "utf-8")
+        for line in text.splitlines(keepends=True)
+    )
+    path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + data)
     return path
 
 
@@ -90,6 +99,26 @@ def test_messy_lines_give_the_same_records_and_the_same_rejections(
         assert [value for (value,) in columns(records, name)] == wanted
     assert list(columns(records, "answer", "id")) == list(columns(expected.records, "answer", "id"))
     assert len(rejected) == len(expected.rejected)
+
+
+def test_windows_1252_is_read_at_its_places(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "image": "a.png", "caption": f"Größe – {n}"} for n in range(4)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path = tmp_path / "c.jsonl"
+    path.write_bytes("".join(lines[:2]).encode("cp1252") + "".join(lines[2:]).encode())
+    records, rejected = open_records(path, needs="caption")
+    assert [records[n].row() for n in (3, 0, 2, 1)] == [rows[n] for n in (3, 0, 2, 1)]
+    assert [text for (text,) in columns(records, "caption")] == [row["caption"] for row in rows]
+    assert rejected == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_lines_without_places_of_their_own_are_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes((json.dumps({"id": "1", **GOOD}) + "\n").encode(encoding))
+    for read in (open_records, lambda file: list(stream_records(file))):
+        with pytest.raises(CloverError, match=r"is UTF-.*save it as UTF-8: clover data import"):
+            read(path)
 
 
 def test_a_folder_of_shards_is_one_set_and_an_id_of_two_shards_is_given_once(

@@ -80,6 +80,34 @@ def test_coverage_broken_and_duplicate_images_are_counted_and_listed(folder: Pat
     assert [row["line"] for row in rows_of(out) if row["reason"] == "missing image"] == [8]
 
 
+def test_what_a_table_lacks_is_said_with_the_nearest_column(folder: Path) -> None:
+    path = folder / "t.csv"
+    path.write_text("filename;captoin\n0.png;fat\n1.png;bone\n")
+    lines = check_file(path).lines()
+    assert lines[0] == "2 of 2 images present; 2 pairs of 2 records"
+    assert lines[1] == "nothing to train on: neither a caption nor a question with its answer"
+    assert "no 'caption' column (found: image, captoin); did you mean 'captoin'?" in lines[2]
+    path.write_text("picture;Caption\n0.png;fat\n")
+    lines = check_file(path).lines()
+    assert lines[1].startswith("no images: no 'image' column (found: caption, picture)")
+    path.write_text("Image;Question;Answer\n0.png;Fat?;yes\n")
+    assert not any("nothing" in line or "column" in line for line in check_file(path).lines())
+    path.write_text("bild;befund\n0.png;fat\n")
+    with pytest.raises(CloverError, match=r"no column that is known \(found: bild, befund\)"):
+        check_file(path)
+
+
+def test_windows_paths_and_windows_letters_are_told(folder: Path) -> None:
+    (folder / "img").mkdir()
+    (folder / "0.png").rename(folder / "img" / "0.png")
+    path = folder / "t.csv"
+    path.write_bytes("image,caption\nimg\\0.png,größer\nimg\\9.png,fat\n".encode("cp1252"))
+    lines = check_file(path).lines()
+    assert lines[:2] == ["0 of 2 images present; 0 pairs of 2 records", "2 missing images"]
+    assert lines[2].startswith("1 of the missing are there with / for \\: clover data import")
+    assert "1 lines are not UTF-8 and were read as Windows-1252 (first: t.csv line 2)" in lines[3]
+
+
 def test_balance_licences_and_straddling_groups(folder: Path) -> None:
     answers = ["yes", "Yes.", "no", "it is"]
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import pickle
@@ -222,6 +223,40 @@ def test_plain_tables_say_the_same_in_every_form(tmp_path: Path) -> None:
     assert all(other == found[0] for other in found)
 
 
+def test_a_cut_text_is_set_aside_and_does_not_hide_the_form(tmp_path: Path) -> None:
+    path = tmp_path / "test_2.csv"
+    path.write_text(
+        "Figure_path,Question,Answer,Choice A,Choice B\n"
+        "a.jpg,What, if any, is it?,A,Skin,Bone\n"
+        "a.jpg,What is it?,B,Skin,Bone\n"
+    )
+    summary = import_file("auto", path, out=tmp_path / "out.jsonl")
+    assert summary.source == "pmc-vqa" and [r["answer"] for r in read(tmp_path / "out.jsonl")] == [
+        "Bone"
+    ]
+    assert summary.rejected == {"more cells than the header: quote texts that hold commas": 1}
+    (aside,) = read(tmp_path / "out.jsonl.rejected.jsonl")
+    assert aside["line"] == 2 and aside["content"][1:3] == ["What", " if any"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp1252"])
+def test_no_letter_is_lost_in_any_usual_encoding(
+    encoding: str, ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"t{ending}"
+    data = "image;caption\na.png;naïve Übergänge – 40×\nb.png;fat\n".encode(encoding)
+    path.write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    summary = import_file("auto", path, out=tmp_path / "out.jsonl")
+    assert read(tmp_path / "out.jsonl")[0]["caption"] == "naïve Übergänge – 40×"
+    said = [line for line in summary.lines() if "not UTF-8" in line]
+    assert len(said) == (encoding == "cp1252")
+    for line in said:
+        assert line.startswith(
+            f"1 lines are not UTF-8 and were read as Windows-1252 (first: t{ending}"
+        )
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("ran",)
@@ -273,6 +308,7 @@ MISTAKES: list[tuple[str, bytes, list[str], str]] = [
     ("t.csv", b"image,caption\na,b\n", ["records", "--out", "o.csv"], "call --out o.jsonl"),
     ("t.csv", b"image,caption\n", ["auto"], "holds no row"),
     ("t.csv", b"image,caption\na,\n", ["auto"], "no usable record (records): 1 no caption"),
+    ("t.csv", b"image,captoin\na,b\n", ["auto"], "(found: image, captoin); did you mean 'captoin'"),
     ("t.csv", b"image,caption\na,b\n", ["auto", "--subset", "captoin"], "did you mean 'caption'?"),
     ("t.csv", b"image,caption\na,b\n", ["auto", "--images", "none.zip"], "no folder or zip file"),
     ("t.csv", b"image,caption\na,b\n", ["auto", "--images", "t.csv"], "neither a folder nor"),

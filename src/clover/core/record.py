@@ -7,11 +7,11 @@ column is kept.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from clover.core.errors import CloverError, nearest
 from clover.core.files import write_jsonl
 from clover.core.run import uncollected
+from clover.core.table import Misfit, table_rows
+from clover.core.text_file import open_text
 
 AnswerType = Literal["open", "closed"]
 Needs = Literal["caption", "question", "any"]
 
-# What other people call our columns. The first that is present is taken.
+# What other people call our columns, in small letters or large. The first that is present is taken.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "id": ("question_id", "qid", "uuid"),
     "image": ("image_path", "path", "img", "file", "filename", "file_name", "image_file"),
@@ -33,6 +35,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "answer": ("a", "label", "response", "output"),
     "licence": ("license",),
 }
+_LINES = (".jsonl", ".ndjson", "")
+_READ_HERE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_IMPORTED = (".parquet", ".gz", ".pkl", ".pickle")
+"""What only `clover data import` reads in any place."""
 
 
 class Record(BaseModel):
@@ -70,6 +76,9 @@ class Record(BaseModel):
     def row(self) -> dict[str, Any]:
         """Return the JSON-able form, without empty fields."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+NAMES = frozenset((*Record.model_fields, *(name for names in SYNONYMS.values() for name in names)))
 
 
 @dataclass(frozen=True)
@@ -120,38 +129,84 @@ class RecordSet:
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, parsed row or an exception's text) from a JSONL, JSON or CSV file."""
+    kind = path.suffix.lower()
+    is_unknown = kind not in (*_LINES, *_READ_HERE) and path.exists()
+    if path.is_dir() or (is_unknown and not _begins_as_lines(path)):
+        raise _no_reader(path)
     try:
-        if path.suffix.lower() in {".csv", ".tsv"}:
-            csv.field_size_limit(1 << 30)
-            with path.open(encoding="utf-8-sig", newline="", errors="replace") as handle:
-                delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-                for line, row in enumerate(csv.DictReader(handle, delimiter=delimiter), start=2):
-                    yield line, {key: value for key, value in row.items() if key}
-        elif path.suffix.lower() == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if kind in {".csv", ".tsv"}:
+            yield from table_rows(path)
+        elif kind == ".json":
+            with open_text(path) as handle:
+                rows = json.load(handle)
             if not isinstance(rows, list):
                 raise CloverError(f"{path} is not a JSON list of records; use .jsonl or a list")
             yield from enumerate(rows, start=1)
         else:
-            with path.open(encoding="utf-8-sig", errors="replace") as handle:
+            with open_text(path) as handle:
                 for line, text in enumerate(handle, start=1):
                     if text.strip():
                         try:
                             yield line, json.loads(text)
                         except json.JSONDecodeError:
                             yield line, text[:200]
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise CloverError(f"no file {path}") from error
     except json.JSONDecodeError as error:
         raise CloverError(f"{path} is not JSON: {error}") from error
 
 
+def _begins_as_lines(path: Path) -> bool:
+    """Return whether a file of another ending holds JSON Lines, or nothing, as far as one sees."""
+    with path.open("rb") as handle:
+        start = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1] in (b"{", b"")
+
+
+def _no_reader(path: Path) -> CloverError:
+    known = ", ".join(_READ_HERE)
+    if not path.is_dir() and path.suffix.lower() not in _IMPORTED:
+        return CloverError(f"{path}: no reader for '{path.suffix}'; known: {known}")
+    what = "a folder" if path.is_dir() else f"a '{path.suffix}' file"
+    return CloverError(
+        f"{path} is {what}; here one file is read ({known}): "
+        f"clover data import records {path} --out F.jsonl"
+    )
+
+
+@lru_cache(maxsize=256)
+def _stand_ins(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return which columns of a row may hold each of ours, the first choice first."""
+    found = {
+        ours: tuple(
+            column
+            for name in (ours, *SYNONYMS.get(ours, ()))
+            for column in columns
+            if column != ours
+            and isinstance(column, str)
+            # A lone A is a choice of four, not an answer.
+            and (column == name or (len(name) > 1 and column.lower() == name))
+        )
+        for ours in Record.model_fields
+    }
+    return {ours: others for ours, others in found.items() if others}
+
+
+def holds_other_case(columns: Iterable[str]) -> bool:
+    """Return whether a column is one of ours, or a usual one, but for its capital letters."""
+    return any(column not in NAMES and column.lower() in NAMES for column in columns)
+
+
 def _rename(row: dict[str, Any]) -> dict[str, Any]:
-    for ours, others in SYNONYMS.items():
+    for ours, others in _stand_ins(tuple(row)).items():
         if row.get(ours) in (None, ""):
-            found = next((other for other in others if row.get(other) not in (None, "")), None)
-            if found is not None:
-                row[ours] = row.pop(found)
+            for other in others:
+                value = row.get(other)
+                # Group: 3 in capitals is somebody's own column, not our text.
+                is_ours = other in NAMES or ours == "id" or isinstance(value, str)
+                if value not in (None, "") and is_ours:
+                    row[ours] = row.pop(other)
+                    break
     return {key: value for key, value in row.items() if value is not None and value != ""}
 
 
@@ -181,19 +236,24 @@ def check_columns(path: Path, columns: Sequence[str], needs: Needs) -> None:
     Raises:
         CloverError: with the nearest of those it has.
     """
-    if needs == "any":
-        return
-    wanted = ("caption",) if needs == "caption" else ("question", "answer")
+    wanted = {"any": (), "caption": ("caption",), "question": ("question", "answer")}[needs]
     for name in wanted:
-        if name not in columns and not any(other in columns for other in SYNONYMS[name]):
+        if missing := lacking(columns, name):
             if not columns:
                 is_empty = not path.stat().st_size
                 what = "the file is empty" if is_empty else "no row stands below its header"
                 raise CloverError(f"{path} has no '{name}' column: {what}")
-            hint = nearest(name, columns)
-            if "did you mean" not in hint:
-                hint = f"; call it one of {', '.join((name, *SYNONYMS[name]))}"
-            raise CloverError(f"{path} has no '{name}' column (found: {', '.join(columns)}){hint}")
+            raise CloverError(f"{path} has {missing}")
+
+
+def lacking(columns: Sequence[str], name: str) -> str | None:
+    """Return ``no 'caption' column (found: image, captoin); did you mean 'captoin'?``, or None."""
+    if name in columns or name in _stand_ins(tuple(columns)):
+        return None
+    hint = nearest(name, columns)
+    if "did you mean" not in hint:
+        hint = f"; call it one of {', '.join((name, *SYNONYMS[name]))}"
+    return f"no '{name}' column (found: {', '.join(columns)}){hint}"
 
 
 def iterate_records(path: str | Path, *, needs: Needs = "any") -> Iterator[Record | Rejection]:
@@ -225,7 +285,8 @@ def numbered_records(path: Path, needs: Needs) -> Iterator[tuple[int, Record | R
         else:
             reasons[item.reason] += 1
         yield line, item
-    check_columns(path, list(columns), needs)
+    if columns or not reasons:
+        check_columns(path, list(columns), needs)
     if not good:
         raise no_usable_record(path, reasons)
 
@@ -248,6 +309,8 @@ def read_row(
         needs: Which columns it must fill.
         name: Names the record, with its line, when it has no id; the file's own by default.
     """
+    if isinstance(row, Misfit):
+        return Rejection(str(path), line, row.reason, row.cells)
     if not isinstance(row, dict):
         return Rejection(str(path), line, "not a JSON object", row)
     row = _rename(dict(row))

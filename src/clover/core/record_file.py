@@ -28,17 +28,20 @@ from clover.core.errors import CloverError
 from clover.core.files import fingerprint, sha256_file, write_jsonl
 from clover.core.parquet import parquet_rows
 from clover.core.record import (
+    NAMES,
     SYNONYMS,
     Needs,
     Record,
     Rejection,
     check_columns,
+    holds_other_case,
     is_unusable_closed,
     no_usable_record,
     numbered_records,
     read_records,
     read_row,
 )
+from clover.core.text_file import WINDOWS, encoding_of
 
 Integers = npt.NDArray[np.int64]
 
@@ -58,7 +61,6 @@ _READ = 1 << 18
 _FILES = 64
 """Files of a folder that are open at a time; a process may have a thousand."""
 _decode = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-_TEXTS = frozenset(Record.model_fields)
 _PLAIN = frozenset((str, type(None)))
 
 Visit = Callable[[Sequence[str | None]], None]
@@ -305,9 +307,19 @@ def _numbered_rows(file: Path) -> Iterator[tuple[int, Any]]:
             yield number, row
         return
     with file.open("rb") as handle:
+        _check_encoding(file, handle.peek(4)[:4])
         for number, line in enumerate(handle, start=1):
             if line.removeprefix(_MARK).strip():
                 yield number, _parsed(line)
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Refuse an encoding in which a line does not end at the byte of its end."""
+    if encoding := encoding_of(start):
+        raise CloverError(
+            f"{path} is {encoding.upper()}; save it as UTF-8: "
+            f"clover data import records {path} --out F.jsonl"
+        )
 
 
 def _more_than_json(path: Path, error: TypeError) -> CloverError:
@@ -402,6 +414,7 @@ class _Scan:
         starts, lines = self._starts.append, self._lines.append
         offset = self._offset
         with path.open("rb") as handle:
+            _check_encoding(path, handle.peek(4)[:4])
             for number, line in enumerate(handle, start=1):
                 start = offset
                 offset += len(line)
@@ -467,7 +480,8 @@ class _Scan:
     def finish(self, path: Path) -> None:
         """Complain where not one record was good."""
         if not self._starts:
-            check_columns(path, list(self._columns), self._needs)
+            if self._columns or not self.rejected:
+                check_columns(path, list(self._columns), self._needs)
             raise no_usable_record(path, Counter(item.reason for item in self.rejected))
 
 
@@ -484,11 +498,11 @@ def _is_among(values: Integers, known: Integers) -> npt.NDArray[np.bool_]:
 def _parsed(line: bytes) -> Any:
     """Return a line's row, or its own text where it is not JSON."""
     try:
-        text = line.removeprefix(_MARK).decode("utf-8", "replace").strip()
+        text = line.removeprefix(_MARK).decode("utf-8", WINDOWS).strip()
         row, end = _decode(text, 0)
         return row if end == len(text) else text[:200]
     except (ValueError, RecursionError, StopIteration):
-        return line.decode("utf-8", "replace")[:200]
+        return line.decode("utf-8", WINDOWS)[:200]
 
 
 def _is_plain(row: Any, needs: Needs) -> bool:
@@ -500,9 +514,11 @@ def _is_plain(row: Any, needs: Needs) -> bool:
         return False
     if not _PLAIN.issuperset(map(type, row.values())):
         for name, value in row.items():
-            if name in _TEXTS and type(value) is not str and value is not None:
+            if name in NAMES and type(value) is not str and value is not None:
                 return False
     if row.get("answer_type") not in (None, "open", "closed"):
+        return False
+    if not "".join(row).islower() and holds_other_case(row):
         return False
     return _fills(row, needs)
 

@@ -17,15 +17,19 @@ from typing import IO, Any
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
 from clover.core.known import Census
-from clover.core.record import Record, Rejection
+from clover.core.record import Record, Rejection, lacking
 from clover.core.record_file import RECORD_SUFFIXES, files_of_records, stream_records
 from clover.core.terminal import progress
+from clover.core.text_file import windows_lines
 from clover.data.images import Tally
 from clover.slides.region import slide_of
 from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look
 
 _SHOWN = 5
+_SEEN = 1000
+"""Records whose columns are noted."""
+_USED = ("image", "caption", "question", "answer")
 _NOT_HISTOLOGY = frozenset({"not_histology", "non_histology", "is_not_histology"})
 _HISTOLOGY = frozenset({"histology", "is_histology"})
 _TRUE = frozenset({"1", "1.0", "true", "yes"})
@@ -49,6 +53,14 @@ class Findings:
     """Whole images with next to no colour."""
     flagged: Counter[str] = field(default_factory=Counter)
     """Records that their table says are no histology, by its column."""
+    num_answered: int = 0
+    """Questions with an answer."""
+    columns: dict[str, None] = field(default_factory=dict)
+    """Filled in the first records, by our names where they have one."""
+    num_backslashes: int = 0
+    """Missing images that are there with / in their names."""
+    encoding: list[str] = field(default_factory=list)
+    """A sentence on lines in an encoding that was guessed, where there are any."""
     num_repeated: int = 0
     """Captions that say what one before them says, word for word."""
     straddling: list[str] = field(default_factory=list)
@@ -74,10 +86,15 @@ class Findings:
             f" of {self.num_records:,} records"
         ]
         lines += [f"{count:,} {reason}s" for reason, count in sorted(self.problems.items())]
+        if self.num_backslashes:
+            lines.append(
+                f"{self.num_backslashes:,} of the missing are there with / for \\: "
+                "clover data import records F --out G.jsonl writes them so"
+            )
         if self.num_duplicates:
             lines.append(f"{self.num_duplicates:,} images have the bytes of another")
         lines += [f"{count:,} lines set aside: {why}" for why, count in self.rejected.items()]
-        lines += self.census.lines()
+        lines += self.encoding + self._lacking_lines() + self.census.lines()
         lines += _caption_lines(self.caption_words)
         if self.num_repeated:
             lines.append(
@@ -92,6 +109,20 @@ class Findings:
                 f"{len(self.straddling):,} groups straddle splits: {_some(self.straddling)}"
             )
         return lines + self._leak_lines()
+
+    def _lacking_lines(self) -> list[str]:
+        """Return what `align` and `tune` would miss, where neither could start."""
+        columns = list(self.columns)
+        lines = []
+        if not self.num_images and (missing := lacking(columns, "image")):
+            lines.append(f"no images: {missing}")
+        if self.caption_words or self.num_answered:
+            return lines
+        names = ("caption", "question", "answer")
+        found = [missing for name in names if (missing := lacking(columns, name))]
+        return [*lines, "nothing to train on: neither a caption nor a question with its answer"] + [
+            f"  {missing}" for missing in found
+        ]
 
     def _histology_lines(self) -> list[str]:
         lines = [
@@ -267,6 +298,10 @@ class _Check:
                 group = _shared_group(row)
                 if group and group in second.groups:
                     shared.is_new(group)
+        self._check_columns()
+        self.findings.encoding = windows_lines(
+            file for file in files_of_records(self.path) if file.suffix.lower() != ".parquet"
+        )
         self.findings.straddling = list(self._astride)
         self.findings.num_shared_groups = len(shared)
         if second is not None:
@@ -274,6 +309,15 @@ class _Check:
         self._look_at_images(second, listed)
         if listed is not None and (self._bad or self._astride or self.findings.flagged):
             self._list_records(listed)
+
+    def _check_columns(self) -> None:
+        """Refuse a table of which nothing is known."""
+        found = self.findings
+        if found.num_records and found.columns.keys().isdisjoint(_USED):
+            raise CloverError(
+                f"{self.path} has no column that is known (found: {', '.join(found.columns)}); "
+                f"call them {', '.join(_USED)}"
+            )
 
     def _records(self) -> Iterator[Record | Rejection]:
         found, ids = self.findings, Tally()
@@ -291,6 +335,9 @@ class _Check:
     def _count(self, record: Record) -> None:
         found = self.findings
         found.num_records += 1
+        if found.num_records <= _SEEN:
+            found.columns.update(dict.fromkeys(name for name in record.row() if name != "id"))
+        found.num_answered += bool(record.question and record.answer)
         found.census.add(record)
         found.licences[record.licence or "none named"] += 1
         if record.caption:
@@ -318,6 +365,9 @@ class _Check:
                 if picture.problem is not None:
                     self._bad[name] = picture.problem
                     found.problems[picture.problem] += 1
+                    slashed = name.replace("\\", "/")
+                    if slashed != name and (self.folder / slashed.partition("#")[0]).is_file():
+                        found.num_backslashes += 1
                     continue
                 found.num_pairs += uses
                 if picture.is_grey:

@@ -18,10 +18,11 @@ from typing import IO, Any
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path, write_jsonl
 from clover.core.known import Census
-from clover.core.record import Needs, Record, Rejection, read_row
+from clover.core.record import Needs, Record, Rejection, lacking, read_row
 from clover.core.terminal import progress
-from clover.data.images import ImageFinder, Tally
-from clover.data.lines import Line, read_lines
+from clover.core.text_file import windows_lines
+from clover.data.images import Ambiguous, ImageFinder, Tally
+from clover.data.lines import Line, read_lines, text_files_of
 from clover.data.source import AUTO, READERS, check_name, recognise
 from clover.data.source.base import Options, Subset
 
@@ -41,12 +42,14 @@ class Summary:
     present: Tally = field(default_factory=Tally)
     rejected: Counter[str] = field(default_factory=Counter)
     census: Census = field(default_factory=Census)
+    encoding: list[str] = field(default_factory=list)
+    """A sentence on lines in an encoding that was guessed, where there are any."""
 
     def lines(self) -> list[str]:
         """Return what a person reads."""
         left_out = f"; {self.num_left_out:,} left out by --subset" if self.num_left_out else ""
         lines = [f"{self.source}: {self.num_records:,} records in {self.out}{left_out}"]
-        lines += self.census.lines()
+        lines += self.census.lines() + self.encoding
         if len(self.images):
             lines.append(f"{len(self.present):,} of {len(self.images):,} images found")
         if self.num_broken:
@@ -89,16 +92,27 @@ def import_file(
     if out.exists() and path.exists() and out.samefile(path):
         raise CloverError(f"--out is the file to read, {path}; give another name")
     lines = read_lines(path)
-    first = next(lines, None)
-    if first is None:
+    head: list[Line] = []
+    for line in lines:  # the form shows in the first row that is one
+        head.append(line)
+        if isinstance(line.row, dict):
+            break
+    if not head:
         raise CloverError(f"{path} holds no row")
-    name = recognise(first) if source == AUTO else source
+    name = recognise(head[-1]) if source == AUTO else source
     roots = images or [path if path.is_dir() else path.parent]
-    run = _Import(name, Summary(name, out), ImageFinder(roots, out=out))
+    finder = ImageFinder(roots, out=out)
     try:
-        run.write(itertools.chain([first], lines), options or Options())
+        run = _Import(name, Summary(name, out), finder)
+        run.write(itertools.chain(head, lines), options or Options())
+        if finder.num_contested:
+            # Once more, now that it is known which pictures two names claim: rare.
+            finder.num_broken = 0
+            run = _Import(name, Summary(name, out), finder)
+            run.write(read_lines(path), options or Options())
     finally:
-        run.finder.close()
+        finder.close()
+    run.summary.encoding = windows_lines(text_files_of(path))
     return run.summary
 
 
@@ -109,6 +123,8 @@ class _Import:
         self.name = name
         self.summary = summary
         self.finder = finder
+        self.columns: dict[str, None] = {}
+        """Of the rows without a caption or a question."""
 
     def write(self, lines: Iterator[Line], options: Options) -> None:
         """Write the records, and what is set aside."""
@@ -138,25 +154,32 @@ class _Import:
                     advance(1000)
         if not good:
             reasons = ", ".join(f"{count:,} {why}" for why, count in self.summary.rejected.items())
-            raise CloverError(f"no usable record ({self.name}): {reasons or 'no row was chosen'}")
+            missing = lacking(list(self.columns), "caption") if self.columns else None
+            raise CloverError(
+                f"no usable record ({self.name}): {reasons or 'no row was chosen'}"
+                + (f"; {missing}" if missing else "")
+            )
 
     def _record(self, line: Line) -> Record | Rejection:
         row = line.row
-        kept = None
+        kept: str | Ambiguous | None = None
         if isinstance(row, dict):
             row = {key: value for key, value in row.items() if value is not None}
             if isinstance(row.get("image"), dict):
                 cell = row.pop("image")
                 kept = self.finder.keep(cell)
-                row["image"] = kept or cell.get("path") or ""
+                row["image"] = kept if isinstance(kept, str) else cell.get("path") or ""
         item = read_row(line.path, line.number, row, _NEEDS.get(self.name, "question"))
         if isinstance(item, Rejection):
             return item
         if item.caption is None and item.question is None:
+            self.columns.update(dict.fromkeys(name for name in item.row() if name != "id"))
             return Rejection(str(line.path), line.number, "no caption and no question", item.row())
-        return self._placed(item, kept)
+        return self._placed(item, line, kept)
 
-    def _placed(self, record: Record, kept: str | None) -> Record:
+    def _placed(
+        self, record: Record, line: Line, kept: str | Ambiguous | None
+    ) -> Record | Rejection:
         """Return a record whose image is named from the written file's folder, if it is there."""
         if record.image is None:
             return record
@@ -164,5 +187,8 @@ class _Import:
         found = kept or self.finder.find(record.image, record.split)
         if found is None:
             return record
+        if isinstance(found, Ambiguous):
+            content = {**record.row(), "could_be": found.places}
+            return Rejection(str(line.path), line.number, "ambiguous image name", content)
         self.summary.present.is_new(record.image)
         return record.model_copy(update={"image": found})

@@ -5,21 +5,23 @@ In: a path. Out: `Line`s, one at a time; CSV, JSON Lines and Parquet of any size
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from clover.core.errors import CloverError
 from clover.core.parquet import parquet_rows
+from clover.core.table import table_rows
+from clover.core.text_file import open_text
 from clover.data.unpickle import read_pickle
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".pkl", ".pickle")
 # Of a folder one kind is read, the first found: PathVQA's holds its questions in two kinds.
 _IN_FOLDER = ("*.parquet", "*_qa.pkl", "*_vqa.pkl", "*.jsonl", "*.json", "*.csv")
+_BINARY = frozenset((".parquet", ".pkl", ".pickle"))
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
 _SPLITS["test"] = "test"
 
@@ -58,6 +60,15 @@ def files_of(path: Path) -> list[Path]:
     raise CloverError(f"{path} holds no data file; known: {', '.join(KINDS)}")
 
 
+def text_files_of(path: Path) -> list[Path]:
+    """Return those of `files_of` that are text.
+
+    Raises:
+        CloverError: see `files_of`.
+    """
+    return [file for file in files_of(path) if not _BINARY.intersection(file.suffixes[-2:])]
+
+
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield every row of a file or of a folder's files.
 
@@ -75,7 +86,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
-            yield from _csv_rows(path, "\t" if kind == ".tsv" else ",")
+            yield from table_rows(path)
         elif kind in (".jsonl", ".ndjson"):
             yield from _json_lines(path)
         elif kind == ".json":
@@ -88,26 +99,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise CloverError(f"{path}: no reader for '{kind}'; known: {', '.join(KINDS)}, .gz")
     except (gzip.BadGzipFile, EOFError) as error:
         raise CloverError(f"{path} is not whole gzip ({error})") from error
-    except csv.Error as error:
-        raise CloverError(f"{path} is not CSV ({error})") from error
-
-
-def _text(path: Path, newline: str | None = None) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="replace", newline=newline)
-    return path.open(encoding="utf-8-sig", errors="replace", newline=newline)
-
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 30)
-    with _text(path, newline="") as handle:
-        for number, row in enumerate(csv.DictReader(handle, delimiter=delimiter), start=2):
-            # A column without a name is pandas' row number, or cells beyond the header.
-            yield number, {key: value for key, value in row.items() if key}
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with _text(path) as handle:
+    with open_text(path) as handle:
         for number, text in enumerate(handle, start=1):
             if text.strip():
                 try:
@@ -117,7 +112,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    with _text(path) as handle:
+    with open_text(path) as handle:
         try:
             value = json.load(handle)
         except json.JSONDecodeError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clover.core.errors import CloverError
+from clover.core.text_file import WINDOWS, encoding_of
 from clover.evaluate.protocol import Item
 
 _SYNONYMS = {
@@ -60,11 +61,12 @@ class Problems:
 
 def _decoded(lines: Iterable[bytes], problems: Problems) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.decode(encoding)
         except UnicodeDecodeError:
             problems.add("lines are not UTF-8 and were read as Windows-1252", f"line {number}")
-            yield line.decode("cp1252", errors="replace")
+            yield line.decode(encoding, WINDOWS)
 
 
 def read_rows(path: str | Path, problems: Problems) -> Iterator[dict[str, Any]]:
@@ -89,17 +91,7 @@ def read_rows(path: str | Path, problems: Problems) -> Iterator[dict[str, Any]]:
 def _encoding(path: Path) -> str | None:
     """Return the encoding that a file's first bytes betray; None is UTF-8, line by line."""
     with path.open("rb") as handle:
-        start = handle.read(4)
-    if start in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return "utf-32"
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    # JSON begins with an ASCII mark: where its zero byte stands tells the order.
-    if len(start) == 4 and start[1:2] == b"\0" == start[3:4] and start[:1] != b"\0":
-        return "utf-16-le"
-    if len(start) == 4 and start[:1] == b"\0" == start[2:3] and start[1:2] != b"\0":
-        return "utf-16-be"
-    return None
+        return encoding_of(handle.read(4))
 
 
 def _read_lines(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
@@ -139,7 +131,7 @@ def _whole_text(path: Path, encoding: str | None, problems: Problems) -> str:
     except UnicodeDecodeError:
         if encoding is None:
             problems.add("files are not UTF-8 and were read as Windows-1252", path.name)
-        return data.decode(encoding or "cp1252", errors="replace")
+        return data.decode(encoding or "utf-8-sig", "replace" if encoding else WINDOWS)
 
 
 def _read_list(path: Path, encoding: str | None, problems: Problems) -> Iterator[dict[str, Any]]:
