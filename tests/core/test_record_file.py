@@ -50,6 +50,9 @@ CHANGES: list[dict[str, Any]] = [
     {"licence": None, "license": "CC-BY"},
     {"site": "skin", "magnification": 3},
     {"caption": "half a sign: \ud83d"},
+    {"image": "Gr\udcfcn.png"},
+    {"image": "Grün \U0001f600.png"},
+    {"image": "b\0.png"},
     {"id": "twice"},
     {"id": "twice", "caption": "another"},
 ]
@@ -66,7 +69,7 @@ def write(path: Path, *, seed: int, num_lines: int) -> Path:
             row = {"id": f"r{number}", **GOOD, **draw.choice(CHANGES)}
             lines.append(json.dumps(row, ensure_ascii=draw.random() < 0.5 or "half" in str(row)))
     text = draw.choice(["\n", "\r\n"]).join(lines) + draw.choice(["", "\n"])
-    path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode())
+    path.write_bytes(draw.choice([b"", b"\xef\xbb\xbf"]) + text.encode(errors="backslashreplace"))
     return path
 
 
