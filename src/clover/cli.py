@@ -114,7 +114,7 @@ def _refusal(error: OSError) -> str | None:
     from clover.core.files import FULL, disk_refused
 
     if error.errno in FULL:
-        return str(disk_refused(error.filename or "a file", error.strerror or str(error)))
+        return str(disk_refused(error.filename or "a file", error))
     if error.errno in _REFUSED and error.filename is not None:
         return f"cannot use {error.filename}: {error.strerror}; give another path"
     return None

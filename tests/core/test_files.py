@@ -85,6 +85,46 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None
     assert [item.name for item in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "free some space"),
+        (OSError(errno.EROFS, "Read-only file system"), "give a path that may be written"),
+        (PermissionError(errno.EACCES, "Permission denied"), "give a path that may be written"),
+        (OSError(errno.EFBIG, "File too large"), "write to another"),
+        (OSError(errno.EIO, "Input/output error"), "see to the disk"),
+    ],
+)
+def test_each_refusal_of_the_disk_has_its_own_advice(
+    error: OSError, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CloverError, match=words) as found, atomic_path(tmp_path / "a.txt"):
+        raise error
+    assert error.strerror in str(found.value)
+    assert ("free some space" in str(found.value)) == (words == "free some space")
+
+
+def test_a_folder_in_the_files_place_is_said_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="it is a folder; give the name of a file"):
+        write_jsonl(tmp_path, (pytest.fail("worked") for _ in range(1)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_read_on_the_way_is_named_when_it_is_at_fault(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield {"text": (tmp_path / "gone.txt").read_text()}
+
+    with pytest.raises(CloverError, match=r"cannot write .*a\.jsonl: .*gone\.txt: No such file"):
+        write_jsonl(tmp_path / "a.jsonl", rows())
+
+
+def test_half_a_sign_is_written_as_its_escape_and_read_back(tmp_path: Path) -> None:
+    row = {"image": os.fsdecode(b"Gr\xfcn.png"), "ä": "ä"}
+    write_jsonl(tmp_path / "a.jsonl", [row])
+    write_json(tmp_path / "a.json", row)
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == row == read_json(tmp_path / "a.json")
+
+
 def test_a_file_that_grows_is_named_when_the_disk_is_full(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     words = r"No space left.*run the same command again"

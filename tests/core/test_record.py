@@ -16,6 +16,7 @@ from clover.core.record import (
     write_records,
     write_rejected,
 )
+from clover.core.record_file import open_records
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -258,3 +259,24 @@ def test_a_record_without_an_image_says_so(tmp_path: Path) -> None:
 def test_lines_under_any_other_name_are_read(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "captions.out", [{"id": "1", "caption": "fat"}])
     assert read_records(path, needs="caption").records[0].caption == "fat"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_image_names_that_no_stage_can_open_are_set_aside(suffix: str, tmp_path: Path) -> None:
+    names = ["Gr\udcfcn.png", "a\0.png", "Grün.png"]
+    rows = [{"id": str(n), "image": name, "caption": "c"} for n, name in enumerate(names)]
+    path = tmp_path / f"c{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:  # as other programs write the escape
+        lines = [json.dumps(row).replace("udcfc", "uDCFC") + "\n" for row in rows]
+        path.write_text("".join(lines))
+    found = read_records(path)
+    assert [record.image for record in found.records] == ["Grün.png"]
+    assert [item.reason for item in found.rejected] == [
+        "image name that is not UTF-8",
+        "image name with a NUL",
+    ]
+    records, rejected = open_records(path)
+    assert [record.image for record in records] == ["Grün.png"]
+    assert rejected == found.rejected

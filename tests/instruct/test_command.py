@@ -240,3 +240,97 @@ def test_a_share_without_a_name_says_its_form(
     file.write_text("")
     assert run("instruct", "mix", file, "--out", tmp_path / "m.jsonl", "--share", share) == 2
     assert f"--share '{share}' is not of the form name=0.8" in capsys.readouterr().err
+
+
+def in_folder(folder: Path, caption: str) -> Path:
+    """Write captions of one image, which lies beside them; its bytes are the caption's."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "1.png").write_text(caption)
+    path = folder / f"{folder.name}.jsonl"
+    path.write_text(json.dumps({"id": folder.name, "image": "images/1.png", "caption": caption}))
+    return path
+
+
+def shown(path: Path) -> list[str]:
+    """Return what the image of each record holds."""
+    return [(path.parent / row["image"]).read_text() for row in rows(path)]
+
+
+def test_records_in_another_folder_are_about_the_same_images(tmp_path: Path) -> None:
+    lung = in_folder(tmp_path / "pa", "Lung, H&E, with fibrosis.")
+    fat = in_folder(tmp_path / "pb", "Adipose tissue, H&E, with fibrosis.")
+    made, good = tmp_path / "new/t.jsonl", tmp_path / "deep/er/g.jsonl"
+    assert run("instruct", "template", lung, "--out", made) == 0
+    assert run("instruct", "template", fat, "--out", fat.parent / "t2.jsonl") == 0
+    assert run("instruct", "filter", made, "--out", good) == 0
+    for path in (made, good):
+        assert shown(path) == [row["caption"] for row in rows(path)] != []
+    mixed, words = tmp_path / "pa/mixed.jsonl", ("--no-balance", "--val", "0.5")
+    files = (made, fat.parent / "t2.jsonl")
+    assert run("instruct", "mix", *files, "--out", mixed, *words) == 0
+    assert shown(mixed) == [row["caption"] for row in rows(mixed)]
+    card = json.loads(Path(f"{mixed}.card.json").read_text())
+    assert (card["images"], card["groups"]) == (2, 2)
+    assert run("instruct", "mix", *files, "--out", mixed, "--no-balance", "--per-image", "1") == 0
+    assert sorted(shown(mixed)) == [rows(fat)[0]["caption"], rows(lung)[0]["caption"]]
+
+
+def test_captions_are_found_by_image_from_whichever_folder(tmp_path: Path) -> None:
+    lung = in_folder(tmp_path / "pa", "Lung, H&E, with fibrosis.")
+    pair = {"id": "1", "question": "Which organ is shown here?", "answer": "Lung.", "origin": "x"}
+    wrong = {**pair, "id": "2", "question": "What is seen?", "answer": "A melanoma of the skin."}
+    (tmp_path / "lists").mkdir()
+    for name, image in (("lists", "../pa/images/1.png"), ("lists", "images/1.png"), ("pa", "")):
+        made, good = tmp_path / name / "q.jsonl", tmp_path / "out/g.jsonl"
+        image = image or "images/1.png"
+        lines = [json.dumps({**row, "image": image}) + "\n" for row in (pair, wrong)]
+        made.write_text("".join(lines))
+        assert run("instruct", "filter", made, "--out", good, "--captions", lung) == 0
+        assert [row["id"] for row in rows(good)] == ["1"], (name, image)
+
+
+def test_generated_records_name_their_images_from_their_own_folder_and_are_paid_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lung = in_folder(tmp_path / "pa", "Lung, H&E, with fibrosis.")
+    out = tmp_path / "new" / "o.jsonl"
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", lung, "--out", out, "--endpoint", url(endpoint))
+        words = (*words, "--model", "m", "--price", "1,2")
+        assert run(*words) == 0
+        first = out.read_bytes()
+        assert run(*words) == 0 and run(*words, "--workers", "2") == 0
+        assert endpoint.requests == 1 and out.read_bytes() == first
+    assert set(shown(out)) == {rows(lung)[0]["caption"]}
+
+
+@pytest.mark.parametrize("verb", ["template", "filter", "mix", "stats", "generate"])
+def test_no_verb_writes_over_what_it_reads_nor_into_a_folder(
+    verb: str, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "t.jsonl"
+    assert run("instruct", "template", source, "--out", pairs) == 0
+    read = source if verb in ("template", "generate") else pairs
+    before = read.read_bytes()
+    more = ("--endpoint", "http://127.0.0.1:9/v1", "--model", "m") if verb == "generate" else ()
+    (tmp_path / "link").symlink_to(read)
+    capsys.readouterr()
+    for out, words in (
+        (read, "would overwrite"),
+        (tmp_path / "link", "would overwrite"),
+        (tmp_path, "it is a folder; give the name of a file"),
+    ):
+        assert run("instruct", verb, read, "--out", out, *more) == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    assert read.read_bytes() == before
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["captions.csv", "link", "t.jsonl"]
+
+
+def test_what_was_turned_away_is_not_replaced_by_what_is_turned_away_of_it(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = tmp_path / "g.jsonl.rejected.jsonl"
+    assert run("instruct", "template", source, "--out", pairs) == 0
+    assert run("instruct", "filter", pairs, "--out", tmp_path / "g.jsonl") == 2
+    assert "would overwrite" in capsys.readouterr().err and rows(pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,23 @@ def test_a_curve_is_made_in_one_call_and_continued_by_the_same(
     assert run(*command)[0] == 0
     assert json.loads((tmp_path / "few" / "shots.json").read_text()) == found
     assert len((tmp_path / "few" / "shots.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_an_image_whose_name_is_not_utf_8_is_set_aside(
+    folder: tuple[Path, Path], tiny: Tiny, tmp_path: Path
+) -> None:
+    model, data = folder
+    shutil.copytree(data, tmp_path / "data")
+    odd = tmp_path / "data" / "liver" / os.fsdecode(b"Gr\xfcn.png")
+    try:
+        odd.write_bytes(next((data / "liver").iterdir()).read_bytes())
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    job = ShotJob(model, tmp_path / "data", tmp_path / "out", tmp_path / "c", (1,))
+    parts = _labelled(job, clover.load(model))
+    found = [item for part in parts for item in part.rejected]
+    assert [item.reason for item in found] == ["image name that is not UTF-8"]
+    assert sum(len(part.records) for part in parts) == len(list(data.rglob("*.png")))
 
 
 def test_a_further_model_reads_as_many_turns_as_its_own_recipe_says(

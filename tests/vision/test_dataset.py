@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from clover.cli import cli
 from clover.vision.dataset import FeatureSet, load_feature_set, load_image_set
@@ -97,3 +99,37 @@ def test_held_out_data_may_be_a_folder_or_parquet(tiny: Tiny, tmp_path: Path) ->
     for path in (shards, parquet):
         found = load_image_set(path, images, unpacked=tmp_path / "unpacked")
         assert found.records == whole.records and found.digests == whole.digests
+
+
+def test_names_that_are_not_utf_8_are_set_aside_and_a_folder_of_such_a_name_is_read(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / os.fsdecode(b"Gr\xfcn")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this disk takes UTF-8 names only")
+    for name in ("good.png", os.fsdecode(b"\xfc.png")):
+        Image.new("RGB", (32, 32), "red").save(folder / name)
+        os.utime(folder / name, (0, 0))
+    rows = [
+        {"id": str(n), "image": path.name, "caption": "Liver, H&E, with fibrosis."}
+        for n, path in enumerate(sorted(folder.iterdir()))
+    ]
+    path = folder / "c.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # also when hashes are remembered
+        encoder = load_encoder(tiny.recipe.encoder)
+        found = load_feature_set(path, needs="caption", encoder=encoder, cache=tmp_path / "c")
+        assert [record.image for record in found.records] == ["good.png"]
+        assert [item.reason for item in found.rejected] == ["image name that is not UTF-8"]
+    aside = tmp_path / "aside.jsonl"
+    for words in (
+        ("data", "check", path, "--out", aside),
+        ("instruct", "template", path, "--out", tmp_path / "t.jsonl"),
+    ):
+        done = CliRunner().invoke(cli, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        assert "1 image name that is not UTF-8" in done.output or "not UTF-8" in aside.read_text()
+    listed = json.loads((tmp_path / "t.jsonl.rejected.jsonl").read_text())
+    assert listed["content"]["image"] == os.fsdecode(b"\xfc.png")

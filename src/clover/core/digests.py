@@ -92,6 +92,8 @@ class DigestMemory:
                     paths,
                 )
                 known = {row[0]: row for row in rows}
+            except UnicodeEncodeError:  # a folder whose name is not UTF-8: none of it is known
+                pass
             except sqlite3.DatabaseError:  # damaged, or not a table of ours
                 self._base.close()
                 self._base = None
@@ -122,8 +124,8 @@ class DigestMemory:
                 rows = [(name, *values) for name, values in self._new.items()]
                 base.executemany("insert or replace into digest values (?, ?, ?, ?)", rows)
             base.close()
-        except (sqlite3.OperationalError, OSError):
-            pass  # locked, full, or not ours to write: hashed again next time
+        except (sqlite3.OperationalError, OSError, UnicodeEncodeError):
+            pass  # locked, full, not ours to write, or no text: hashed again next time
         except sqlite3.DatabaseError:  # damaged
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from clover.core.errors import CloverError
 
@@ -24,9 +24,27 @@ except ImportError:  # Windows
 Line = TypeVar("Line")
 
 _HALF_WRITTEN = ".part"
+_HALF_SIGNS = "backslashreplace"
+"""Half a sign has no bytes in UTF-8; it is written as JSON escapes it. Names of files that are not
+UTF-8 hold such, and text that was cut within a sign."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
+_FREE = "what was finished before is kept, free some space and run the same command again"
+_ELSEWHERE = "give a path that may be written"
+_ADVICE = {
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: "the disk takes no file of that size, write to another",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EISDIR: "give the name of a file",
+    errno.ENOTDIR: "give another path",
+    errno.EEXIST: "give another path",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+"""What to do about it; of any other error the disk has to be looked at."""
 
 
 @contextlib.contextmanager
@@ -37,14 +55,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     half written of the same file is removed.
 
     Raises:
-        CloverError: the disk is full or the folder cannot be written.
+        CloverError: `path` is a folder, the disk is full, or the folder cannot be written.
     """
     target = Path(path)
+    check_out(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = _own_sibling(target)
     except OSError as error:
-        raise CloverError(f"cannot write {target}: {error.strerror or error}") from error
+        raise disk_refused(target, error) from error
     is_whole = False
     try:
         yield partial
@@ -55,10 +74,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except CloverError:
         raise
     except Exception as error:
-        reason = disk_error(error)
-        if reason is None:
+        if not _is_of_disk(error):
             raise
-        raise disk_refused(target, reason) from error
+        other = getattr(error, "filename", None)
+        if other is not None and str(other) not in (str(partial), str(target)):
+            # Read, or written, on the way: advice about `target` would not help.
+            raise CloverError(f"cannot write {target}: {other}: {_reason(error)}") from error
+        raise disk_refused(target, error) from error
     finally:
         if not is_whole:  # else the name may be another process's by now
             partial.unlink(missing_ok=True)
@@ -94,6 +116,27 @@ def _own_sibling(target: Path) -> tuple[int | None, Path]:
     )
     os.close(handle)
     return None, Path(name)
+
+
+def check_out(out: Path, *read: Path, beside: Sequence[str] = ()) -> None:
+    """Refuse to write what is being read, or a folder, before any work is done.
+
+    Args:
+        out: The file to write.
+        read: The files to read.
+        beside: Endings of what is written beside it, ``OUT.ENDING``.
+
+    Raises:
+        CloverError: `out` is a folder, or writing would replace a file to read.
+    """
+    if out.is_dir():
+        raise disk_refused(out, IsADirectoryError(errno.EISDIR, "it is a folder"))
+    for written in (out, *(Path(f"{out}.{ending}") for ending in beside)):
+        for file in read:
+            if written.exists() and file.exists() and written.samefile(file):
+                raise CloverError(
+                    f"--out {out} would overwrite {file}, which is read; give another name"
+                )
 
 
 @contextlib.contextmanager
@@ -144,7 +187,7 @@ def growing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise disk_refused(path, error.strerror or str(error)) from error
+        raise disk_refused(path, error) from error
 
 
 def whole_lines(path: Path, read: Callable[[bytes], Line]) -> list[Line]:
@@ -174,26 +217,31 @@ def whole_lines(path: Path, read: Callable[[bytes], Line]) -> list[Line]:
     return found
 
 
-def disk_refused(path: str | Path, reason: str) -> CloverError:
-    """Return the one line for a disk that takes no more."""
-    return CloverError(
-        f"cannot write {path}: {reason}; "
-        "what was finished before is kept, free some space and run the same command again"
-    )
+def disk_refused(path: str | Path, error: Exception) -> CloverError:
+    """Return the one line for a file that cannot be written: why, and what to do about it.
 
-
-def disk_error(error: BaseException) -> str | None:
-    """Return why the disk refused, when that is what an error is about.
-
-    torch and safetensors wrap the system's error in types of their own.
+    Args:
+        path: The file.
+        error: The system's, or what torch and safetensors make of a full disk.
     """
+    number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+    advice = _ADVICE.get(number or 0, "see to the disk and run the same command again")
+    return CloverError(f"cannot write {path}: {_reason(error)}; {advice}")
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    text = str(error)
+    return os.strerror(errno.ENOSPC)
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Return whether an error is the system's.
+
+    torch and safetensors wrap that of a full disk in types of their own.
+    """
     said = ("No space left", "os error 28", "PytorchStreamWriter failed", "inline_container.cc")
-    if any(words in text for words in said):
-        return "No space left on device"
-    return None
+    return isinstance(error, OSError) or any(words in str(error) for words in said)
 
 
 def umask() -> int:
@@ -203,10 +251,15 @@ def umask() -> int:
     return mask
 
 
+def open_text(path: Path) -> IO[str]:
+    """Open a file to write UTF-8 into; half a sign is written as its escape."""
+    return path.open("w", encoding="utf-8", errors=_HALF_SIGNS)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=_HALF_SIGNS)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -231,7 +284,7 @@ def read_json(path: str | Path) -> Any:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line, atomically; return the number of lines."""
     count = 0
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as out:
+    with atomic_path(path) as partial, open_text(partial) as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

@@ -178,7 +178,7 @@ def _fetch(asset: Asset) -> None:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            raise disk_refused(asset.path, error.strerror or str(error)) from error
+            raise disk_refused(asset.path, error) from error
         raise CloverError(_explain(error, asset)) from error
 
 

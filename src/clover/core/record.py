@@ -212,6 +212,8 @@ def _rename(row: dict[str, Any]) -> dict[str, Any]:
 
 def _problem(record: Record, needs: Needs) -> str | None:
     """Return why a record cannot be used, or None."""
+    if record.image and (reason := _name_problem(record.image)):
+        return reason
     if needs == "caption" and not (record.caption or "").strip():
         return "empty caption"
     if needs == "question":
@@ -221,6 +223,17 @@ def _problem(record: Record, needs: Needs) -> str | None:
             return "empty answer"
         if record.answer_type == "closed" and is_unusable_closed(record.answer or ""):
             return "closed question answered with prose"
+    return None
+
+
+def _name_problem(image: str) -> str | None:
+    """Return why no stage can open or write down an image's name, or None."""
+    if "\0" in image:
+        return "image name with a NUL"
+    try:
+        image.encode()
+    except UnicodeEncodeError:  # bytes of another encoding, as Python reads them from a folder
+        return "image name that is not UTF-8"
     return None
 
 

@@ -61,6 +61,8 @@ _READ = 1 << 18
 _FILES = 64
 """Files of a folder that are open at a time; a process may have a thousand."""
 _decode = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_ODD = (b"\\ud", b"\\uD", b"\\u0000")
+"""Escapes of half signs, which are no text, and of NUL, which no file's name holds."""
 _PLAIN = frozenset((str, type(None)))
 
 Visit = Callable[[Sequence[str | None]], None]
@@ -421,7 +423,8 @@ class _Scan:
                 if not line.removeprefix(_MARK).strip():
                     continue
                 row = _parsed(line)
-                if _is_plain(row, needs) and b"\\ud" not in line:  # half a sign is no text
+                is_odd = b"\\u" in line and any(mark in line for mark in _ODD)
+                if _is_plain(row, needs) and not is_odd:
                     ids.append(row["id"])
                     names.append(row["image"])
                 else:

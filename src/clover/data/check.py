@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path
+from clover.core.files import atomic_path, open_text
 from clover.core.known import Census
 from clover.core.record import Record, Rejection, lacking
 from clover.core.record_file import RECORD_SUFFIXES, files_of_records, stream_records
@@ -220,7 +220,7 @@ def check_file(
     if out is None:
         check.run(second, None)
     else:
-        with atomic_path(out) as partial, partial.open("w", encoding="utf-8") as listed:
+        with atomic_path(out) as partial, open_text(partial) as listed:
             check.run(second, listed)
     return check.findings
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, write_jsonl
+from clover.core.files import atomic_path, check_out, open_text, write_jsonl
 from clover.core.known import Census
 from clover.core.record import Needs, Record, Rejection, lacking, read_row
 from clover.core.terminal import progress
@@ -89,8 +89,7 @@ def import_file(
     check_name(source)
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise CloverError(f"records are JSON Lines: call --out {out.with_suffix('.jsonl')}")
-    if out.exists() and path.exists() and out.samefile(path):
-        raise CloverError(f"--out is the file to read, {path}; give another name")
+    check_out(out, path, beside=("rejected.jsonl",))
     lines = read_lines(path)
     head: list[Line] = []
     for line in lines:  # the form shows in the first row that is one
@@ -130,7 +129,7 @@ class _Import:
         """Write the records, and what is set aside."""
         subset = Subset(options.subset)
         rejected = rejected_path(self.summary.out)
-        with atomic_path(rejected) as partial, partial.open("w", encoding="utf-8") as aside:
+        with atomic_path(rejected) as partial, open_text(partial) as aside:
             made = READERS[self.name](subset.chosen(lines), options)
             self.summary.num_records = write_jsonl(self.summary.out, self._rows(made, aside))
         self.summary.num_left_out = subset.num_left_out

@@ -156,8 +156,9 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
     wanted = demo.recipe.instruct.generated
     if wanted == 0:
         return []
+    from clover.instruct.caption import Captions
     from clover.instruct.filter import filter_records
-    from clover.instruct.generate import GenerateSettings, generate_file
+    from clover.instruct.generate import GenerateSettings, generate_from
     from clover.model import load_frozen_language
     from clover.serve.local_endpoint import serve_language_model
     from clover.training.device import choose_device
@@ -167,14 +168,14 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
     with run.timed("instruct generate") as bill:
         model = load_frozen_language(demo.recipe.language, demo.recipe.prompt, device)
         with serve_language_model(model, "local") as endpoint:  # type: ignore[arg-type]
-            summary = generate_file(
-                captions,
+            summary = generate_from(
+                # Images keep their names, which start from data.images as in all files here.
+                Captions(captions, limit=wanted),
                 out=folder / "generated.raw.jsonl",
                 settings=GenerateSettings(
                     endpoint=endpoint,
                     model="local",
                     prompt="plain-v1",
-                    limit=wanted,
                     concurrency=16,
                 ),
             )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clover.core.files import write_jsonl
+from clover.core.image_names import Move, image_move
 from clover.core.record import Record, Rejection, numbered_records
 from clover.instruct.vocabulary import load_yaml
 
@@ -72,17 +73,27 @@ class Captions:
     limit: int | None = None
     is_clean: bool = False
     """The captions were cleaned before; they are taken as they stand."""
+    out: Path | None = None
+    """A file whose folder the images are named from, by `core/image_names.py`."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Why captions were set aside, of the last pass."""
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the usable records with their captions as plain text, one at a time."""
         self.reasons.clear()
+        move = self._move
         for item in self._items():
             if isinstance(item, Record):
-                yield item
+                yield item if move is None else move(item)
             else:
                 self.reasons[item.reason] += 1
+
+    @functools.cached_property
+    def _move(self) -> Move | None:
+        if self.out is None:
+            return None
+        records = (item for item in self._items() if isinstance(item, Record))
+        return image_move(records, source=Path(self.path), out=self.out)
 
     @property
     def num_rejected(self) -> int:

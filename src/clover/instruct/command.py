@@ -12,11 +12,15 @@ import click
 from clover.core.errors import CloverError
 
 if TYPE_CHECKING:
-    from clover.core.record import RecordSet
+    from collections.abc import Sequence
+
+    from clover.core.record import Record, RecordSet
     from clover.instruct.blind import BlindAnswers
     from clover.instruct.generate import GenerateSettings, GenerateSummary
 
 _FILE = click.Path(path_type=Path)
+_REJECTED = ("rejected.jsonl",)
+"""What is written beside --out, behind its name."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,9 +76,11 @@ def generate(
       clover instruct generate captions.csv --out generated.jsonl \\
           --endpoint http://127.0.0.1:11434/v1 --model llama3.1:8b --prompt structured-v1
     """
+    from clover.core.files import check_out
     from clover.instruct.generate import generate_file, plan_file
 
     settings = _settings(price, **options)
+    check_out(out, captions, beside=("failed.jsonl", "rejected.jsonl"))
     if dry_run:
         plan = plan_file(captions, out=out, settings=settings)
         click.echo(
@@ -163,13 +169,15 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
     Example:
       clover instruct template captions.csv --out template.jsonl
     """
+    from clover.core.files import check_out
     from clover.core.record import write_records
     from clover.instruct.caption import Captions
     from clover.instruct.template import write_template_instructions
 
     if limit is not None and limit < 1:
         raise CloverError(f"--limit {limit} is less than 1")
-    source = Captions(captions, any_language, limit)
+    check_out(out, captions, beside=_REJECTED)
+    source = Captions(captions, any_language, limit, out=out)
     records = list(source)
     instructions = write_template_instructions(records, seed=seed)
     if not instructions:
@@ -222,20 +230,20 @@ def filter_file(
       clover instruct filter generated.jsonl --out good.jsonl \\
           --blind-endpoint http://127.0.0.1:11434/v1 --blind-model llama3.1:8b
     """
+    from clover.core.files import check_out
     from clover.core.record import read_records, write_records, write_rejected
     from clover.instruct.filter import filter_records, rule_counts
 
     if not 0 <= min_overlap <= 1:
         raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
     asking = _blind_settings(**blind)
+    check_out(out, *filter(None, (file, captions, review)), beside=_REJECTED)
     records = read_records(file, needs="question")
-    by_image = None
-    if captions is not None:
-        known = read_records(captions, needs="caption").records
-        by_image = {item.image: item.caption for item in known if item.image and item.caption}
+    found = _moved(records, out)
+    by_image = None if captions is None else _captions(captions, records, found, out)
     reviewed = _verdicts(review) if review is not None else None
     kept, rejected = filter_records(
-        records.records, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
+        found, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
     )
     if asking is not None:
         from clover.instruct.blind import ask_blind, reject_blind
@@ -243,7 +251,7 @@ def filter_file(
         by_hand = {key for key, verdict in (reviewed or {}).items() if verdict == "keep"}
         known = [record for record in kept if record.id not in by_hand]
         answers = ask_blind(known, out=out, settings=asking, closed=blind["blind_closed"])
-        kept, guessed = reject_blind(kept, answers, source=records.records)
+        kept, guessed = reject_blind(kept, answers, source=found)
         rejected += guessed
     rejected = [*records.rejected, *rejected]
     write_records(out, kept)
@@ -261,6 +269,36 @@ def filter_file(
         click.echo(f"{unchecked:,} kept without a caption to check the answer against")
     if asking is not None:
         _report_blind(answers, out)
+
+
+def _moved(found: RecordSet, out: Path) -> list[Record]:
+    """Return records with their images named from the folder of the file they go to."""
+    from clover.core.image_names import image_move
+
+    move = image_move(found.records, source=found.path, out=out)
+    return found.records if move is None else [move(record) for record in found.records]
+
+
+def _captions(path: Path, records: RecordSet, moved: Sequence[Record], out: Path) -> dict[str, str]:
+    """Return the captions of records by image, as `_moved` names them.
+
+    Where either file's images do not lie beside it, both call an image by the same name.
+    """
+    from clover.core.image_names import image_move
+    from clover.core.record import read_records
+
+    known = read_records(path, needs="caption")
+    has_moved = image_move(records.records, source=records.path, out=out) is not None
+    if has_moved and image_move(known.records, source=path, out=out) is not None:
+        named = zip(moved, moved, strict=True)
+        captioned = _moved(known, out)
+    else:
+        named = zip(moved, records.records, strict=True)
+        captioned = known.records
+    captions = {item.image: item.caption or "" for item in captioned if item.image}
+    return {
+        new.image: captions[old.image] for new, old in named if new.image and old.image in captions
+    }
 
 
 def _blind_settings(**blind: Any) -> GenerateSettings | None:
@@ -341,10 +379,11 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
       clover instruct mix good.jsonl template.jsonl --out hybrid.jsonl \\
           --share good=0.7 --share template=0.3 --per-image 6 --val 0.1
     """
-    from clover.core.files import write_json
+    from clover.core.files import check_out, write_json
     from clover.core.record import read_records, write_records
     from clover.instruct.mix import MixSettings, data_card, mix_records
 
+    check_out(out, *files, beside=("card.json",))
     shares = _shares(share)  # before the files are read: they may be large
     sets: dict[str, RecordSet] = {}
     for file in files:
@@ -358,7 +397,7 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
         validation_share=float(str(options["val"])),
         balance=not options["no_balance"],
     )
-    sources = {name: found.records for name, found in sets.items()}
+    sources = {name: _moved(found, out) for name, found in sets.items()}
     mixed = mix_records(sources, shares=shares, seed=seed, settings=settings)
     write_records(out, mixed)
     counts = {name: len(records) for name, records in sources.items()}
@@ -450,9 +489,11 @@ def stats(file: Path, out: Path, samples: int, seed: int) -> None:
     Example:
       clover instruct stats hybrid.jsonl --out stats.html
     """
+    from clover.core.files import check_out
     from clover.core.record import read_records
     from clover.instruct.statistics import facts, write_statistics
 
+    check_out(out, file)
     found = read_records(file, needs="question")
     write_statistics(found.records, out=out, title=file.name, samples=samples, seed=seed)
     click.echo(", ".join(f"{name} {value}" for name, value in facts(found.records)))

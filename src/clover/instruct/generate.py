@@ -231,13 +231,14 @@ def generate_file(captions: Path, *, out: Path, settings: GenerateSettings) -> G
     """Generate instructions for a caption file.
 
     Writes `out`, ``out.failed.jsonl`` and, where captions were set aside, ``out.rejected.jsonl``.
-    The same call again continues; it asks nothing whose reply is stored.
+    The same call again continues; it asks nothing whose reply is stored. Images are named from the
+    folder of `out`.
 
     Raises:
         CloverError: a bad file, URL, key, price or prompt, before anything is sent; or an endpoint
             that stopped answering, after what was finished has been written.
     """
-    source = Captions(Path(captions), settings.any_language, settings.limit)
+    source = Captions(Path(captions), settings.any_language, settings.limit, out=Path(out))
     return generate_from(source, out=out, settings=settings)
 
 

@@ -114,9 +114,9 @@ def generate_in_shards(
         CloverError: as `generate_file`; or fewer requests in flight than workers, or a batch.
     """
     _check(settings, workers)
+    source = Captions(Path(captions), settings.any_language, settings.limit, out=Path(out))
     out = Path(out).resolve()
     settings = _with_whole_paths(settings)
-    source = Captions(Path(captions), settings.any_language, settings.limit)
     total = sum(1 for _ in source)
     start = time.perf_counter()
     with open_job(out, settings) as job:

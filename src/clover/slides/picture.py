@@ -13,6 +13,7 @@ from threading import RLock
 
 from PIL import Image
 
+from clover.core.decoding import UnreadableImage, decoding
 from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.transparency import on_white
@@ -91,13 +92,23 @@ def open_picture(image: str | Path | bytes, microns_per_pixel: float | None = No
         return read_region(image, microns_per_pixel)
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.load()
+        return decoded(io.BytesIO(image) if isinstance(image, bytes) else image)
     except FileNotFoundError as error:
         raise CloverError(f"no image {name}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnreadableImage as error:
         raise CloverError(f"{name} cannot be read as an image: {error}") from error
-    return on_white(opened)
+
+
+def decoded(file: str | Path | io.BytesIO) -> Image.Image:
+    """Return a plain image file, decoded to its end, on white.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UnreadableImage: not an image, damage, or pixels that are 32-bit numbers.
+    """
+    with decoding(), Image.open(file) as opened:
+        opened.load()
+        return on_white(opened)
 
 
 def is_whole_slide(path: str | Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from clover.core.decoding import UnreadableImage, decoding
 from clover.core.errors import CloverError
 from clover.core.transparency import rgb_on_white
 from clover.slides.units import MicronsPerPixel, estimated_from_power
@@ -100,18 +101,18 @@ class PlainSource:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
+                with decoding(), Image.open(path) as image:
                     self.kind = f"image/{(image.format or 'unknown').lower()}"
                     self.stated = _tiff_size(image)
                     self._image = rgb_on_white(image)
         except FileNotFoundError as error:
             raise CloverError(f"no image {path}") from error
-        except Image.DecompressionBombError as error:
-            raise CloverError(
-                f"{path} is too large to be read as a plain image ({error}); "
-                "save it as a tiled pyramidal TIFF"
-            ) from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except UnreadableImage as error:
+            if isinstance(error.__cause__, Image.DecompressionBombError):
+                raise CloverError(
+                    f"{path} is too large to be read as a plain image ({error}); "
+                    "save it as a tiled pyramidal TIFF"
+                ) from error
             raise CloverError(f"{path} cannot be read as a slide or an image: {error}") from error
         self.sizes = [self._image.size]
         self.power: float | None = None

@@ -56,7 +56,8 @@ def why_whole_slide(path: Path) -> str | None:
 def _pages(path: Path) -> list[Page]:
     """Return the first pages; of a damaged file those before the damage."""
     found: list[Page] = []
-    with suppress(OSError, ValueError, KeyError, struct.error), path.open("rb") as file:
+    damage = (OSError, ValueError, KeyError, OverflowError, struct.error)
+    with suppress(*damage), path.open("rb") as file:
         for tags in islice(_directories(file), _MOST_PAGES):
             found.append(_page(tags))
     return found

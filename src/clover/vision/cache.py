@@ -23,15 +23,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from clover.core.decoding import UnreadableImage
 from clover.core.errors import CloverError
 from clover.core.files import fingerprint
 from clover.core.memory import keep_freed_memory
 from clover.core.record import Rejection
 from clover.core.terminal import progress
-from clover.slides.picture import is_region, read_region
+from clover.slides.picture import decoded, is_region, read_region
 from clover.vision.claim import Claims, number_of
 from clover.vision.encoder import ImageEncoder
 from clover.vision.image_processor import draw_view, rand_augment, turn_view
@@ -236,18 +237,15 @@ class FeatureCache:
         try:
             if is_region(path):
                 image = read_region(path, self._encoder.microns_per_pixel)
-                return self._prepare(image, digest, view)
-            with Image.open(path) as image:
-                return self._prepare(image, digest, view)
+            else:
+                image = decoded(path)
+        except UnreadableImage as error:
+            return Rejection(str(path), 0, f"{error.kind} ({error.reason})")
         except CloverError as error:
             return Rejection(str(path), 0, "unreadable region of a slide", str(error))
-        except UnidentifiedImageError:
-            reason = "of no known format"
-        except Image.DecompressionBombError:
-            reason = "too many pixels"
-        except (OSError, SyntaxError, ValueError):
-            reason = "cut off or damaged"
-        return Rejection(str(path), 0, f"broken image ({reason})")
+        except FileNotFoundError:  # it was there when it was hashed
+            return Rejection(str(path), 0, "missing image")
+        return self._prepare(image, digest, view)
 
     def _prepare(self, image: Image.Image, digest: str, view: str) -> Tensor:
         if not view:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clover.core.decoding import UnreadableImage, decoding
 from clover.core.errors import CloverError
 from clover.core.transparency import rgb_on_white
 from clover.slides.picture import read_region, region_digest, slide_digest
@@ -21,8 +22,6 @@ GREY = 16
 """Of 255: where nine tenths of a picture have their channels closer together, it has no colour."""
 _SEEN = 32
 """Pixels a side that colour is looked for in: noise and JPEG's blocks are averaged away."""
-BROKEN = "broken image"
-"""What is said of bytes that no decoder takes: so they will be tomorrow."""
 _UNREADABLE = "unreadable region"
 _SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".bif")
 
@@ -32,7 +31,7 @@ class Picture:
     """What opening one image showed."""
 
     problem: str | None
-    """Missing image, empty image, broken image, unreadable region; or nothing."""
+    """Missing, empty, broken or 32-bit grey image, unreadable region; or nothing."""
     digest: str = ""
     """SHA-256 of its bytes, in hex; of a region that of the slide's bytes and the place; of a whole
     slide nothing."""
@@ -68,7 +67,7 @@ def look(path: Path, *, with_portrait: bool) -> Picture:
         return Picture("empty image")
     digest = hashlib.sha256(data).hexdigest()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), decoding():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
                 # A JPEG decodes at a fraction of its size, and is read to its end all the same.
@@ -79,9 +78,8 @@ def look(path: Path, *, with_portrait: bool) -> Picture:
             with Image.open(io.BytesIO(data)) as image:
                 image.draft("L", (2 * SIDE, 2 * SIDE))
                 return Picture(None, digest, portrait(image), is_grey)
-    # Pillow's decoders fail with whatever type the broken byte leads to.
-    except Exception:
-        return Picture(BROKEN, digest)
+    except UnreadableImage as error:
+        return Picture(error.kind, digest)
 
 
 def _look_at_region(path: Path, slide: Path, *, with_portrait: bool) -> Picture:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from clover.core.decoding import BROKEN, UNSCALED
 from clover.core.files import atomic_path, fingerprint
 from clover.vision.likeness import Floats
-from clover.vision.pictures import BROKEN, Picture, look
+from clover.vision.pictures import Picture, look
 
 Halves = NDArray[np.float16]
 PIECE = 4096
@@ -84,7 +85,7 @@ class Portraits:
         for digest, picture in zip(missing, looked, strict=True):
             if picture.portrait is not None:
                 made[digest] = picture.portrait.astype(np.float16)
-            elif picture.problem == BROKEN:
+            elif picture.problem in (BROKEN, UNSCALED):
                 made[digest] = _NONE
             yield digest, None if picture.portrait is None else made[digest].astype(np.float32)
         if made:
