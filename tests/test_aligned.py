@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clover.core.errors import CloverError
 from clover.model import Clover, build_bridge, load, load_tokenizer, save_bridge
@@ -45,6 +46,28 @@ def test_match_and_similarity_are_the_equations(model: Clover, tiny: Tiny) -> No
         assert float(cosines[0, index]) == pytest.approx(best, abs=1e-5)
     torch.testing.assert_close(model.features(tiny.image()), vectors)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
+
+
+def test_one_text_or_image_alone_is_not_taken_for_its_letters(model: Clover, tiny: Tiny) -> None:
+    image = tiny.image()
+    with pytest.raises(CloverError, match=r"texts is one text, 'liver'; give a list: \['liver'\]"):
+        model.match(image, "liver")
+    with pytest.raises(CloverError, match=r"texts is one text, 'liver'; give a list: \['liver'\]"):
+        model.similarity([image], "liver")
+    for texts in ([], None, [None]):
+        with pytest.raises(CloverError, match=r"texts is .*; give a list of texts"):
+            model.match(image, texts)  # type: ignore[arg-type]
+    for one in (image, str(image), image.read_bytes(), Image.open(image), []):
+        with pytest.raises(CloverError, match=r"give a list: \[image\]"):
+            model.similarity(one, ["liver"])  # type: ignore[arg-type]
+
+
+def test_stage_1_is_attached_without_a_random_number(model: Clover, tmp_path: Path) -> None:
+    assert model.aligned is not None
+    save_bridge(model.aligned.bridge, tmp_path / "align.safetensors")
+    before = torch.get_rng_state()
+    model.attach_alignment(tmp_path / "align.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def greedy(model: Clover, features: torch.Tensor, settings: CaptionSettings) -> list[int]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import clover
 from clover.core.errors import CloverError
 from clover.core.files import read_json, sha256_file, write_json
-from clover.model import NOTICE, Clover, load, open_image
+from clover.language.protocol import GenerationSettings
+from clover.model import NOTICE, Clover, _language_weights, load, open_image
 from tiny import QUESTION, Tiny, tiny_clover, tiny_recipe
 
 QUESTIONS = [QUESTION, "is this liver ?", "describe the image"]
@@ -66,7 +70,9 @@ def test_only_what_was_trained_is_written_and_the_card_says_what_it_is(tiny_mode
 
 def test_a_path_bytes_and_a_picture_are_the_same_image(tiny: Tiny, tiny_model: Path) -> None:
     model, path = load(tiny_model), tiny.image()
-    forms = [path, str(path), path.read_bytes(), Image.open(path)]
+    forms = [path, str(path), path.read_bytes(), Image.open(path), np.array(Image.open(path))]
+    features = [model.encode(form) for form in forms]
+    assert all(torch.equal(found, features[0]) for found in features)
     assert len({model.ask(form, QUESTION).text for form in forms}) == 1
 
 
@@ -76,6 +82,48 @@ def test_streamed_pieces_join_to_the_answer(tiny: Tiny, tiny_model: Path) -> Non
     for question in QUESTIONS:
         joined = "".join(model.stream(features, [], question)).strip()
         assert joined == model.ask(tiny.image(), question).text
+
+
+def test_threads_that_load_at_once_share_one_language_model(tiny: Tiny, tiny_model: Path) -> None:
+    expected = answers(load(tiny_model), tiny)
+    _language_weights.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(load, [tiny_model] * 4))
+        assert len({id(model.language.model) for model in models}) == 1  # type: ignore[attr-defined]
+        assert list(pool.map(lambda model: answers(model, tiny), models)) == [expected] * 4
+    _language_weights.cache_clear()  # what is loaded next is not what was poisoned
+    assert answers(load(tiny_model), tiny) == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_between_two_pieces_the_caller_computes_as_before(
+    tiny: Tiny, tiny_model: Path, precision: str
+) -> None:
+    model = load(tiny_model, device="cpu", precision=precision)
+    features = model.encode(tiny.image())
+    wanted = [list(model.stream(features, [], question)) for question in QUESTIONS]
+    streams = [model.stream(features, [], question) for question in QUESTIONS]
+    found = [[next(stream)] for stream in streams]
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    for pieces, stream in zip(found, streams, strict=True):  # left in the order of their beginning
+        pieces += stream
+    assert found == wanted
+    assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+
+
+def test_loading_and_asking_draw_no_random_number(tiny: Tiny, tiny_model: Path) -> None:
+    sampled = GenerationSettings(max_tokens=4, temperature=1.0)
+    beams = GenerationSettings(max_tokens=4, num_beams=2)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model = load(tiny_model)
+        for settings in (None, sampled, beams):
+            model.ask(tiny.image(), QUESTION, settings=settings)
+        model.rank(tiny.image(), QUESTION, ["liver", "colon"])
+        "".join(model.stream(model.encode(tiny.image()), [], QUESTION, settings=sampled))
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +214,51 @@ def test_an_image_that_is_none_and_an_empty_question_are_one_line(
         open_image(tiny.folder)
     with pytest.raises(CloverError, match="the question is empty"):
         load(tiny_model).ask(tiny.image(), " ")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (None, "the image is a NoneType; give a path"),
+        (torch.zeros(3, 8, 8), "the image is a Tensor"),
+        (np.zeros((8, 8, 3)), r"a float64 array \[8, 8, 3\]; give uint8 \[height, width, 3\]"),
+        (np.zeros((8, 8), np.uint8), r"a uint8 array \[8, 8\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"a uint8 array \[0, 8, 3\]"),
+    ],
+)
+def test_what_cannot_be_an_image_is_one_line(tiny_model: Path, image: Any, words: str) -> None:
+    model = load(tiny_model)
+    for use in (open_image, model.encode, lambda given: model.ask(given, QUESTION)):
+        with pytest.raises(CloverError, match=words):
+            use(image)
+
+
+def test_arguments_of_another_kind_are_one_line(tiny: Tiny, tiny_model: Path) -> None:
+    model: Any = load(tiny_model)
+    image = tiny.image()
+    features = model.encode(image)
+    for wrong, words in ((None, "NoneType"), (["what ?"], "list"), (3, "int")):
+        for use in (model.ask, lambda image, text: model.rank(image, text, ["liver"])):
+            with pytest.raises(CloverError, match=f"the question is a {words}; give text"):
+                use(image, wrong)
+        with pytest.raises(CloverError, match=f"the question is a {words}; give text"):
+            model.stream(features, [], wrong)
+    for wrong in (str(image), None):
+        with pytest.raises(CloverError, match=r"features is a .*model\.encode\(image\)"):
+            model.stream(wrong, [], QUESTION)
+    with pytest.raises(CloverError, match=r"image's tokens are \[1, P, 24\]"):
+        model.stream(features[0], [], QUESTION)
+    with pytest.raises(CloverError, match=r"one text, 'liver'; give a list: \['liver'\]"):
+        model.rank(image, QUESTION, "liver")
+    for candidates in ([], None, [3]):
+        with pytest.raises(CloverError, match=r"candidates is .*; give a list of texts"):
+            model.rank(image, QUESTION, candidates)
+    with pytest.raises(CloverError, match="no precision 'float23'; did you mean 'float32'"):
+        load(tiny_model, precision="float23")
+    with pytest.raises(CloverError, match=r"a Bridge is not called itself.*visual_prefix"):
+        model.bridge(features)
+    with pytest.raises(CloverError, match=r"a QFormer is not called itself.*encode_queries"):
+        model.bridge.qformer(features)
 
 
 def test_a_recipe_without_a_tokenizer_says_so(tiny: Tiny) -> None:

@@ -5,7 +5,7 @@ No language model is needed. Research use only, not for diagnosis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,24 @@ from clover.core.errors import CloverError
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings, write_caption
 from clover.qformer.tokenizer import TextTokenizer, Tokens
+
+
+def check_texts(texts: Iterable[str], name: str) -> list[str]:
+    """Return texts as a list.
+
+    Args:
+        texts: One or more.
+        name: Of the argument, for the message.
+
+    Raises:
+        CloverError: one text alone, whose letters would be taken for texts; none; or no texts.
+    """
+    if isinstance(texts, str):
+        raise CloverError(f"{name} is one text, {texts!r}; give a list: [{texts!r}]")
+    found = list(texts) if isinstance(texts, Iterable) else []
+    if not found or not all(isinstance(text, str) for text in found):
+        raise CloverError(f"{name} is {texts!r}; give a list of texts, for instance ['liver']")
+    return found
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,12 @@ class Aligned:
         """Return texts as the bridge reads them.
 
         Raises:
-            CloverError: one is empty.
+            CloverError: one is empty, or it is one text alone that is not in a list.
         """
-        if not texts or not all(text.strip() for text in texts):
+        texts = check_texts(texts, "texts")
+        if not all(text.strip() for text in texts):
             raise CloverError("a text is empty; give for instance 'colon adenocarcinoma'")
-        found = self.tokenizer(list(texts), limit=self.max_text_tokens)
+        found = self.tokenizer(texts, limit=self.max_text_tokens)
         device = self.bridge.vision_norm.weight.device
         return Tokens(found.ids.to(device), found.mask.to(device))
 

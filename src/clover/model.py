@@ -8,28 +8,32 @@ Research use only, not for diagnosis.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clover.aligned import Aligned
+from clover.aligned import Aligned, check_texts
 from clover.core.assets import resolve, stamp
-from clover.core.config import LanguageConfig, PromptConfig, Recipe
-from clover.core.errors import CloverError
+from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig, Recipe
+from clover.core.errors import CloverError, nearest
 from clover.core.files import atomic_path, sha256_file
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
 from clover.core.transparency import on_white
-from clover.language.load import Weights, drive, load_weights
+from clover.language.load import LOADING, Weights, drive, load_weights
 from clover.language.prompt import Prompt
 from clover.language.protocol import GenerationSettings, LanguageModel
 from clover.language.spread import spread_layers
@@ -49,7 +53,9 @@ from clover.vision.encoder import ImageEncoder, load_encoder
 from clover.vision.familiar import UNFAMILIAR, Familiarity
 from clover.vision.turned import TurnedEncoder, plain_encoder
 
-ImageLike: TypeAlias = "str | Path | bytes | Image.Image"
+ImageLike: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
+"""A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, a PIL image, or RGB [H, W, 3]."""
+_PRECISIONS = ("auto", "float32", "bfloat16")
 _FAMILIAR = "familiarity.safetensors"
 _DETAILS = (
     "key",
@@ -69,17 +75,19 @@ def load_frozen_language(
 ) -> LanguageModel:
     """Load a frozen language model; its weights once a process.
 
-    Stages that follow each other share them, and so do models that are served beside each other.
+    Stages that follow each other share them, and so do models that are served beside each other,
+    whichever threads load them.
     """
     parsed = Prompt.from_config(prompt)
     is_spread = config.spread and processes.num_processes() > 1
     if config.weights:
         resolve(config.weights)  # before the stamp: what is fetched now would change it
-    now = stamp(config.weights) if config.weights else ""
-    weights = _language_weights(
-        config.kind, config.weights, config.quantise, device, now, is_spread
-    )
-    return drive(weights, config, parsed)
+    with LOADING:  # `lru_cache` alone would let every thread load
+        now = stamp(config.weights) if config.weights else ""
+        weights = _language_weights(
+            config.kind, config.weights, config.quantise, device, now, is_spread
+        )
+        return drive(weights, config, parsed)
 
 
 @lru_cache(maxsize=2)
@@ -135,13 +143,13 @@ def build_bridge(
     language_width: int | None = None,
     has_alignment: bool = False,
 ) -> Bridge:
-    """Build a bridge of the recipe's size, started from its BERT checkpoint where one is named."""
-    config = recipe.qformer.model_copy(
-        update={"encoder_width": encoder.width, "vocab_size": tokenizer.vocab_size}
-    )
+    """Build a bridge of the recipe's size, started from its BERT checkpoint where one is named.
+
+    torch's generators are seeded with the recipe's seed: what a stage draws next follows from it.
+    """
     torch.manual_seed(recipe.seed)
     bridge = Bridge(
-        config,
+        _bridge_config(recipe, encoder, tokenizer),
         language_width=language_width,
         has_alignment=has_alignment,
         temperature=recipe.align.temperature,
@@ -155,6 +163,15 @@ def build_bridge(
         else:
             start_from_bert(bridge, path)
     return bridge
+
+
+def _bridge_config(
+    recipe: Recipe, encoder: ImageEncoder, tokenizer: TextTokenizer
+) -> QFormerConfig:
+    """Return the Q-Former's sizes between this encoder and this tokenizer."""
+    return recipe.qformer.model_copy(
+        update={"encoder_width": encoder.width, "vocab_size": tokenizer.vocab_size}
+    )
 
 
 @dataclass
@@ -275,7 +292,7 @@ class Clover:
         Raises:
             CloverError: a region, and nobody stated what the encoder learnt at.
         """
-        if isinstance(image, bytes | Image.Image) or not is_region(image):
+        if not isinstance(image, str | os.PathLike) or not is_region(image):
             return None
         return self.microns_per_pixel
 
@@ -316,7 +333,8 @@ class Clover:
         """Answer one question about one image.
 
         Args:
-            image: A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, or a PIL image.
+            image: A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, a PIL image, or a
+                uint8 array [H, W, 3], RGB.
             question: In words.
             settings: Decoding; the recipe's when absent.
 
@@ -344,7 +362,6 @@ class Clover:
             f"{whom} of their own); the answer may mean nothing."
         )
 
-    @torch.no_grad()
     def stream(
         self,
         features: Tensor,
@@ -360,12 +377,29 @@ class Clover:
             turns: (question, answer) pairs so far, oldest first.
             question: The new question; the Q-Former reads this one alone.
             settings: Decoding; the recipe's when absent.
+
+        Raises:
+            CloverError: something else than an image's tokens, or an empty question.
         """
+        check_features(features, self.encoder.width)
+        pieces = self._pieces(
+            features, turns, check_question(question), settings or self.default_settings()
+        )
+        return _each_in(self.device.autocast, pieces)
+
+    @torch.no_grad()
+    def _pieces(
+        self,
+        features: Tensor,
+        turns: Sequence[tuple[str, str]],
+        question: str,
+        settings: GenerationSettings,
+    ) -> Iterator[str]:
         self.bridge.eval()
-        with self.device.autocast():
-            prefix = self.visual_prefix(features, [question])
-            after = self.prompt.conversation(turns, question)[1]
-            yield from self.language.stream_text(prefix, after, settings or self.default_settings())
+        prefix = self.visual_prefix(features, [question])
+        yield from self.language.stream_text(
+            prefix, self.prompt.conversation(turns, question)[1], settings
+        )
 
     def rank(
         self, image: ImageLike, question: str, candidates: Sequence[str]
@@ -373,14 +407,18 @@ class Clover:
         """Order candidate answers by their loss, the likeliest first (SPEC, section 4.3).
 
         Args:
-            image: A path, encoded bytes, or a PIL image.
+            image: As `ask` takes it.
             question: In words.
             candidates: Possible answers.
 
         Returns:
             (answer, summed log-likelihood of its tokens, the end token included).
+
+        Raises:
+            CloverError: as `ask`, or one candidate alone that is not in a list.
         """
         question = check_question(question)
+        candidates = check_texts(candidates, "candidates")
         self.bridge.eval()
         with torch.no_grad(), self.device.autocast():
             prefix = self.visual_prefix(self.encode(image), [question])
@@ -393,7 +431,8 @@ class Clover:
         Raises:
             CloverError: absent, damaged, or of other sizes.
         """
-        bridge = Bridge(self.bridge.config, has_alignment=True)
+        with _drawing_nothing():
+            bridge = Bridge(self.bridge.config, has_alignment=True)
         load_bridge(bridge, Path(path))
         bridge.to(self.device.device).eval().requires_grad_(False)
         self.aligned = Aligned(bridge, self.tokenizer, self.recipe.align.max_text_tokens)
@@ -412,11 +451,21 @@ class Clover:
         return self._stage_1().caption(self._encode_once(image), settings)
 
     def match(self, image: ImageLike, texts: Sequence[str]) -> list[float]:
-        """Return the probability that each text belongs to the image."""
+        """Return the probability that each text belongs to the image.
+
+        Raises:
+            CloverError: as `ask`, or one text alone that is not in a list, or an empty one.
+        """
         return self._stage_1().match(self._encode_once(image), texts)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
-        """Return cosines [B, N] of B images and N texts."""
+        """Return cosines [B, N] of B images and N texts.
+
+        Raises:
+            CloverError: as `ask`, or one image or text alone that is not in a list.
+        """
+        if isinstance(images, str | bytes | os.PathLike | Image.Image) or not len(images):
+            raise CloverError("images is one image, or none; give a list: [image]")
         features = torch.cat([self._encode_once(image) for image in images])
         return self._stage_1().similarity(features, texts)
 
@@ -429,19 +478,57 @@ class Clover:
         return save_folder(self, Path(path))
 
 
-def check_question(question: str) -> str:
+def _each_in(
+    context: Callable[[], contextlib.AbstractContextManager[object]], pieces: Iterator[str]
+) -> Iterator[str]:
+    """Yield what is made piece by piece inside a context, which the caller's own code is never in.
+
+    A `with` around a `yield` would stay open wherever the caller goes meanwhile, and two that are
+    left in another order than they were entered put back each other's state.
+    """
+    while True:
+        with context():
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+def check_features(features: object, width: int) -> None:
+    """Refuse what is not one image's tokens [1, P, width].
+
+    Raises:
+        CloverError: it is something else.
+    """
+    if not isinstance(features, Tensor):
+        raise CloverError(
+            f"features is a {type(features).__name__}; give an image's tokens: model.encode(image)"
+        )
+    if features.ndim != 3 or len(features) != 1 or features.shape[2] != width:
+        raise CloverError(
+            f"features is {list(features.shape)}, one image's tokens are [1, P, {width}]; give "
+            "model.encode(image)"
+        )
+
+
+def check_question(question: object) -> str:
     """Return the question without blanks around it.
 
     Raises:
-        CloverError: nothing is left.
+        CloverError: nothing is left, or it is no text.
     """
+    if not isinstance(question, str):
+        raise CloverError(
+            f"the question is a {type(question).__name__}; give text, for instance "
+            "'Is there necrosis?'"
+        )
     if not question.strip():
         raise CloverError("the question is empty; ask for instance 'Is there necrosis?'")
     return question.strip()
 
 
 def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Image.Image:
-    """Open an image given as path, region of a slide, bytes or PIL image; transparency is white.
+    """Open an image given in any of the forms of `ImageLike`; transparency is white.
 
     Args:
         image: What to open.
@@ -450,11 +537,33 @@ def open_image(image: ImageLike, microns_per_pixel: float | None = None) -> Imag
     Raises:
         CloverError: no such file, not an image, a whole slide, or a region that cannot be read.
     """
+    _check_may_be_image(image)
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
     if isinstance(image, Image.Image):
         return on_white(image)
     if not isinstance(image, bytes) and not is_region(image):
         check_is_no_slide(image)
     return open_picture(image, microns_per_pixel)
+
+
+def _check_may_be_image(image: object) -> None:
+    """Refuse what is of no kind that an image comes as.
+
+    Raises:
+        CloverError: it is something else, or an array that is not RGB.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise CloverError(
+                f"the image is a {image.dtype} array {list(image.shape)}; give uint8 "
+                "[height, width, 3], RGB from 0 to 255"
+            )
+    elif not isinstance(image, str | os.PathLike | bytes | Image.Image):
+        raise CloverError(
+            f"the image is a {type(image).__name__}; give a path, slide.svs#x,y,width,height (µm), "
+            "encoded bytes, a PIL image, or a uint8 array [height, width, 3]"
+        )
 
 
 def save_folder(model: Clover, path: Path) -> Path:
@@ -504,6 +613,9 @@ def load(
 ) -> Clover:
     """Load a model folder.
 
+    Threads may load at the same time: one after the other does, and they share the language model.
+    Random numbers that are drawn afterwards are those that would have been drawn without it.
+
     Args:
         path: Written by `clover tune` or `Clover.save`.
         device: `auto`, `cpu`, `cuda`, ...
@@ -512,9 +624,21 @@ def load(
             language models do in any case: a further model costs its bridge alone.
 
     Raises:
-        CloverError: a file is missing, damaged, or does not belong to the named frozen parts.
+        CloverError: a file is missing, damaged, or does not belong to the named frozen parts; or
+            no such precision.
     """
-    path = Path(path)
+    if precision not in _PRECISIONS:
+        raise CloverError(f"no precision '{precision}'{nearest(precision, _PRECISIONS)}")
+    with LOADING, _drawing_nothing():
+        return _load(Path(path), device, precision, beside)
+
+
+def _drawing_nothing() -> contextlib.AbstractContextManager[None]:
+    """Put torch's generator back: weights are drawn first and read then, always on the CPU."""
+    return torch.random.fork_rng(devices=[])
+
+
+def _load(path: Path, device: str, precision: str, beside: Clover | None) -> Clover:
     config = read_config(path)
     recipe = recipe_of(config, path)
     # A recipe that insists on a format is answered in it as well.
@@ -535,12 +659,8 @@ def load(
         encoder = TurnedEncoder(encoder, recipe.evaluate.turns)
     tokenizer = load_tokenizer(recipe)
     language = load_frozen_language(recipe.language, recipe.prompt, where)
-    bridge = build_bridge(
-        recipe.model_copy(update={"qformer": recipe.qformer.model_copy(update={"weights": None})}),
-        encoder,
-        tokenizer,
-        language_width=language.hidden_size,
-    )
+    sizes = _bridge_config(recipe, encoder, tokenizer)
+    bridge = Bridge(sizes, language_width=language.hidden_size)
     load_bridge(bridge, path / "bridge.safetensors", sha256=config.get("bridge_sha256"))
     bridge.to(where.device).eval().requires_grad_(False)
     kept: dict[str, Any] = {name: config[name] for name in _DETAILS if name in config}

@@ -246,6 +246,9 @@ def test_truth_of_another_split_is_refused(tmp_path: Path) -> None:
 def test_nothing_to_score_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "p.jsonl"
     empty.write_text("", encoding="utf-8")
+    for wrong in (5, None, "predictions.jsonl", {"id": "a"}):
+        with pytest.raises(CloverError, match=r"items is a .*; give a list .* or a file's path to"):
+            score(wrong)  # type: ignore[arg-type]
     with pytest.raises(CloverError, match="nothing can be scored: there are no prediction lines"):
         score_file(empty)
     with pytest.raises(CloverError, match="no file"):

@@ -161,3 +161,23 @@ def test_the_real_small_model_answers_a_plain_question() -> None:
     # The model learned numbers digit by digit; another cut is another language to it.
     assert isinstance(language, DecoderOnly)
     assert len(language.tokens.encode("1234")) == 4
+
+
+@pytest.mark.parametrize("has_bar", [True, False])
+def test_loading_leaves_transformers_as_talkative_as_it_was(tmp_path: Path, has_bar: bool) -> None:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    original = tiny_llama()
+    original.model.save_pretrained(tmp_path)
+    original.tokens.tokenizer.save_pretrained(tmp_path)
+    before = logging.is_progress_bar_enabled()
+    set_bar = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    set_bar[has_bar]()
+    verbosity, hub = logging.get_verbosity(), are_progress_bars_disabled()
+    try:
+        load_language_model(LanguageConfig(weights=str(tmp_path)), PromptConfig(answer_end="<eos>"))
+        assert logging.is_progress_bar_enabled() is has_bar
+        assert (logging.get_verbosity(), are_progress_bars_disabled()) == (verbosity, hub)
+    finally:
+        set_bar[before]()

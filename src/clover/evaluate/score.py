@@ -61,6 +61,11 @@ def score(
     Raises:
         CloverError: an unknown protocol, or not one item that can be scored.
     """
+    if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+        raise CloverError(
+            f"items is a {type(items).__name__}; give a list of mappings with id, question, answer "
+            "and prediction, or a file's path to clover.evaluate.score.score_file"
+        )
     sheet = Sheet(find_protocols(protocol))
     reader = ItemReader()
     sheet.fill(reader.items(_row(item) for item in items))

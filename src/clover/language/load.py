@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,9 @@ from clover.language.prompt import Prompt
 from clover.language.quantise import bitsandbytes_config, keep_gradients, quantise_int8
 
 _LOG = logging.getLogger(__name__)
+LOADING = threading.RLock()
+"""Held while a model is loaded. `from_pretrained` swaps torch's number format and initialisers for
+its own and then puts back what it found: from two threads at once, what the other one had put."""
 
 
 def load_language_model(
@@ -70,7 +75,7 @@ def load_weights(
             "language.weights is empty; name a GGUF file or a folder in transformers' form"
         )
     folder = _folder(resolve(config.weights))
-    with _quiet():
+    with LOADING, _quiet():
         tokenizer = _load_tokenizer(folder)
         return Weights(_load_model(folder, config, dtype, device), tokenizer)
 
@@ -85,15 +90,23 @@ def drive(weights: Weights, config: LanguageConfig, prompt: Prompt) -> DecoderOn
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers: its bar and its notes come up terminal or not; errors still raise."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
-    logging.disable_progress_bar()
+    before, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    is_hub_silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # the hub's with it
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if has_bar:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # where the environment forbids the hub's
+                logging.enable_progress_bar()
+            if is_hub_silent:
+                disable_progress_bars()
 
 
 def _folder(path: Path) -> Path:

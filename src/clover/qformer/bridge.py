@@ -6,11 +6,14 @@ Stage 1 trains `vision_norm`, `qformer` and the alignment heads; stage 2 trains 
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clover.core.config import QFormerConfig
+from clover.core.errors import CloverError
 from clover.qformer.model import ImageKeys, LanguageHead, QFormer
 
 
@@ -66,6 +69,17 @@ class Bridge(nn.Module):
         self.heads = AlignmentHeads(config, temperature=temperature) if has_alignment else None
         self.projection = (
             nn.Linear(config.hidden_size, language_width) if language_width is not None else None
+        )
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: each stage has passes of its own.
+
+        Raises:
+            CloverError: always.
+        """
+        raise CloverError(
+            "a Bridge is not called itself; give features to read_image, then call visual_prefix, "
+            "or qformer's own passes"
         )
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clover.core.config import QFormerConfig
+from clover.core.errors import CloverError
 from clover.qformer.attention import Attention, FeedForward, KeyValue, join_keys
 from clover.qformer.image_projection import project_images
 
@@ -164,6 +165,17 @@ class QFormer(nn.Module):
             for index in range(config.num_layers)
         )
         self.initialise()
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: each objective has a pass of its own.
+
+        Raises:
+            CloverError: always.
+        """
+        raise CloverError(
+            "a QFormer is not called itself; give features to project_image, then call "
+            "encode_queries, encode_pair, encode_text or decode_text"
+        )
 
     def initialise(self) -> None:
         """Draw fresh weights: N(0, 0.02), zero biases, unit norms (SPEC, section 1.6)."""

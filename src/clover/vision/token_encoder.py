@@ -74,7 +74,9 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     if hasattr(module, "expand"):
         return build_family(module.expand(config))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights, where none are named, are the same everywhere
+        # Random weights, where none are named, are the same everywhere. The CPU's generator alone:
+        # `torch.manual_seed` would leave every other device seeded.
+        torch.default_generator.manual_seed(0)
         built: Family = module.build(config)
     return config, built
 
