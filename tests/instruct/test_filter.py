@@ -8,7 +8,8 @@ from clover.core.record import Record
 from clover.instruct.duplicates import NearDuplicates
 from clover.instruct.filter import filter_records, rule_counts
 from clover.instruct.mismatch import mismatch
-from clover.instruct.vocabulary import dictionary, is_denied
+from clover.instruct.standing import is_denied
+from clover.instruct.vocabulary import dictionary
 
 from . import labelled
 

@@ -9,8 +9,8 @@ import pytest
 from clover.core.record import Record
 from clover.instruct.caption import clean, is_english, plain_text, problem
 from clover.instruct.filter import filter_records
+from clover.instruct.lists import load_yaml
 from clover.instruct.template import write_template_instructions
-from clover.instruct.vocabulary import load_yaml
 
 
 def write(caption: str, **more: str) -> list[Record]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from clover.core.files import write_jsonl
 from clover.core.record import Record, Rejection, numbered_records
-from clover.instruct.vocabulary import load_yaml
+from clover.instruct.lists import load_yaml
 
 MAX_CHARACTERS = 8000
 """A longer caption is a document, not a caption; sending one by mistake costs real money."""

@@ -15,9 +15,10 @@ from clover.core.record import Record, Rejection
 from clover.instruct import support
 from clover.instruct.caption import has_date, has_magnification
 from clover.instruct.duplicates import NearDuplicates
+from clover.instruct.lists import words
 from clover.instruct.mismatch import mismatch
 from clover.instruct.parse import answer_type
-from clover.instruct.vocabulary import content_stems, words
+from clover.instruct.vocabulary import content_stems
 
 QUESTION_WORDS = (3, 60)
 ANSWER_WORDS = (1, 250)
