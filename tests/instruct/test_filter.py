@@ -126,6 +126,16 @@ def test_mitotic_figures_are_no_leak_and_a_look_in_the_mirror_is_no_magnificatio
     assert reason("What is seen?", "Mitotic figures and highly atypical cells.", caption) is None
 
 
+def test_a_size_must_be_told_in_full() -> None:
+    caption = "Liver with a mass that measures 4 x 5 x 6 cm."
+    assert (
+        reason("How large is the mass of the liver?", "It measures 4 x 5 x 6 cm.", caption) is None
+    )
+    assert "number" in str(reason("How large is the liver mass?", "It measures 6 cm.", caption))
+    side = "The mass of the liver is up to 6 cm large."
+    assert reason("How large is the liver mass?", side, caption) is None
+
+
 def test_no_is_supported_when_the_caption_states_another_organ_or_stain() -> None:
     assert reason("Is this tissue from the liver?", "No", "Kidney, PAS.") is None
     assert reason("Is the stain Congo red?", "No", "Kidney, PAS.") is None

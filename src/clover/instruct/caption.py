@@ -31,20 +31,39 @@ _MONTH = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
     "sep(?:t(?:ember)?)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
 )
+_YEAR = r"(?:19|20)\d{2}"
+# So a sentence goes on after a year; after a number it goes on with what is counted.
+_ON = (
+    r"(?=\s*(?:$|[.,;:)\]])|\s+(?:the|an?|this|that|it|he|she|is|are|was|were|with|at|by|from|in|on|"
+    r"for|and|but|when|after|before|because|shows?|showed|showing)\b)"
+)
 _DATE = re.compile(
-    rf"\b(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d{{2}}|(?:19|20)\d{{2}}-\d{{2}}-\d{{2}}|"
+    rf"\b(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d{{2}}|{_YEAR}-\d{{2}}-\d{{2}}|"
     rf"(?:\d{{1,2}}(?:st|nd|rd|th)?\s+)?(?:{_MONTH})\.?,?\s+(?:\d{{1,2}}(?:st|nd|rd|th)?,?\s+)?"
-    r"(?:19|20)\d{2}|(?:19|20)\d{2})\b",
+    rf"{_YEAR})\b|\({_YEAR}\)|"
+    # A number alone is a year only after one of these words, and counts nothing: "in 2000 cells".
+    r"\b(?:in|since|from|during|until|between|before|after|dated|circa|year)\s+"
+    rf"{_YEAR}(?:\s*(?:[-–]|to|and)\s*{_YEAR})?\b{_ON}",
     re.I,
 )
+_NUMBER = r"(?<![\w.,])\d+(?:[.,]\d+)?"
+_UNIT = r"\s?(?:mm|cm|[µμu]m|nm|microns?|micromet(?:er|re)s?|(?:centi|milli)met(?:er|re)s?)\b"
+_SIZE = (
+    rf"{_NUMBER}(?:{_UNIT})?(?:(?:\s[x×]\s|[x×])\d+(?:[.,]\d+)?(?:{_UNIT})?)+(?!\w)"
+    rf"|{_NUMBER}(?:\s?[x×]\s?\d+(?:[.,]\d+)?)+{_UNIT}"
+)
 _MAGNIFICATION = re.compile(
+    rf"(?P<size>{_SIZE})|"
     r"(?:\(?\b(?:original\s+)?(?:at\s+)?(?:a\s+)?magnification\s*(?:of\b|:|=)?\s*)?"
-    r"(?:(?<![\w.])[x×]\s?\d{1,4}(?:\.\d)?(?![\w%])|(?<![\w.])\d{1,4}(?:\.\d)?\s?[x×](?![\w]))\)?"
+    rf"(?:(?<![\w.])[x×]\s?\d{{1,4}}(?:\.\d)?(?![\w%])(?!{_UNIT})|"
+    r"(?<![\w.])\d{1,4}(?:\.\d)?\s?[x×](?![\w]))\)?"
     r"|\b(?:micro(?:scopic)?\s+)?(?:very\s+)?(?:low|med(?:ium)?|mid|high|intermediate)[\s-]+"
     r"(?:mag(?:nification)?|power(?:\s+(?:view|field|magnification))?|pow)\b\.?"
     r"|\b(?:original\s+)?magnification\b",
     re.I,
 )
+"""Magnifications, and sizes in the group "size": "2 x 3 cm" is none."""
+_MEASURE = re.compile(rf"(?P<size>{_SIZE})|{_NUMBER}{_UNIT}", re.I)
 _FIGURE = re.compile(
     r"\(?\b(?:see\s+)?(?:fig(?:ure)?s?\.?\s*\d+[a-z]?(?:\s*[-,&]\s*\d*[a-z]?)?|panel\s+[A-Z]\b|"
     r"plate\s+\d+|table\s+\d+)\s*\)?[.:,]?\s*",
@@ -203,7 +222,7 @@ def clean(caption: str) -> str:
     """Return a caption as an answer: no dates, magnifications, figure references or chatter."""
     text = plain_text(caption)
     for pattern in (_URL, _BOX, _FIGURE, _MAGNIFICATION, _DATE, _CHATTER, _ARROWS):
-        text = pattern.sub(" ", text)
+        text = pattern.sub(_gap, text)
     text = re.sub(r"\(\s*[,;.]?\s*\)|\[\s*\]", " ", text)
     text = re.sub(r"\s+([,.;:!?)])", r"\1", " ".join(text.split()))
     text = re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", text)
@@ -213,6 +232,11 @@ def clean(caption: str) -> str:
         return ""
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?" else text + "."
+
+
+def _gap(match: re.Match[str]) -> str:
+    """Return what stays where a pattern matched: a size, or nothing."""
+    return match.groupdict().get("size") or " "
 
 
 def _calm_capitals(text: str) -> str:
@@ -230,6 +254,12 @@ def has_date(text: str) -> bool:
     return bool(_DATE.search(text))
 
 
+def lone_measures(text: str) -> set[str]:
+    """Return the lengths that a text gives by themselves: of "2 x 3 cm, 5 mm" it is {"5mm"}."""
+    found = (match for match in _MEASURE.finditer(text) if match["size"] is None)
+    return {re.sub(r"\s", "", match.group()).lower() for match in found}
+
+
 def has_magnification(text: str) -> bool:
     """Say whether a text names a magnification."""
-    return bool(_MAGNIFICATION.search(text))
+    return any(match["size"] is None for match in _MAGNIFICATION.finditer(text))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from clover.instruct.caption import lone_measures
 from clover.instruct.lists import load_yaml, words
 from clover.instruct.standing import Standing, is_denied, standing
 from clover.instruct.vocabulary import DICTIONARIES, content_stems, dictionary, stem
@@ -25,6 +26,7 @@ _WORDS_WITHOUT_NOISE = 80
 """In longer captions ordinary words stand in so many clauses that their negation says nothing."""
 
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
+_SIDE = re.compile(r"dimension|diameter|length|long|wid|across|side|large|great|up to", re.I)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?(?!\w)|\b(?:I{1,3}|IV|VI{0,3})\b")
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _ROMAN = {"I": "1", "II": "2", "III": "3", "IV": "4", "V": "5", "VI": "6", "VII": "7", "VIII": "8"}
@@ -333,7 +335,13 @@ def _normality_fault(answer: Statement, source: Statement) -> str | None:
 def _number_fault(answer: Statement, source: Statement) -> str | None:
     # "One" and "two" are how people count what a caption lists.
     wrong = answer.numbers - source.numbers - {"0", "1", "2"}
-    return f"number: {min(wrong)} is not in the caption" if wrong else None
+    if wrong:
+        return f"number: {min(wrong)} is not in the caption"
+    # Of "4 x 5 x 6 cm" no one may make "6 cm", save as one of its sides.
+    alone = lone_measures(answer.text) - lone_measures(source.text)
+    if alone and not _SIDE.search(answer.text):
+        return f"number: {min(alone)} is not in the caption by itself"
+    return None
 
 
 def _opposite_fault(answer: Statement, source: Statement) -> str | None:
