@@ -6,7 +6,9 @@ In: any caption. Out: the cleaned text, or the reason why it is set aside.
 from __future__ import annotations
 
 import functools
+import hashlib
 import html
+import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -117,10 +119,11 @@ class Captions:
 
     def _items(self) -> Iterator[Record | Rejection]:
         count = 0
+        ids = _Ids()
         for line, item in numbered_records(Path(self.path), "caption"):
             if not self.is_clean and isinstance(item, Record):
                 item = self._cleaned(item, line)
-            yield item
+            yield ids.told_apart(item) if isinstance(item, Record) else item
             count += isinstance(item, Record)
             if self.limit is not None and count >= self.limit:
                 return
@@ -133,6 +136,31 @@ class Captions:
             return Rejection(str(self.path), line, reason, {"id": item.id, "caption": raw})
         # A copy is dear, and most captions are plain already.
         return item if text == raw else item.model_copy(update={"caption": text})
+
+
+class _Ids:
+    """Numbers an id that a file repeats ("1", "1~2"), as a mix does: instructions are named by it.
+
+    Eight bytes of each id are remembered, since a file may hold a million.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def told_apart(self, record: Record) -> Record:
+        """Return a record under an id that no record before it bears."""
+        if self._is_new(record.id):
+            return record
+        numbered = (f"{record.id}~{number}" for number in itertools.count(2))
+        return record.model_copy(update={"id": next(filter(self._is_new, numbered))})
+
+    def _is_new(self, name: str) -> bool:
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        key = int.from_bytes(digest, "big")
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
 
 
 def _shortened(item: Rejection) -> Rejection:
