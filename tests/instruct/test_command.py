@@ -257,6 +257,41 @@ def test_a_wrong_price_shows_the_form(
     assert "0.5,1.5" in capsys.readouterr().err
 
 
+def test_any_of_an_image_s_captions_may_bear_a_pair_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, captions, good = (tmp_path / f"{name}.jsonl" for name in ("p", "c", "g"))
+    asked = ("necrosis", "fibrosis", "amyloid")
+    pairs.write_text(
+        "\n".join(
+            json.dumps({"id": x, "image": "a.png", "question": f"Is there {x}?", "answer": "Yes"})
+            for x in asked
+        )
+    )
+    captions.write_text(
+        "\n".join(
+            json.dumps({"id": "1", "image": "a.png", "caption": f"Liver with {x}."})
+            for x in asked[:2]
+        )
+    )
+    assert run("instruct", "filter", pairs, "--out", good, "--captions", captions) == 0
+    assert [row["id"] for row in rows(good)] == ["necrosis", "fibrosis"]
+    assert "1 unsupported" in capsys.readouterr().out
+
+
+def test_files_that_no_share_names_are_said_to_be_left_out(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in ("a", "b", "c")]
+    for file in files:
+        run("instruct", "template", source, "--out", file)
+    capsys.readouterr()
+    assert run("instruct", "mix", *files, "--out", tmp_path / "m.jsonl", "--share", "a=1") == 0
+    assert "left out, because --share names others alone: b, c\n" in capsys.readouterr().out
+    assert run("instruct", "mix", *files, "--out", tmp_path / "m.jsonl") == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("share", ["0.7", "good=much"])
 def test_a_share_without_a_name_says_its_form(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str

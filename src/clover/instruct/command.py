@@ -187,7 +187,11 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
 @instruct.command("filter")
 @click.argument("file", type=_FILE)
 @click.option("--out", required=True, type=_FILE, help="JSONL to write.")
-@click.option("--captions", type=_FILE, help="Captions by image, when the records carry none.")
+@click.option(
+    "--captions",
+    type=_FILE,
+    help="Captions of the images, one or more each, when the records carry none.",
+)
 @click.option("--review", type=_FILE, help="JSONL of {id, verdict} from the stats page.")
 @click.option(
     "--min-overlap",
@@ -222,8 +226,8 @@ def filter_file(
       clover instruct filter generated.jsonl --out good.jsonl \\
           --blind-endpoint http://127.0.0.1:11434/v1 --blind-model llama3.1:8b
     """
-    from clover.core.record import read_records, write_records, write_rejected
-    from clover.instruct.filter import filter_records, rule_counts
+    from clover.core.record import iterate_records, read_records, write_records, write_rejected
+    from clover.instruct.filter import captions_by_image, filter_records, rule_counts
 
     if not 0 <= min_overlap <= 1:
         raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
@@ -231,8 +235,8 @@ def filter_file(
     records = read_records(file, needs="question")
     by_image = None
     if captions is not None:
-        known = read_records(captions, needs="caption").records
-        by_image = {item.image: item.caption for item in known if item.image and item.caption}
+        # Captions that share an id count too: only their images matter here.
+        by_image = captions_by_image(iterate_records(captions, needs="caption"))
     reviewed = _verdicts(review) if review is not None else None
     kept, rejected = filter_records(
         records.records, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
@@ -327,7 +331,11 @@ def _listed(counts: Counter[str]) -> str:
 @instruct.command()
 @click.argument("files", type=_FILE, nargs=-1, required=True)
 @click.option("--out", required=True, type=_FILE, help="JSONL to write.")
-@click.option("--share", multiple=True, help="file=0.8, by file name without ending; repeat.")
+@click.option(
+    "--share",
+    multiple=True,
+    help="file=0.8, by file name without ending; repeat. A file without one is left out.",
+)
 @click.option("--per-image", type=int, help="Most questions about one image.")
 @click.option("--per-body-part", type=float, help="Largest share of one body part.")
 @click.option("--val", type=float, default=0.0, show_default=True, help="Share of image groups.")
@@ -367,6 +375,9 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     click.echo(f"{len(mixed):,} instructions -> {out}; data card: {out}.card.json")
     for name in ("origin", "answer_type", "yes_no", "split"):
         click.echo(f"{name}: {_listed(Counter(card.get(name, {})))}")
+    left = [name for name in sources if shares is not None and name not in shares]
+    if left:
+        click.echo(f"left out, because --share names others alone: {', '.join(left)}")
     aside = {name: found for name, found in sets.items() if found.rejected}
     for name, found in aside.items():
         click.echo(f"{name}: {found.summary()}")

@@ -46,7 +46,8 @@ def mix_records(
     Args:
         sources: Name to records.
         shares: Name to its share of the result; they are scaled to add up to 1. Without shares
-            everything is taken. No record is ever used twice: the scarcest source decides the size.
+            everything is taken; with them, nothing of a source that has none. No record is ever
+            used twice: the scarcest source decides the size.
         seed: Decides which records are taken, their order and the split.
         settings: Caps, balance and split.
 
