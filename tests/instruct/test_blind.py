@@ -17,8 +17,8 @@ from clover.evaluate.protocol.normalise import first_yes_no, strict_words
 from clover.instruct.blind import ask_blind, plain_form, reject_blind, yes_or_no
 from clover.instruct.generate import GenerateSettings
 from clover.instruct.ledger import Ledger, ledger_path
+from clover.instruct.lists import load_yaml
 from clover.instruct.prices import Price
-from clover.instruct.vocabulary import load_yaml
 
 from .endpoint import Endpoint, Running, count_tokens, url
 

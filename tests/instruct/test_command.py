@@ -169,6 +169,31 @@ def test_a_messy_csv_is_read_like_messy_json_lines(
     assert Path(f"{out}.rejected.jsonl").stat().st_size < 10_000
 
 
+def test_captions_that_share_an_id_lose_no_pair_and_are_paid_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "c.jsonl", tmp_path / "o.jsonl"
+    lines = [
+        {"id": name, "image": f"{image}.png", "caption": f"Liver {image} with fibrosis, H&E."}
+        for name, image in (("1", "a"), ("1~2", "b"), ("1", "c"), ("1", "d"), ("2", "e"))
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", path, "--out", out, "--endpoint", url(endpoint))
+        assert run(*words, "--model", "m") == 0
+        made = rows(out)
+        # An id stands in no request: what was paid under another is found again.
+        path.write_text("\n".join(json.dumps({**line, "id": "1"}) for line in lines))
+        assert run(*words, "--model", "m") == 0
+        assert endpoint.requests == 5
+    assert {row["id"].rsplit("-g")[0] for row in made} == {"1", "1~2", "1~3", "1~4", "2"}
+    assert run("instruct", "template", path, "--out", tmp_path / "t.jsonl") == 0
+    for found in (made, rows(out), rows(tmp_path / "t.jsonl")):
+        assert len({row["id"] for row in found}) == len(found)
+        assert {row["image"] for row in found} == {f"{image}.png" for image in "abcde"}
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_what_is_no_url_is_named_before_its_price(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
@@ -230,6 +255,41 @@ def test_a_wrong_price_shows_the_form(
     words = (*words, "--endpoint", "http://127.0.0.1:1/v1", "--price", "cheap")
     assert run(*words) == 2
     assert "0.5,1.5" in capsys.readouterr().err
+
+
+def test_any_of_an_image_s_captions_may_bear_a_pair_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, captions, good = (tmp_path / f"{name}.jsonl" for name in ("p", "c", "g"))
+    asked = ("necrosis", "fibrosis", "amyloid")
+    pairs.write_text(
+        "\n".join(
+            json.dumps({"id": x, "image": "a.png", "question": f"Is there {x}?", "answer": "Yes"})
+            for x in asked
+        )
+    )
+    captions.write_text(
+        "\n".join(
+            json.dumps({"id": "1", "image": "a.png", "caption": f"Liver with {x}."})
+            for x in asked[:2]
+        )
+    )
+    assert run("instruct", "filter", pairs, "--out", good, "--captions", captions) == 0
+    assert [row["id"] for row in rows(good)] == ["necrosis", "fibrosis"]
+    assert "1 unsupported" in capsys.readouterr().out
+
+
+def test_files_that_no_share_names_are_said_to_be_left_out(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / f"{name}.jsonl" for name in ("a", "b", "c")]
+    for file in files:
+        run("instruct", "template", source, "--out", file)
+    capsys.readouterr()
+    assert run("instruct", "mix", *files, "--out", tmp_path / "m.jsonl", "--share", "a=1") == 0
+    assert "left out, because --share names others alone: b, c\n" in capsys.readouterr().out
+    assert run("instruct", "mix", *files, "--out", tmp_path / "m.jsonl") == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", ["0.7", "good=much"])

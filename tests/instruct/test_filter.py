@@ -8,7 +8,8 @@ from clover.core.record import Record
 from clover.instruct.duplicates import NearDuplicates
 from clover.instruct.filter import filter_records, rule_counts
 from clover.instruct.mismatch import mismatch
-from clover.instruct.vocabulary import dictionary, is_denied
+from clover.instruct.standing import is_denied
+from clover.instruct.vocabulary import dictionary
 
 from . import labelled
 
@@ -123,6 +124,16 @@ def test_a_diagnosis_named_three_times_is_no_running_in_circles() -> None:
 def test_mitotic_figures_are_no_leak_and_a_look_in_the_mirror_is_no_magnification() -> None:
     caption = "Squamous cell carcinoma with many mitotic figures and highly atypical cells."
     assert reason("What is seen?", "Mitotic figures and highly atypical cells.", caption) is None
+
+
+def test_a_size_must_be_told_in_full() -> None:
+    caption = "Liver with a mass that measures 4 x 5 x 6 cm."
+    assert (
+        reason("How large is the mass of the liver?", "It measures 4 x 5 x 6 cm.", caption) is None
+    )
+    assert "number" in str(reason("How large is the liver mass?", "It measures 6 cm.", caption))
+    side = "The mass of the liver is up to 6 cm large."
+    assert reason("How large is the liver mass?", side, caption) is None
 
 
 def test_no_is_supported_when_the_caption_states_another_organ_or_stain() -> None:

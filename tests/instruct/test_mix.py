@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import pytest
@@ -81,6 +82,37 @@ def test_groups_are_never_split_and_more_data_moves_none() -> None:
     few, many = sides(500), sides(1000)
     assert 0.1 < Counter(few.values())["val"] / len(few) < 0.3
     assert all(many[group] == split for group, split in few.items())
+
+
+def test_an_image_is_on_one_side_though_one_source_has_groups_and_another_none() -> None:
+    grouped = [
+        r.model_copy(update={"group": f"patient{i // 4}"}) for i, r in enumerate(records("g", 200))
+    ]
+    regrouped = [
+        r.model_copy(update={"group": f"slide{i // 3}"}) for i, r in enumerate(records("s", 20))
+    ]
+    sources = {"gen": grouped, "vqa": records("v", 200), "slides": regrouped}
+    sides: dict[str, set[str | None]] = {}
+    for record in mix_records(sources, seed=0, settings=MixSettings(validation_share=0.3)):
+        for name in filter(None, (record.image, record.group)):
+            sides.setdefault(name, set()).add(record.split)
+    assert all(len(split) == 1 for split in sides.values())
+    assert 0.1 < sum(split == {"val"} for split in sides.values()) / len(sides) < 0.5
+
+
+def test_the_split_of_one_kind_of_group_is_by_its_own_name() -> None:
+    def expected(name: str) -> str:
+        digest = hashlib.sha256(f"0:{name}".encode()).digest()
+        return "val" if int.from_bytes(digest[:8], "big") < 0.3 * 2**64 else "train"
+
+    alone = records("a", 60, images=20)
+    grouped = [
+        r.model_copy(update={"group": f"patient{int(str(r.image)[:-4]) % 7}"}) for r in alone
+    ]
+    settings = MixSettings(validation_share=0.3)
+    for rows in (alone, grouped):
+        for record in mix_records({"a": rows}, seed=0, settings=settings):
+            assert record.split == expected(str(record.group or record.image))
 
 
 def test_seed_decides_and_repeats() -> None:

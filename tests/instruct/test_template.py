@@ -7,10 +7,17 @@ from collections import Counter
 import pytest
 
 from clover.core.record import Record
-from clover.instruct.caption import clean, is_english, plain_text, problem
+from clover.instruct.caption import (
+    clean,
+    has_date,
+    has_magnification,
+    is_english,
+    plain_text,
+    problem,
+)
 from clover.instruct.filter import filter_records
+from clover.instruct.lists import load_yaml
 from clover.instruct.template import write_template_instructions
-from clover.instruct.vocabulary import load_yaml
 
 
 def write(caption: str, **more: str) -> list[Record]:
@@ -116,6 +123,60 @@ def test_templates_pass_the_filter() -> None:
 )
 def test_markup_emoji_line_ends_and_magnification_are_cleaned(caption: str, expected: str) -> None:
     assert clean(caption) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A 2 x 3 cm mass in the liver.",
+        "It measures 4 x 5 x 6 cm.",
+        "A 4.5 × 3.25 x 2 cm nodule.",
+        "A 2 cm x 3 cm nodule.",
+        "A 2x3 mm polyp, a 2x 3 mm polyp and a 2 x3 mm polyp.",
+        "Nuclei of 10 x 12 µm and spores of 2 x 4 microns.",
+        "A grid of 8 x 8 fields.",
+        "Approximately 2000 cells per field.",
+        "One mitosis in 2000 cells.",
+        "Counted from 1950 nuclei of the tumour.",
+        "A weight of 1900 g.",
+    ],
+)
+def test_sizes_are_no_magnifications_and_counts_no_years(text: str) -> None:
+    assert clean(text) == text
+    assert not has_magnification(text)
+    assert not has_date(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Liver, x400.",
+        "Liver, H&E, × 40.",
+        "Liver at 400x.",
+        "Liver, 10 x.",
+        "Liver (original magnification x 200).",
+        "A 2 x 3 cm mass, x100.",
+        "Stage 2 x400.",
+    ],
+)
+def test_a_magnification_is_known_beside_a_size(text: str) -> None:
+    assert has_magnification(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Taken in 1998.",
+        "Liver, biopsied in 2004 and stained later.",
+        "Cases from 1990 to 2005.",
+        "Seen since 2010, in March 2014, on 12/05/2009.",
+        "On 4th July 1976.",
+        "Fibrosis (2003).",
+    ],
+)
+def test_years_are_known_by_a_month_or_the_word_before(text: str) -> None:
+    assert has_date(text)
+    assert not any(character.isdigit() for character in clean(text))
 
 
 @pytest.mark.parametrize(

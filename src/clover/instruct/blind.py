@@ -20,8 +20,8 @@ from clover.core.errors import CloverError
 from clover.core.record import AnswerType, Record, Rejection
 from clover.core.terminal import progress
 from clover.instruct.generate import GenerateSettings, Job, ask_all, open_job
+from clover.instruct.lists import load_yaml
 from clover.instruct.prompt import GenerationPrompt, build_request
-from clover.instruct.vocabulary import load_yaml
 
 HABIT = 0.8
 """A model that gives one answer to more than this share of closed questions has a habit, and its

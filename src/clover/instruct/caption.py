@@ -6,7 +6,9 @@ In: any caption. Out: the cleaned text, or the reason why it is set aside.
 from __future__ import annotations
 
 import functools
+import hashlib
 import html
+import itertools
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -17,7 +19,7 @@ from pathlib import Path
 from clover.core.files import write_jsonl
 from clover.core.image_names import Move, image_move
 from clover.core.record import Record, Rejection, numbered_records
-from clover.instruct.vocabulary import load_yaml
+from clover.instruct.lists import load_yaml
 
 MAX_CHARACTERS = 8000
 """A longer caption is a document, not a caption; sending one by mistake costs real money."""
@@ -32,20 +34,39 @@ _MONTH = (
     "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
     "sep(?:t(?:ember)?)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
 )
+_YEAR = r"(?:19|20)\d{2}"
+# So a sentence goes on after a year; after a number it goes on with what is counted.
+_ON = (
+    r"(?=\s*(?:$|[.,;:)\]])|\s+(?:the|an?|this|that|it|he|she|is|are|was|were|with|at|by|from|in|on|"
+    r"for|and|but|when|after|before|because|shows?|showed|showing)\b)"
+)
 _DATE = re.compile(
-    rf"\b(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d{{2}}|(?:19|20)\d{{2}}-\d{{2}}-\d{{2}}|"
+    rf"\b(?:\d{{1,2}}[./-]\d{{1,2}}[./-](?:19|20)?\d{{2}}|{_YEAR}-\d{{2}}-\d{{2}}|"
     rf"(?:\d{{1,2}}(?:st|nd|rd|th)?\s+)?(?:{_MONTH})\.?,?\s+(?:\d{{1,2}}(?:st|nd|rd|th)?,?\s+)?"
-    r"(?:19|20)\d{2}|(?:19|20)\d{2})\b",
+    rf"{_YEAR})\b|\({_YEAR}\)|"
+    # A number alone is a year only after one of these words, and counts nothing: "in 2000 cells".
+    r"\b(?:in|since|from|during|until|between|before|after|dated|circa|year)\s+"
+    rf"{_YEAR}(?:\s*(?:[-–]|to|and)\s*{_YEAR})?\b{_ON}",
     re.I,
 )
+_NUMBER = r"(?<![\w.,])\d+(?:[.,]\d+)?"
+_UNIT = r"\s?(?:mm|cm|[µμu]m|nm|microns?|micromet(?:er|re)s?|(?:centi|milli)met(?:er|re)s?)\b"
+_SIZE = (
+    rf"{_NUMBER}(?:{_UNIT})?(?:(?:\s[x×]\s|[x×])\d+(?:[.,]\d+)?(?:{_UNIT})?)+(?!\w)"
+    rf"|{_NUMBER}(?:\s?[x×]\s?\d+(?:[.,]\d+)?)+{_UNIT}"
+)
 _MAGNIFICATION = re.compile(
+    rf"(?P<size>{_SIZE})|"
     r"(?:\(?\b(?:original\s+)?(?:at\s+)?(?:a\s+)?magnification\s*(?:of\b|:|=)?\s*)?"
-    r"(?:(?<![\w.])[x×]\s?\d{1,4}(?:\.\d)?(?![\w%])|(?<![\w.])\d{1,4}(?:\.\d)?\s?[x×](?![\w]))\)?"
+    rf"(?:(?<![\w.])[x×]\s?\d{{1,4}}(?:\.\d)?(?![\w%])(?!{_UNIT})|"
+    r"(?<![\w.])\d{1,4}(?:\.\d)?\s?[x×](?![\w]))\)?"
     r"|\b(?:micro(?:scopic)?\s+)?(?:very\s+)?(?:low|med(?:ium)?|mid|high|intermediate)[\s-]+"
     r"(?:mag(?:nification)?|power(?:\s+(?:view|field|magnification))?|pow)\b\.?"
     r"|\b(?:original\s+)?magnification\b",
     re.I,
 )
+"""Magnifications, and sizes in the group "size": "2 x 3 cm" is none."""
+_MEASURE = re.compile(rf"(?P<size>{_SIZE})|{_NUMBER}{_UNIT}", re.I)
 _FIGURE = re.compile(
     r"\(?\b(?:see\s+)?(?:fig(?:ure)?s?\.?\s*\d+[a-z]?(?:\s*[-,&]\s*\d*[a-z]?)?|panel\s+[A-Z]\b|"
     r"plate\s+\d+|table\s+\d+)\s*\)?[.:,]?\s*",
@@ -109,10 +130,11 @@ class Captions:
 
     def _items(self) -> Iterator[Record | Rejection]:
         count = 0
+        ids = _Ids()
         for line, item in numbered_records(Path(self.path), "caption"):
             if not self.is_clean and isinstance(item, Record):
                 item = self._cleaned(item, line)
-            yield item
+            yield ids.told_apart(item) if isinstance(item, Record) else item
             count += isinstance(item, Record)
             if self.limit is not None and count >= self.limit:
                 return
@@ -125,6 +147,31 @@ class Captions:
             return Rejection(str(self.path), line, reason, {"id": item.id, "caption": raw})
         # A copy is dear, and most captions are plain already.
         return item if text == raw else item.model_copy(update={"caption": text})
+
+
+class _Ids:
+    """Numbers an id that a file repeats ("1", "1~2"), as a mix does: instructions are named by it.
+
+    Eight bytes of each id are remembered, since a file may hold a million.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def told_apart(self, record: Record) -> Record:
+        """Return a record under an id that no record before it bears."""
+        if self._is_new(record.id):
+            return record
+        numbered = (f"{record.id}~{number}" for number in itertools.count(2))
+        return record.model_copy(update={"id": next(filter(self._is_new, numbered))})
+
+    def _is_new(self, name: str) -> bool:
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        key = int.from_bytes(digest, "big")
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
 
 
 def _shortened(item: Rejection) -> Rejection:
@@ -214,7 +261,7 @@ def clean(caption: str) -> str:
     """Return a caption as an answer: no dates, magnifications, figure references or chatter."""
     text = plain_text(caption)
     for pattern in (_URL, _BOX, _FIGURE, _MAGNIFICATION, _DATE, _CHATTER, _ARROWS):
-        text = pattern.sub(" ", text)
+        text = pattern.sub(_gap, text)
     text = re.sub(r"\(\s*[,;.]?\s*\)|\[\s*\]", " ", text)
     text = re.sub(r"\s+([,.;:!?)])", r"\1", " ".join(text.split()))
     text = re.sub(r"([,;:])(?:\s*[,;:])+", r"\1", text)
@@ -224,6 +271,11 @@ def clean(caption: str) -> str:
         return ""
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?" else text + "."
+
+
+def _gap(match: re.Match[str]) -> str:
+    """Return what stays where a pattern matched: a size, or nothing."""
+    return match.groupdict().get("size") or " "
 
 
 def _calm_capitals(text: str) -> str:
@@ -241,6 +293,12 @@ def has_date(text: str) -> bool:
     return bool(_DATE.search(text))
 
 
+def lone_measures(text: str) -> set[str]:
+    """Return the lengths that a text gives by themselves: of "2 x 3 cm, 5 mm" it is {"5mm"}."""
+    found = (match for match in _MEASURE.finditer(text) if match["size"] is None)
+    return {re.sub(r"\s", "", match.group()).lower() for match in found}
+
+
 def has_magnification(text: str) -> bool:
     """Say whether a text names a magnification."""
-    return bool(_MAGNIFICATION.search(text))
+    return any(match["size"] is None for match in _MAGNIFICATION.finditer(text))

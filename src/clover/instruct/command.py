@@ -195,7 +195,11 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
 @instruct.command("filter")
 @click.argument("file", type=_FILE)
 @click.option("--out", required=True, type=_FILE, help="JSONL to write.")
-@click.option("--captions", type=_FILE, help="Captions by image, when the records carry none.")
+@click.option(
+    "--captions",
+    type=_FILE,
+    help="Captions of the images, one or more each, when the records carry none.",
+)
 @click.option("--review", type=_FILE, help="JSONL of {id, verdict} from the stats page.")
 @click.option(
     "--min-overlap",
@@ -279,23 +283,26 @@ def _moved(found: RecordSet, out: Path) -> list[Record]:
     return found.records if move is None else [move(record) for record in found.records]
 
 
-def _captions(path: Path, records: RecordSet, moved: Sequence[Record], out: Path) -> dict[str, str]:
+def _captions(
+    path: Path, records: RecordSet, moved: Sequence[Record], out: Path
+) -> dict[str, list[str]]:
     """Return the captions of records by image, as `_moved` names them.
 
     Where either file's images do not lie beside it, both call an image by the same name.
     """
     from clover.core.image_names import image_move
-    from clover.core.record import read_records
+    from clover.core.record import Record, iterate_records
+    from clover.instruct.filter import captions_by_image
 
-    known = read_records(path, needs="caption")
-    has_moved = image_move(records.records, source=records.path, out=out) is not None
-    if has_moved and image_move(known.records, source=path, out=out) is not None:
+    # Captions that share an id count too: only their images matter here.
+    known = [item for item in iterate_records(path, needs="caption") if isinstance(item, Record)]
+    move = image_move(known, source=path, out=out)
+    if move is not None and image_move(records.records, source=records.path, out=out) is not None:
         named = zip(moved, moved, strict=True)
-        captioned = _moved(known, out)
+        captions = captions_by_image(map(move, known))
     else:
         named = zip(moved, records.records, strict=True)
-        captioned = known.records
-    captions = {item.image: item.caption or "" for item in captioned if item.image}
+        captions = captions_by_image(known)
     return {
         new.image: captions[old.image] for new, old in named if new.image and old.image in captions
     }
@@ -365,7 +372,11 @@ def _listed(counts: Counter[str]) -> str:
 @instruct.command()
 @click.argument("files", type=_FILE, nargs=-1, required=True)
 @click.option("--out", required=True, type=_FILE, help="JSONL to write.")
-@click.option("--share", multiple=True, help="file=0.8, by file name without ending; repeat.")
+@click.option(
+    "--share",
+    multiple=True,
+    help="file=0.8, by file name without ending; repeat. A file without one is left out.",
+)
 @click.option("--per-image", type=int, help="Most questions about one image.")
 @click.option("--per-body-part", type=float, help="Largest share of one body part.")
 @click.option("--val", type=float, default=0.0, show_default=True, help="Share of image groups.")
@@ -406,6 +417,9 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     click.echo(f"{len(mixed):,} instructions -> {out}; data card: {out}.card.json")
     for name in ("origin", "answer_type", "yes_no", "split"):
         click.echo(f"{name}: {_listed(Counter(card.get(name, {})))}")
+    left = [name for name in sources if shares is not None and name not in shares]
+    if left:
+        click.echo(f"left out, because --share names others alone: {', '.join(left)}")
     aside = {name: found for name, found in sets.items() if found.rejected}
     for name, found in aside.items():
         click.echo(f"{name}: {found.summary()}")

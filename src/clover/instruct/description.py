@@ -11,7 +11,8 @@ import functools
 import re
 
 from clover.instruct.caption import clean, plain_text
-from clover.instruct.vocabulary import dictionary, load_yaml, stem
+from clover.instruct.lists import load_yaml
+from clover.instruct.vocabulary import dictionary, stem
 
 _VERBS = "shows?|showed|showing|demonstrat\\w+|contain\\w*|reveal\\w*|is|are|was|were|has|have"
 _SENTENCE_START = re.compile(r"(?<=[a-z)]{2}\. )[a-z]")

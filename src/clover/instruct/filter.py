@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from clover.core.record import Record, Rejection
 from clover.instruct import support
 from clover.instruct.caption import has_date, has_magnification
 from clover.instruct.duplicates import NearDuplicates
+from clover.instruct.lists import words
 from clover.instruct.mismatch import mismatch
 from clover.instruct.parse import answer_type
-from clover.instruct.vocabulary import content_stems, words
+from clover.instruct.vocabulary import content_stems
 
 QUESTION_WORDS = (3, 60)
 ANSWER_WORDS = (1, 250)
@@ -39,7 +40,7 @@ Rule = Callable[[Record], str | None]
 def filter_records(
     records: Iterable[Record],
     *,
-    captions: Mapping[str, str] | None = None,
+    captions: Mapping[str, str | Sequence[str]] | None = None,
     reviewed: Mapping[str, str] | None = None,
     min_overlap: float = support.MIN_OVERLAP,
 ) -> tuple[list[Record], list[Rejection]]:
@@ -49,7 +50,8 @@ def filter_records(
         records: Records with questions and answers. A record's own `caption` is what the answer
             is checked against; without one, and without an entry in `captions`, only the rules
             that need no caption are applied.
-        captions: Image to caption, for records that carry none.
+        captions: Image to its caption, or to several of which one must bear the answer out, for
+            records that carry none.
         min_overlap: Share of an answer's telling words that must stand in the caption; lower it
             for answers that explain more than the caption says.
         reviewed: Record id to "keep" or "reject", from a review by hand; it overrules the rules.
@@ -62,8 +64,10 @@ def filter_records(
     known = NearDuplicates(NEAR_DUPLICATE)
     for number, record in enumerate(records, start=1):
         verdict = (reviewed or {}).get(record.id)
-        caption = record.caption or (captions or {}).get(record.image or "")
-        reason = None if verdict == "keep" else _reason(record, caption, min_overlap)
+        known_captions = record.caption or (captions or {}).get(record.image or "", ())
+        if isinstance(known_captions, str):
+            known_captions = [known_captions]
+        reason = None if verdict == "keep" else _reason(record, known_captions, min_overlap)
         if verdict == "reject":
             reason = "review: rejected by hand"
         if reason is None and verdict != "keep":
@@ -80,21 +84,36 @@ def rule_counts(rejected: Iterable[Rejection]) -> Counter[str]:
     return Counter(item.reason.split(":")[0] for item in rejected)
 
 
-def _reason(record: Record, caption: str | None, min_overlap: float) -> str | None:
+def captions_by_image(items: Iterable[Record | Rejection]) -> dict[str, list[str]]:
+    """Return every caption of each image, in order: an image may have several."""
+    found: dict[str, list[str]] = {}
+    for item in items:
+        if isinstance(item, Record) and item.image and item.caption:
+            found.setdefault(item.image, []).append(item.caption)
+    return found
+
+
+def _reason(record: Record, captions: Sequence[str], min_overlap: float) -> str | None:
     for rule in RULES:
         reason = rule(record)
         if reason is not None:
             return reason
-    if caption is None or record.origin in _TRUSTED:
+    if record.origin in _TRUSTED:
         return None
     span = getattr(record, "support", None)
-    return support.fault(
-        record.question or "",
-        record.answer or "",
-        caption,
-        support=span,
-        min_overlap=min_overlap,
-    )
+    faults = []
+    for caption in captions:
+        found = support.fault(
+            record.question or "",
+            record.answer or "",
+            caption,
+            support=span,
+            min_overlap=min_overlap,
+        )
+        if found is None:
+            return None
+        faults.append(found)
+    return faults[0] if faults else None
 
 
 def _unparseable(record: Record) -> str | None:

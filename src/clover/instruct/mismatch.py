@@ -10,13 +10,8 @@ import functools
 import re
 from collections.abc import Callable
 
-from clover.instruct.vocabulary import (
-    content_stems,
-    dictionary,
-    load_yaml,
-    phrase_pattern,
-    words,
-)
+from clover.instruct.lists import load_yaml, phrase_pattern, words
+from clover.instruct.vocabulary import content_stems, dictionary
 
 _NAMED_ALONE = 4
 """An answer of at most so many words may be an organ's name and nothing else."""

@@ -46,7 +46,8 @@ def mix_records(
     Args:
         sources: Name to records.
         shares: Name to its share of the result; they are scaled to add up to 1. Without shares
-            everything is taken. No record is ever used twice: the scarcest source decides the size.
+            everything is taken; with them, nothing of a source that has none. No record is ever
+            used twice: the scarcest source decides the size.
         seed: Decides which records are taken, their order and the split.
         settings: Caps, balance and split.
 
@@ -177,16 +178,45 @@ def _cap_body_parts(records: list[Record], share: float) -> list[Record]:
 
 
 def _split(records: list[Record], share: float, seed: int) -> list[Record]:
-    """Mark whole groups as val by a hash of their name: more data never moves a group."""
+    """Mark whole groups as val by a hash of their name: more data never moves a group.
+
+    Where one source gives an image a group and another gives it none, or another group, what hangs
+    together is one group, by the least of their names.
+    """
     if share == 0:
         return records
+    names = _joined_groups(records)
 
     def split(record: Record) -> str:
-        group = record.group or record.image or record.id
-        digest = hashlib.sha256(f"{seed}:{group}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{names[_group(record)]}".encode()).digest()
         return "val" if int.from_bytes(digest[:8], "big") < share * 2**64 else "train"
 
     return [record.model_copy(update={"split": split(record)}) for record in records]
+
+
+def _group(record: Record) -> str:
+    return record.group or record.image or record.id
+
+
+def _joined_groups(records: list[Record]) -> dict[str, str]:
+    """Return the name of each group's component: groups that share an image are joined."""
+    parents: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        parents.setdefault(name, name)
+        while parents[name] != name:
+            parents[name] = parents[parents[name]]
+            name = parents[name]
+        return name
+
+    first: dict[str, str] = {}  # the group in which an image was met first
+    for record in records:
+        group = find(_group(record))
+        if record.image:
+            other = find(first.setdefault(record.image, group))
+            # The lesser name stays: a component is called by its least, whatever the order.
+            parents[max(group, other)] = min(group, other)
+    return {name: find(name) for name in parents}
 
 
 def _unique_ids(records: list[Record]) -> list[Record]:

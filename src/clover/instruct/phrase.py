@@ -1,7 +1,8 @@
 """Phrases of a caption that may stand as an answer: what a small model is allowed to copy.
 
 In: a caption. Out: runs of its own words that begin and end where a phrase may, so that "of the"
-is none and "branched crypts" is one. What the caption denies is taken with its "no" or not at all.
+is none and "branched crypts" is one. What the caption denies or doubts is taken with its "no" or
+"possible", or not at all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import functools
 import re
 
 from clover.instruct.description import describe
-from clover.instruct.vocabulary import is_denied, load_yaml
+from clover.instruct.lists import load_yaml
+from clover.instruct.standing import standing
 
 MAX_WORDS = 14
 MAX_PHRASES = 200
@@ -31,7 +33,7 @@ def phrases(caption: str) -> list[str]:
     for piece in _PIECE.finditer(text):
         for start, end in _spans(piece.group()):
             first, last = piece.start() + start, piece.start() + end
-            if not is_denied(text, first, last):
+            if standing(text, first, last) == "stated":
                 found.setdefault(text[first:last], None)
     if len(found) > MAX_PHRASES:
         shortest = set(sorted(found, key=lambda phrase: len(phrase.split()))[:MAX_PHRASES])

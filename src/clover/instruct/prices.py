@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from clover.core.errors import CloverError
-from clover.instruct.vocabulary import load_yaml
+from clover.instruct.lists import load_yaml
 
 _PIECE = re.compile(r"[^\W\d_]+|\d{1,3}|[^\w\s]+|_+|\n+")
 # Tokens that a chat format spends around a message, and once a request.

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from clover.core.files import write_text
 from clover.core.record import Record
+from clover.instruct.lists import FOLDER
 from clover.instruct.mix import UNKNOWN, body_part
-from clover.instruct.vocabulary import FOLDER, dictionary
+from clover.instruct.vocabulary import dictionary
 
 _BINS = 20
 _LONGEST_BARS = 25

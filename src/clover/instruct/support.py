@@ -7,20 +7,16 @@ was measured on a labelled set (see docs/instruct.md).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from clover.instruct.vocabulary import (
-    DICTIONARIES,
-    content_stems,
-    dictionary,
-    is_denied,
-    load_yaml,
-    stem,
-    words,
-)
+from clover.instruct.caption import lone_measures
+from clover.instruct.lists import load_yaml, words
+from clover.instruct.standing import Standing, is_denied, standing
+from clover.instruct.vocabulary import DICTIONARIES, content_stems, dictionary, stem
 
 MIN_OVERLAP = 0.6
 """Share of an answer's telling words that must stand in the caption."""
@@ -30,6 +26,7 @@ _WORDS_WITHOUT_NOISE = 80
 """In longer captions ordinary words stand in so many clauses that their negation says nothing."""
 
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
+_SIDE = re.compile(r"dimension|diameter|length|long|wid|across|side|large|great|up to", re.I)
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)?(?!\w)|\b(?:I{1,3}|IV|VI{0,3})\b")
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _ROMAN = {"I": "1", "II": "2", "III": "3", "IV": "4", "V": "5", "VI": "6", "VII": "7", "VIII": "8"}
@@ -44,6 +41,8 @@ class Statement:
     affirmed: frozenset[tuple[str, str]]
     """(dictionary, term) pairs."""
     denied: frozenset[tuple[str, str]]
+    open: frozenset[tuple[str, str]]
+    """What the text calls possible, and what a negation may or may not reach."""
     numbers: frozenset[str]
     implied: str = ""
     """Words that follow from the text: of a fibroadenoma, "benign"."""
@@ -51,13 +50,24 @@ class Statement:
 
 def read_statement(text: str) -> Statement:
     """Read what a text states."""
-    affirmed, denied = set(), set()
+    found: dict[Standing, set[tuple[str, str]]] = {"stated": set(), "denied": set(), "open": set()}
     for name in DICTIONARIES:
-        affirmed |= {(name, term) for term in dictionary(name).stated(text)}
-        denied |= {(name, term) for term in dictionary(name).denied(text)}
+        for how, terms in dictionary(name).standings(text).items():
+            found[how] |= {(name, term) for term in terms}
     return Statement(
-        text, frozenset(_stems(text)), frozenset(affirmed), frozenset(denied), _numbers(text)
+        text,
+        frozenset(_stems(text)),
+        frozenset(found["stated"]),
+        frozenset(found["denied"]),
+        frozenset(found["open"]),
+        _numbers(text),
     )
+
+
+def _read_question(question: str) -> Statement:
+    """Read what a question asks for; that it asks leaves nothing open."""
+    asked = read_statement(question.replace("?", "."))
+    return dataclasses.replace(asked, affirmed=asked.affirmed | asked.open, open=frozenset())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -70,15 +80,9 @@ def read_caption(caption: str) -> Statement:
         if causes & statement.stems:
             stems |= {stem(word) for word in effects}
             implied += effects
-    terms = {stem for _, term in statement.affirmed | statement.denied for stem in _stems(term)}
-    return Statement(
-        caption,
-        frozenset(stems | terms),
-        statement.affirmed,
-        statement.denied,
-        statement.numbers,
-        " ".join(implied),
-    )
+    named = statement.affirmed | statement.denied | statement.open
+    terms = {stem for _, term in named for stem in _stems(term)}
+    return dataclasses.replace(statement, stems=frozenset(stems | terms), implied=" ".join(implied))
 
 
 def _stems(text: str) -> list[str]:
@@ -130,7 +134,7 @@ def fault(
     if support and not _holds(caption, support):
         return "span: the words given as support are not in the caption"
     polarity = _polarity(answer)
-    asked = read_statement(question)
+    asked = _read_question(question)
     rest = re.sub(r"^\s*(yes|no)\b[\s,.:;–-]*", "", answer, flags=re.IGNORECASE)
     if polarity is not None:
         reason = _closed_fault(asked, polarity, source)
@@ -181,6 +185,9 @@ def _closed_fault(asked: Statement, is_yes: bool, source: Statement) -> str | No
     if asked.denied and not asked.affirmed:
         is_yes = not is_yes  # "Is there no necrosis?"
     against = _speaks_against(asked, source)
+    left_open = _left_open(asked, source)
+    if left_open and not against:
+        return f"unsupported: the caption leaves {left_open} open"
     if is_yes:
         if against:
             return f"contradiction: yes, though the caption {against}"
@@ -231,12 +238,26 @@ def _denied_words(asked: Statement, source: Statement) -> str | None:
     return None
 
 
+def _left_open(asked: Statement, source: Statement) -> str | None:
+    """Return what is asked that the caption neither states nor denies, though it names it."""
+    terms = (asked.affirmed | asked.denied) & source.open
+    if terms:
+        return min(terms)[1]
+    if asked.affirmed or asked.denied:
+        return None
+    for word in re.finditer(r"[^\W\d_]{4,}", source.text):
+        found = stem(word.group())
+        if found in asked.stems and _standings(found, source.text) == {"open"}:
+            return word.group().lower()
+    return None
+
+
 def _sides() -> list[tuple[re.Pattern[str], re.Pattern[str]]]:
     return [pair for first, second in _opposites() for pair in ((first, second), (second, first))]
 
 
 def _affirms(pattern: re.Pattern[str], text: str) -> bool:
-    return any(not is_denied(text, m.start(), m.end()) for m in pattern.finditer(text))
+    return any(standing(text, *match.span()) == "stated" for match in pattern.finditer(text))
 
 
 def _is_normal(text: str) -> bool:
@@ -252,7 +273,7 @@ def _asks_normal(text: str) -> bool:
 
 def _states(source: Statement, term: tuple[str, str]) -> bool:
     """Say whether a caption names a term, by itself or within a longer one."""
-    if term in source.affirmed or term in source.denied:
+    if term in source.affirmed | source.denied | source.open:
         return True
     stems = _stems(term[1])
     return bool(stems) and all(found in source.stems for found in stems)
@@ -269,6 +290,8 @@ def _terms_fault(statement: Statement, source: Statement, where: str) -> str | N
 def _negation_fault(answer: Statement, source: Statement) -> str | None:
     for term in sorted(answer.affirmed & source.denied):
         return f"contradiction: the caption denies {term[1]}"
+    for term in sorted((answer.affirmed | answer.denied) & source.open):
+        return f"unsupported: the caption leaves {term[1]} open"
     for term in sorted(answer.denied & source.affirmed):
         return f"contradiction: the caption states {term[1]}, the answer denies it"
     if len(source.text.split()) > _WORDS_WITHOUT_NOISE:
@@ -287,12 +310,17 @@ def _negation_fault(answer: Statement, source: Statement) -> str | None:
 
 def _denied_everywhere(found: str, text: str) -> bool | None:
     """Say whether a word is denied wherever it stands; None when mixed or absent."""
-    states = {
-        is_denied(text, *word.span())
+    states = {name == "denied" for name in _standings(found, text)}
+    return states.pop() if len(states) == 1 else None
+
+
+def _standings(found: str, text: str) -> set[Standing]:
+    """Return how a text stands to a stem, wherever it holds it."""
+    return {
+        standing(text, *word.span())
         for word in re.finditer(r"[^\W\d_]{4,}", text)
         if stem(word.group()) == found
     }
-    return states.pop() if len(states) == 1 else None
 
 
 def _normality_fault(answer: Statement, source: Statement) -> str | None:
@@ -307,7 +335,13 @@ def _normality_fault(answer: Statement, source: Statement) -> str | None:
 def _number_fault(answer: Statement, source: Statement) -> str | None:
     # "One" and "two" are how people count what a caption lists.
     wrong = answer.numbers - source.numbers - {"0", "1", "2"}
-    return f"number: {min(wrong)} is not in the caption" if wrong else None
+    if wrong:
+        return f"number: {min(wrong)} is not in the caption"
+    # Of "4 x 5 x 6 cm" no one may make "6 cm", save as one of its sides.
+    alone = lone_measures(answer.text) - lone_measures(source.text)
+    if alone and not _SIDE.search(answer.text):
+        return f"number: {min(alone)} is not in the caption by itself"
+    return None
 
 
 def _opposite_fault(answer: Statement, source: Statement) -> str | None:

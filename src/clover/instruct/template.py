@@ -2,7 +2,7 @@
 
 In: records with captions. Out: for each caption one "describe" question whose answer is the
 cleaned caption, and attribute questions (organ, stain, finding) where the caption states the
-attribute. What a caption does not say is never asked: silence is no "no".
+attribute. What a caption does not say, or leaves open, is never asked: silence is no "no".
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from clover.core.record import AnswerType, Record
 from clover.instruct.caption import clean
 from clover.instruct.description import describe
-from clover.instruct.vocabulary import dictionary, load_yaml
+from clover.instruct.lists import load_yaml
+from clover.instruct.vocabulary import dictionary
 
 CONCISE_WORDS = 20
 """A cleaned caption of at most so many words is asked for concisely, a longer one in detail."""
@@ -82,8 +83,9 @@ def _attribute(
     kind: str, source: str, others: tuple[str, ...], caption: str, rng: random.Random
 ) -> list[tuple[str, str, str, AnswerType]]:
     """Ask openly and closed about an attribute of which the caption states exactly one value."""
-    stated = dictionary(source).stated(caption)
-    if len(stated) != 1 or dictionary(source).denied(caption):
+    found_in = dictionary(source).standings(caption)
+    stated = found_in["stated"]
+    if len(stated) != 1 or found_in["denied"] or found_in["open"]:
         return []
     value, templates = stated[0], load_yaml("templates")[kind]
     spoken = value[0].upper() + value[1:] + "."
@@ -102,7 +104,8 @@ def _attribute(
 def _findings(caption: str, rng: random.Random) -> list[tuple[str, str, str, AnswerType]]:
     """Ask about one finding that the caption affirms, and about each that it denies."""
     findings, wording = dictionary("findings"), load_yaml("templates")["finding"]["closed"]
-    stated, denied = findings.stated(caption), findings.denied(caption)
+    found_in = findings.standings(caption)
+    stated, denied = found_in["stated"], found_in["denied"]
     asked = [(value, "Yes") for value in rng.sample(stated, min(1, len(stated)))]
     asked += [(value, "No") for value in denied]
     found: list[tuple[str, str, str, AnswerType]] = []

@@ -1,6 +1,6 @@
-"""The word lists of this room: organs, stains, findings, negations, and how they match a text.
+"""The word lists of this room: organs, stains, findings, and how they match a text.
 
-In: YAML under `dictionary/`. Out: which terms a text states, and which of them it denies.
+In: YAML under `dictionary/`. Out: which terms a text states, denies, or leaves open.
 """
 
 from __future__ import annotations
@@ -9,41 +9,24 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
+from clover.instruct.lists import load_yaml, word_pattern
+from clover.instruct.standing import Standing, standing
 
-FOLDER = Path(__file__).resolve().parent
 DICTIONARIES = ("body_parts", "stains", "findings", "diagnoses")
-
-
-def _pattern(variants: Iterable[str]) -> str:
-    """Return a regex of whole words, the longest first; spaces match any white space."""
-    words = sorted(set(variants), key=lambda word: (-len(word), word))
-    body = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in words)
-    return rf"(?<![\w-])(?:{body})"
-
-
-@functools.cache
-def load_yaml(name: str) -> Any:
-    """Return one of this room's YAML files, by its path without the ending."""
-    # The C loader is as safe and nine times as fast; every command reads these lists.
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader=loader)
 
 
 @dataclass(frozen=True)
 class Mention:
     """A term that a text names.
 
-    `start` and `end` are character positions; `denied` says that the text denies it.
+    `start` and `end` are character positions; `standing` is how the text stands to it.
     """
 
     term: str
     start: int
     end: int
-    denied: bool
+    standing: Standing
 
 
 class Dictionary:
@@ -56,14 +39,14 @@ class Dictionary:
 
     def __init__(self, terms: dict[str, list[str]], *, names: Iterable[str] = ()) -> None:
         self.terms = list(terms)
-        self._other_names = re.compile(_pattern(names), re.IGNORECASE) if names else None
+        self._other_names = re.compile(word_pattern(names), re.IGNORECASE) if names else None
         self._names = {
             re.sub(r"\s+", " ", variant.lower()): term
             for term, variants in terms.items()
             for variant in variants
         }
         # Short acronyms (PAS, DAB, lip) must not match inside ordinary words in another case.
-        self._regex = re.compile(_pattern(self._names) + r"(?:es|s)?(?![\w])", re.IGNORECASE)
+        self._regex = re.compile(word_pattern(self._names) + r"(?:es|s)?(?![\w])", re.IGNORECASE)
 
     def _term(self, found: str) -> str:
         key = re.sub(r"\s+", " ", found.lower())
@@ -75,7 +58,7 @@ class Dictionary:
     def mentions(self, text: str) -> list[Mention]:
         """Return every mention in the order of the text."""
         return [
-            Mention(self._term(m.group()), m.start(), m.end(), is_denied(text, m.start(), m.end()))
+            Mention(self._term(m.group()), m.start(), m.end(), standing(text, *m.span()))
             for m in self._regex.finditer(self._blanked(text))
         ]
 
@@ -87,13 +70,25 @@ class Dictionary:
 
     def stated(self, text: str) -> list[str]:
         """Return the terms that a text affirms at least once, each once, in order."""
-        return list(dict.fromkeys(m.term for m in self.mentions(text) if not m.denied))
+        return self.standings(text)["stated"]
 
     def denied(self, text: str) -> list[str]:
         """Return the terms that a text names only to deny them."""
-        found = self.mentions(text)
-        affirmed = {m.term for m in found if not m.denied}
-        return list(dict.fromkeys(m.term for m in found if m.term not in affirmed))
+        return self.standings(text)["denied"]
+
+    def standings(self, text: str) -> dict[Standing, list[str]]:
+        """Return each term that a text names once, in order, under how the text stands to it.
+
+        A term that is stated anywhere is stated; one that is denied here and open there is open.
+        """
+        found: dict[str, set[Standing]] = {}
+        for mention in self.mentions(text):
+            found.setdefault(mention.term, set()).add(mention.standing)
+        sorted_by: dict[Standing, list[str]] = {"stated": [], "open": [], "denied": []}
+        for term, standings in found.items():
+            strongest = next(name for name in sorted_by if name in standings)
+            sorted_by[strongest].append(term)
+        return sorted_by
 
 
 @functools.cache
@@ -101,44 +96,6 @@ def dictionary(name: str) -> Dictionary:
     """Return one of `DICTIONARIES`."""
     names = load_yaml("dictionary/language")["names"] if name == "findings" else ()
     return Dictionary(load_yaml(f"dictionary/{name}"), names=names)
-
-
-@functools.cache
-def words(name: str) -> re.Pattern[str]:
-    """Return a list of `dictionary/language.yaml` as one regex of whole words."""
-    return phrase_pattern(load_yaml("dictionary/language")[name])
-
-
-def phrase_pattern(variants: Iterable[str]) -> re.Pattern[str]:
-    """Return words and phrases as one regex of whole words, in any case."""
-    return re.compile(_pattern(variants) + r"(?!\w)", re.IGNORECASE)
-
-
-_SENTENCE = re.compile(r"[.;!?\n:]")
-_REACH = 60
-
-
-@functools.cache
-def _negation() -> re.Pattern[str]:
-    variants = [word for word in load_yaml("dictionary/language")["negations"] if word != "n't"]
-    return re.compile(rf"{_pattern(variants)}(?!\w)|n['’]t\b", re.IGNORECASE)
-
-
-def is_denied(text: str, start: int, end: int) -> bool:
-    """Say whether the words at `start:end` are negated within their clause.
-
-    Looks back to the clause's start for "no", "without", ... and forward for "is absent", ...
-    """
-    before = _SENTENCE.split(text[max(0, start - _REACH) : start])[-1]
-    boundaries = list(words("boundaries").finditer(before))
-    clause = before[boundaries[-1].end() :] if boundaries else before
-    if _negation().search(clause):
-        return True
-    after = _SENTENCE.split(text[end : end + _REACH])[0]
-    # "prominent nucleoli, and follicles are absent": a new clause begins at the comma.
-    after = re.split(r",\s+and\b", after)[0]
-    boundary = words("boundaries").search(after)
-    return bool(words("negations_after").search(after[: boundary.start()] if boundary else after))
 
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
