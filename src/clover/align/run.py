@@ -44,6 +44,7 @@ class AlignResult:
 
 
 @processes.together
+@processes.alone_in("out")
 def align(
     recipe: Recipe,
     *,
@@ -68,7 +69,7 @@ def align(
         max_steps: Stop after so many steps; the same call without it goes on.
 
     Raises:
-        CloverError: unusable data or settings.
+        CloverError: unusable data or settings, or another process trains in `out`.
     """
     is_first = processes.is_first()
     run = RunFolder(out, is_writer=is_first)
