@@ -77,7 +77,9 @@ def test_finite_similarities_draw_as_ever_and_others_draw_something() -> None:
     torch.manual_seed(0)
     finite = Similarity(torch.randn(4, 6) / 0.07, torch.randn(4, 6) / 0.07)
     for found, matrix in zip(
-        negative_weights(finite, offset=2), (finite.text_to_image, finite.image_to_text), strict=True
+        negative_weights(finite, offset=2),
+        (finite.text_to_image, finite.image_to_text),
+        strict=True,
     ):
         masked = matrix.clone()
         masked[range(4), range(2, 6)] = -10000.0
@@ -86,4 +88,4 @@ def test_finite_similarities_draw_as_ever_and_others_draw_something() -> None:
         broken = Similarity(*(matrix.clone() for matrix in (finite.image_to_text,) * 2))
         broken.image_to_text[1] = broken.text_to_image[:, 3] = bad
         drawn = sample_negatives(broken, offset=2)
-        assert 0 <= min(drawn.image_for_text) and max(drawn.text_for_image) < 6
+        assert min(drawn.image_for_text) >= 0 and max(drawn.text_for_image) < 6

@@ -114,8 +114,9 @@ def align(
             path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
         )
 
+    config = recipe.within_positions().align
     if is_trained_here:
-        objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
+        objective = AlignObjective(bridge, data, tokenizer, config, device)
         measured = Validation.of(
             "align",
             recipe.align,
@@ -169,7 +170,7 @@ def align(
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it
         bridge.to(device.device).eval()
-        scores = evaluate_alignment(bridge, unseen(validation), tokenizer, recipe.align, device)
+        scores = evaluate_alignment(bridge, unseen(validation), tokenizer, config, device)
         write_json(out / _SCORES, scores.row())
     return AlignResult(weights, data.summary(), scores, True, kept)
 

@@ -263,6 +263,11 @@ def disk_error(error: BaseException) -> str | None:
     return None
 
 
+def from_here(path: Path) -> str:
+    """Return where a path starts, for a message that it is not there; nothing for a whole path."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
 def umask() -> int:
     """Return what new files and folders are not given; asking sets it, so it is set back."""
     mask = os.umask(0)

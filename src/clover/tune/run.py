@@ -128,7 +128,7 @@ def tune(
     earlier = None
     if is_first:
         earlier = Earlier.of(*model_files(out), folder=out.with_name(f"{out.name}.earlier"))
-    as_given = recipe
+    as_given, recipe = recipe, recipe.within_positions()
     language = load_frozen_language(recipe.language, recipe.prompt, device)
     if recipe.tune.worked_examples:
         recipe = with_examples(recipe, data.records, language)
