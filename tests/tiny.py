@@ -158,7 +158,7 @@ def tiny_recipe(folder: Path, **sections: dict[str, Any]) -> Recipe:
         "language": {"weights": str(folder / "llama"), "licence": "MIT"},
         "prompt": {"template": TEMPLATE, "answer_end": "<eos>"},
         "align": {**steps, "learning_rate": 1e-3},
-        "tune": {**steps, "learning_rate": 3e-3},
+        "tune": {**steps, "learning_rate": 3e-3, "max_question_tokens": 64},
         "evaluate": {"max_tokens": 6, "bootstrap": 50},
     }
     for name, values in sections.items():

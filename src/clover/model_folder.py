@@ -6,20 +6,25 @@ In: names, hashes and the recipe. Out: the same, read again. The weights beside 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from clover import __version__
-from clover.core.config import Recipe, explain_error
+from clover.core.assets import parse
+from clover.core.config import ASSETS, Recipe, explain_error
 from clover.core.errors import CloverError
-from clover.core.files import read_json, sha256_file, write_json, write_text
+from clover.core.files import from_here, read_json, sha256_file, write_json, write_text
 
 NOTICE = "Research use only, not for diagnosis."
 _FORMAT = 1
 _BESIDE = "beside:"
 """Before the name of a frozen part that lies in the model folder itself (`clover convert`)."""
+_START = "paths_start"
+_NEEDED = tuple(asset for asset in ASSETS if asset != ("qformer", "weights"))
+"""What a trained model still reads: not the weights its Q-Former began with."""
 
 
 def write_config(
@@ -53,6 +58,7 @@ def write_config(
         "trainable_parameters": trainable,
         "bridge_sha256": sha256_file(path / "bridge.safetensors"),
         "notice": NOTICE,
+        **_started_from(recipe, path),
         **details,
     }
     write_text(path / "README.md", _card(config))
@@ -105,6 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if lacking:
         raise CloverError(f"{path}/config.json lacks '{lacking[0]}': it is not whole")
     _place(config["recipe"], path)
+    _find(config["recipe"], path, config.get(_START))
     return config
 
 
@@ -116,12 +123,56 @@ def recipe_of(config: dict[str, Any], path: Path) -> Recipe:
         path: The folder; for the error.
 
     Raises:
-        CloverError: it is no recipe.
+        CloverError: it is no recipe, or a file it names by its path is not there.
     """
     try:
-        return Recipe.model_validate(config["recipe"])
+        recipe = Recipe.model_validate(config["recipe"])
     except ValidationError as error:
         raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
+    for part, field in _NEEDED:
+        place = _own_path(getattr(getattr(recipe, part), field))
+        if place is not None and not place.exists():
+            raise CloverError(
+                f"{path}/config.json: {part}.{field}: no file {place}{from_here(place)}; put it "
+                f"there, or write the whole path of where it lies under {part}.{field}"
+            )
+    return recipe.within_positions()
+
+
+def _own_path(reference: Any) -> Path | None:
+    """Return the path that a reference is; None for what a cache holds, and for none."""
+    asset = parse(reference) if isinstance(reference, str) and reference else None
+    return asset.path if asset is not None and asset.kind == "path" else None
+
+
+def _relative(recipe: dict[str, Any]) -> dict[tuple[str, str], Path]:
+    """Return (section, field) -> path of what a recipe names from the folder a command runs in."""
+    places = {(p, f): _own_path((recipe.get(p) or {}).get(f)) for p, f in _NEEDED}
+    return {
+        field: place
+        for field, place in places.items()
+        if place is not None and not place.is_absolute() and not str(place).startswith(_BESIDE)
+    }
+
+
+def _started_from(recipe: dict[str, Any], path: Path) -> dict[str, str]:
+    """Return where relative paths start, seen from the folder, if that lies further in.
+
+    So both may be moved together. Another place is not noted: it would be this machine's alone.
+    """
+    if not _relative(recipe) or not path.resolve().is_relative_to(Path.cwd()):
+        return {}
+    return {_START: os.path.relpath(Path.cwd(), path.resolve())}
+
+
+def _find(recipe: dict[str, Any], path: Path, start: str | None) -> None:
+    """Write out where files lie that are not in the folder a command runs in, as they were."""
+    if start is None:
+        return
+    for (part, field), place in _relative(recipe).items():
+        found = (path.resolve() / start / place).resolve()
+        if not place.exists() and found.exists():
+            recipe[part][field] = str(found)
 
 
 def _place(recipe: dict[str, Any], path: Path) -> None:

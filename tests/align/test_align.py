@@ -71,6 +71,23 @@ def test_what_is_set_aside_is_listed_in_the_run_folder(tiny: Tiny, tmp_path: Pat
     assert "1 set aside" in found.summary
 
 
+def test_captions_are_cut_to_the_positions_there_are(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in tiny.captions.read_text().splitlines()]
+    data = tmp_path / "captions.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({**row, "caption": f"{row['caption']} " * 20}) for row in rows)
+    )
+    recipe = tiny_recipe(
+        tiny.folder,
+        data={"images": str(tiny.folder / "data")},
+        qformer={"max_positions": 16},
+        align={"steps": 2, "max_text_tokens": 32},
+    )
+    cache, out = tiny.folder / "cache", tmp_path / "run"
+    assert align(recipe, captions=data, out=out, cache=cache, validation=data).is_finished
+    assert "max_text_tokens: 32" in (out / "recipe.yaml").read_text()  # as it was given
+
+
 def test_one_pair_a_batch_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny.folder, align={"batch_size": 1})
     with pytest.raises(CloverError, match=r"at least 2 pairs a batch.*align\.batch_size 1"):

@@ -42,6 +42,29 @@ def test_there_are_recipes() -> None:
         ("precision: half", "precision"),
         ("qformer:\n  dropout: 1.5", "(found 1.5)"),
         ("encoder:\n  kind: cnn", "encoder.kind"),
+        ("seed: -1", "seed: input should be greater than or equal to 0 (found -1)"),
+        ("seed: 9223372036854775808", "seed: input should be less than 9223372036854775808"),
+        ("align:\n  seed: -1", "align.seed"),
+        ("phantom:\n  seed: -1", "phantom.seed"),
+        ("qformer:\n  num_heads: 5", "num_heads 5 does not divide hidden_size 768; 4 does"),
+        ("qformer:\n  num_heads: 0", "qformer.num_heads"),
+        ("qformer:\n  hidden_size: 0", "qformer.hidden_size"),
+        ("qformer:\n  num_layers: 0", "qformer.num_layers: input should be greater than or equal"),
+        ("qformer:\n  intermediate_size: 0", "qformer.intermediate_size"),
+        ("qformer:\n  embedding_size: -4", "qformer.embedding_size"),
+        ("qformer:\n  max_positions: 2", "qformer.max_positions"),
+        ("qformer:\n  initializer_range: -0.1", "qformer.initializer_range"),
+        ("qformer:\n  layer_norm_eps: -1", "qformer.layer_norm_eps"),
+        ("align:\n  losses: []", "align.losses: no loss is named; name one or more of contrast"),
+        ("align:\n  losses: [match, match]", "align.losses: match is named 2 times; name it once"),
+        ("align:\n  betas: [2, 3]", "align.betas.0: input should be less than 1 (found 2)"),
+        ("align:\n  betas: [0.9, -1]", "align.betas.1"),
+        ("tune:\n  clip_norm: 0", "tune.clip_norm: input should be greater than 0 (found 0)"),
+        ("tune:\n  learning_rate: .inf", "tune.learning_rate: input should be a finite number"),
+        ("tune:\n  weight_decay: .nan", "tune.weight_decay"),
+        ("encoder:\n  std: [1, 0, 1]", "encoder.std.1: input should be greater than 0 (found 0)"),
+        ("encoder:\n  microns_per_pixel: 0", "encoder.microns_per_pixel"),
+        ("encoder:\n  grid: 300", "grid 300 has more tokens a side than image_size 224 pixels"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_that_names_it(
@@ -189,3 +212,35 @@ def test_a_lock_that_pins_more_exactly_changes_no_key_and_another_reference_does
     other = read("hf://lab/words@v2")
     assert other.language.weights == "hf://lab/words@v2"
     assert other.fingerprint("language") != before.fingerprint("language")
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        (None, "CLOVER_FAMILIES names, which is not set)"),
+        ("gone", "CLOVER_FAMILIES names, gone, and there is no such folder in {cwd})"),
+        ("there", "CLOVER_FAMILIES names, there, which has no mine.py)"),
+    ],
+)
+def test_a_family_of_ones_own_that_is_not_found_leads_to_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    monkeypatch.delenv("CLOVER_FAMILIES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CLOVER_FAMILIES", variable)
+    (tmp_path / "r.yaml").write_text("name: r\nencoder: {kind: mine}\n")
+    with pytest.raises(CloverError) as error:
+        load_recipe("r.yaml")
+    assert "encoder.kind: no family 'mine'" in str(error.value)
+    assert words.format(cwd=tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_are_no_longer_than_the_positions_and_the_runs_key_is_as_given() -> None:
+    recipe = load_recipe("phantom", ("qformer.max_positions=24",))
+    short = recipe.within_positions()
+    assert (short.align.max_text_tokens, short.tune.max_question_tokens) == (24, 24)
+    assert recipe.tune.max_question_tokens == 32
+    usual = load_recipe("phantom")
+    assert usual.within_positions() == usual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -459,6 +460,21 @@ def test_changed_pictures_keep_their_size_and_change_the_same_way_every_time() -
 def test_a_question_is_put_in_other_words_or_left(question: str, made: set[str | None]) -> None:
     assert reworded(question) in made
     assert reworded(question) == reworded(question)
+
+
+def test_two_processes_do_not_predict_into_one_folder(
+    tiny: Tiny, model: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / ".predictions.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("123")
+        other.flush()
+        done = clover(
+            *("evaluate", model, "--data", tiny.instructions, "--out", tmp_path),
+            *("--features", tiny.folder / "cache"),
+        )
+    assert done.returncode == 2 and not (tmp_path / "predictions.part").exists()
+    assert f"another process predicts into {tmp_path} (process 123)" in done.stderr
 
 
 def test_controls_have_names() -> None:

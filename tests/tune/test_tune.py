@@ -129,3 +129,20 @@ def test_a_word_embedding_that_does_not_learn_stays_and_is_not_counted(
         )
     everything = tiny_clover(tiny_recipe(tiny.folder)).bridge.num_trainable()
     assert read_json(out / "config.json")["trainable_parameters"] == everything - start.numel()
+
+
+def test_questions_are_cut_to_the_positions_there_are(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        tiny.folder,
+        qformer={"max_positions": 5},
+        tune={"steps": 2, "max_question_tokens": 128, "grounding_steps": 1},
+    )
+    found = tune(
+        recipe,
+        instructions=tiny.instructions,
+        out=tmp_path / "model",
+        run=tmp_path / "run",
+        cache=tiny.folder / "cache",
+    )
+    assert found.is_finished
+    assert load(found.model).ask(tiny.image(), "which tissue is shown here , do you think ?").text

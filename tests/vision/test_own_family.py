@@ -75,9 +75,29 @@ def test_the_pages_own_family_fills_a_cache_trains_and_answers(written: Path, ti
     asked = clover("ask", "model", tiny.image(), "which tissue is shown ?")
     assert asked.returncode == 0, asked.stderr[-800:]
     assert "my own" in (written / "model" / "README.md").read_text()
+    _opens_from_elsewhere(written, tiny)
     planned = clover("plan", "mine.yaml", "--set", f"language.weights={tiny.folder / 'llama'}")
     assert planned.returncode == 0, planned.stderr[-800:]
     assert "mine/patches, 41,856 parameters" in planned.stdout
+
+
+def _opens_from_elsewhere(written: Path, tiny: Tiny) -> None:
+    """Ask from another folder: weights are found as they lie to the model, code by the variable."""
+    (written / "elsewhere").mkdir()
+    question = ("ask", "../model", str(tiny.image()), "which tissue is shown ?")
+    command = [sys.executable, "-m", "clover.cli", *question]
+    for own, code in ((str(written / "my-encoders"), 0), ("my-encoders", 2)):
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=written / "elsewhere",
+            env={**os.environ, "CLOVER_FAMILIES": own},
+        )
+        assert done.returncode == code, done.stderr[-800:]
+    assert "CLOVER_FAMILIES names, my-encoders, and there is no such folder in" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_its_code_is_part_of_its_revision(written: Path) -> None:

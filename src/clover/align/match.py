@@ -27,7 +27,9 @@ def negative_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return the sampling weights (text to image, image to text), each [B, N], own pair zero.
 
-    Pairs of `ignored` [B, N] have zero weight too, save where a row would have no negative left.
+    Pairs of `ignored` [B, N] have zero weight too, save where a row would have no negative left. A
+    row of similarities that are not finite has equal weights: from it anything may be drawn, since
+    the loss is not finite either, and the loop says so with the batch's names.
     """
     batch = similar.image_to_text.shape[0]
     rows = torch.arange(batch, device=similar.image_to_text.device)
@@ -38,7 +40,7 @@ def negative_weights(
             is_alone = ignored.sum(dim=1, keepdim=True) == ignored.shape[1] - 1
             masked.masked_fill_(ignored & ~is_alone, _OWN)
         masked[rows, rows + offset] = _OWN
-        weights.append(masked.softmax(dim=1))
+        weights.append(masked.softmax(dim=1).nan_to_num(nan=1.0))
     return weights[0], weights[1]
 
 

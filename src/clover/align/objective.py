@@ -77,6 +77,8 @@ class AlignObjective:
             scale=len(features),
         )
         # The gradients are in the weights already. The loop goes back through what it is given:
-        # through this, nothing is added.
-        nothing = 0 * self.module.alignment.temperature
+        # through this, nothing is added. Nor to the loss, unless similarities are not finite: then
+        # it is not either, whichever losses were asked for.
+        similar = found.similar.image_to_text.sum() + found.similar.text_to_image.sum()
+        nothing = 0 * (self.module.alignment.temperature + similar)
         return Losses(found.total * count + nothing, count, found.parts)

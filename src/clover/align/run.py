@@ -44,6 +44,7 @@ class AlignResult:
 
 
 @processes.together
+@processes.alone_in("out")
 def align(
     recipe: Recipe,
     *,
@@ -68,7 +69,7 @@ def align(
         max_steps: Stop after so many steps; the same call without it goes on.
 
     Raises:
-        CloverError: unusable data or settings.
+        CloverError: unusable data or settings, or another process trains in `out`.
     """
     is_first = processes.is_first()
     run = RunFolder(out, is_writer=is_first)
@@ -113,8 +114,9 @@ def align(
             path, needs="caption", encoder=encoder, cache=cache, images=recipe.data.images
         )
 
+    config = recipe.within_positions().align
     if is_trained_here:
-        objective = AlignObjective(bridge, data, tokenizer, recipe.align, device)
+        objective = AlignObjective(bridge, data, tokenizer, config, device)
         measured = Validation.of(
             "align",
             recipe.align,
@@ -168,7 +170,7 @@ def align(
     if validation is not None:
         load_bridge(bridge, weights)  # also when an earlier call trained it
         bridge.to(device.device).eval()
-        scores = evaluate_alignment(bridge, unseen(validation), tokenizer, recipe.align, device)
+        scores = evaluate_alignment(bridge, unseen(validation), tokenizer, config, device)
         write_json(out / _SCORES, scores.row())
     return AlignResult(weights, data.summary(), scores, True, kept)
 

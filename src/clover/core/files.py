@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ _HALF_WRITTEN = ".part"
 _HALF_SIGNS = "backslashreplace"
 """Half a sign has no bytes in UTF-8; it is written as JSON escapes it. Names of files that are not
 UTF-8 hold such, and text that was cut within a sign."""
+_HELD: set[Path] = set()
+"""What this process holds (`held`)."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -154,6 +157,70 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def held(path: Path, doing: str) -> Iterator[None]:
+    """Keep other processes out of the block; who finds one inside is refused, and waits for nobody.
+
+    A process that is inside may come in again, and one that is killed is out. Where there are no
+    locks, or no file can be made, all come in.
+
+    Args:
+        path: The file that is locked. It is removed at the end, and its folder if that was made
+            for it and is empty.
+        doing: What is done there, for the message: `trains in run`.
+
+    Raises:
+        CloverError: another process is inside.
+    """
+    place = path.resolve()
+    if fcntl is None or place in _HELD:
+        yield
+        return
+    is_new_folder, handle = not path.parent.exists(), None
+    with contextlib.suppress(OSError):  # nor can anything else be written there: that will be said
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _own_lock(path, doing)
+    if handle is None:
+        yield
+        return
+    _HELD.add(place)
+    try:
+        yield
+    finally:
+        _HELD.discard(place)
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is let go: afterwards it may be another's
+            if is_new_folder:
+                path.parent.rmdir()  # where nothing has come into it
+        os.close(handle)
+
+
+def _own_lock(path: Path, doing: str) -> int:
+    """Return a handle with which `path` is locked, and our number written into it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        is_ours = _lock(handle)
+        if is_ours is False:
+            who = os.read(handle, 200).decode(errors="replace").split()
+            os.close(handle)
+            raise CloverError(f"another process {doing}{_named(who)}; wait until it has ended")
+        if is_ours is None or _is_file_of(path, handle):
+            break
+        os.close(handle)  # of one that has just ended, and has removed the file
+    with contextlib.suppress(OSError):  # a full disk: only the message would be longer
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} {platform.node()}\n".encode())
+    return handle
+
+
+def _named(who: list[str]) -> str:
+    """Return ` (process 12 on there)` of a number and a machine; nothing where they are absent."""
+    if not who:
+        return ""
+    where = "" if who[1:] in ([], [platform.node()]) else f" on {who[1]}"
+    return f" (process {who[0]}{where})"
+
+
 def _is_file_of(path: Path, handle: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
@@ -242,6 +309,11 @@ def _is_of_disk(error: Exception) -> bool:
     """
     said = ("No space left", "os error 28", "PytorchStreamWriter failed", "inline_container.cc")
     return isinstance(error, OSError) or any(words in str(error) for words in said)
+
+
+def from_here(path: Path) -> str:
+    """Return where a path starts, for a message that it is not there; nothing for a whole path."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
 
 
 def umask() -> int:

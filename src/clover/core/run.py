@@ -21,6 +21,9 @@ from typing import Any
 from clover.core.errors import CloverError
 from clover.core.files import growing, read_json, write_json, write_text
 
+LOCK = ".lock"
+"""Of a folder in which a process trains (`files.held`)."""
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators."""

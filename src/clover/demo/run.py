@@ -27,6 +27,7 @@ from clover.demo.table import demo_table
 from clover.evaluate.run import BASIC, evaluate_folder
 from clover.phantom.write import make_phantom
 from clover.report.page import write_report
+from clover.training import processes
 from clover.tune.run import tune
 
 Say = Callable[[str], None]
@@ -61,6 +62,7 @@ class Demo:
         return self.out / "features"
 
 
+@processes.alone_in("out")
 def run_demo(recipe: Recipe, out: Path, *, say: Say) -> dict[str, Any]:
     """Run or continue the whole recipe in `out`; return what `scores.json` holds."""
     assert recipe.phantom is not None, "the demo's recipe has a phantom section"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clover.core.config import EvaluateConfig
-from clover.core.files import write_json, write_jsonl
+from clover.core.files import held, write_json, write_jsonl
 from clover.core.record import Record, Rejection, write_rejected
 from clover.evaluate.baseline import (
     colour_only_baseline,
@@ -121,18 +121,24 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def predict_views(evaluation: Evaluation) -> dict[str, list[Row]]:
-    """Write `predictions.jsonl` and a file a control; return their lines by view."""
+    """Write `predictions.jsonl` and a file a control; return their lines by view.
+
+    Raises:
+        CloverError: another process predicts into the same folder.
+    """
     job, out = evaluation.job, evaluation.out
     out.mkdir(parents=True, exist_ok=True)
-    write_rejected(out / "rejected.jsonl", evaluation.rejected)
-    rows = {"image": predict(job, out / "predictions.jsonl")}
-    few = _control_indices(evaluation)
-    for view in evaluation.controls:
-        if view == "shuffled" and not _has_another_image(job.data):
-            continue
-        # The blind view asks each question once, so that all of them cost little.
-        chosen = None if view == "blind" else few
-        rows[view] = predict(job, out / f"{view}.jsonl", view=view, indices=chosen)
+    # Not the lock of training, which may go on in the same folder.
+    with held(out / ".predictions.lock", f"predicts into {out}"):
+        write_rejected(out / "rejected.jsonl", evaluation.rejected)
+        rows = {"image": predict(job, out / "predictions.jsonl")}
+        few = _control_indices(evaluation)
+        for view in evaluation.controls:
+            if view == "shuffled" and not _has_another_image(job.data):
+                continue
+            # The blind view asks each question once, so that all of them cost little.
+            chosen = None if view == "blind" else few
+            rows[view] = predict(job, out / f"{view}.jsonl", view=view, indices=chosen)
     return rows
 
 

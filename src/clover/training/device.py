@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import get_args
 
 import torch
 
+from clover.core.config import Precision
 from clover.core.errors import CloverError
 
 
@@ -41,14 +42,14 @@ class Device:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-def choose_device(
-    name: str = "auto", precision: Literal["auto", "float32", "bfloat16"] = "auto"
-) -> Device:
+def choose_device(name: str = "auto", precision: Precision = "auto") -> Device:
     """Return the device and format of a recipe.
 
     Raises:
-        CloverError: the named device is not there.
+        CloverError: the named device is not there, or no such number format.
     """
+    if precision not in get_args(Precision):
+        raise CloverError(f"no precision '{precision}'; known: {', '.join(get_args(Precision))}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import cache, wraps
+from inspect import signature
 from itertools import count
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,7 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint
+from clover.core.files import fingerprint, held
+from clover.core.run import LOCK
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -141,6 +143,33 @@ def together(
             return stage(recipe, *args, **kwargs)
 
     return run
+
+
+def alone_in(
+    *names: str,
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Run a stage only while no other training works in its folders.
+
+    Args:
+        names: The stage's arguments that are folders. The first process holds them for all.
+
+    Raises:
+        CloverError: another process trains in one of them.
+    """
+
+    def decorate(stage: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(stage)
+        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            given = signature(stage).bind(*args, **kwargs).arguments
+            with contextlib.ExitStack() as stack:
+                for name in names if is_first() else ():
+                    stack.enter_context(held(given[name] / LOCK, f"trains in {given[name]}"))
+                wait_for_all()  # where one is refused, the others hear of it at once
+                return stage(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def _leave() -> None:

@@ -61,6 +61,7 @@ class TuneResult:
 
 
 @processes.together
+@processes.alone_in("run", "out")
 def tune(
     recipe: Recipe,
     *,
@@ -86,6 +87,9 @@ def tune(
         held_out: Record files that are only ever evaluated: refused where they share an image or
             a group with the training data.
         max_steps: Stop after so many steps; the same call without it goes on.
+
+    Raises:
+        CloverError: unusable data or settings, or another process trains in `run` or `out`.
     """
     is_first = processes.is_first()
     folder = RunFolder(run, is_writer=is_first)
@@ -124,7 +128,7 @@ def tune(
     earlier = None
     if is_first:
         earlier = Earlier.of(*model_files(out), folder=out.with_name(f"{out.name}.earlier"))
-    as_given = recipe
+    as_given, recipe = recipe, recipe.within_positions()
     language = load_frozen_language(recipe.language, recipe.prompt, device)
     if recipe.tune.worked_examples:
         recipe = with_examples(recipe, data.records, language)

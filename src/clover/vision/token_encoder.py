@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clover.core.assets import resolve
-from clover.core.config import EncoderConfig, family_files
-from clover.core.errors import CloverError, nearest
+from clover.core.config import EncoderConfig, family_files, unknown_family
+from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
@@ -66,10 +66,7 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     """
     files = family_files()
     if config.kind not in files:
-        raise CloverError(
-            f"encoder.kind '{config.kind}' is no family"
-            f"{nearest(config.kind, [*files, 'timm', 'tiny'])}"
-        )
+        raise CloverError(f"encoder.kind: {unknown_family(config.kind)}")
     module = _module(config.kind, files[config.kind])
     if hasattr(module, "expand"):
         return build_family(module.expand(config))
