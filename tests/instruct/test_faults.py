@@ -11,7 +11,7 @@ import pytest
 
 from clover.core.errors import CloverError
 from clover.core.record import read_records
-from clover.instruct.generate import generate_file
+from clover.instruct.generate import generate_file, plan_file
 from clover.instruct.ledger import Ledger, ledger_path
 
 from .endpoint import Endpoint, Running
@@ -134,3 +134,30 @@ def test_what_is_no_count_of_tokens_is_estimated_as_if_it_were_absent(
     with Ledger(ledger_path(out)) as books, Ledger(ledger_path(tmp_path / "absent.jsonl")) as other:
         assert books.totals() == other.totals()
         assert books.totals().estimated == 4 and books.totals().usd > 0
+
+
+def test_a_run_that_brings_nothing_leaves_the_output_of_another_model_alone(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o.jsonl"
+    with Running(Faulty()) as endpoint:
+        generate_file(source, out=out, settings=settings(endpoint))
+        good = out.read_bytes()
+        chosen = settings(endpoint, model="other-model")
+        endpoint.fault = lambda *_: (422, {"error": {"message": "no such field"}})
+        with pytest.raises(CloverError, match="declines every request"):
+            generate_file(source, out=out, settings=chosen)
+        assert out.read_bytes() == good
+    with pytest.raises(CloverError, match="cannot connect"):
+        generate_file(source, out=out, settings=chosen)
+    assert good and out.read_bytes() == good
+
+
+def test_a_dry_run_counts_what_retry_failed_would_send(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o.jsonl"
+    with Running(
+        Faulty(fault=lambda number, _: (400, MODERATED) if number in (4, 5, 6) else None)
+    ) as endpoint:
+        assert generate_file(source, out=out, settings=settings(endpoint)).failed == 3
+        for retry_failed, requests in ((False, 0), (True, 3)):
+            chosen = settings(endpoint, retry_failed=retry_failed)
+            assert plan_file(source, out=out, settings=chosen).requests == requests
+        assert generate_file(source, out=out, settings=chosen).sent == 3

@@ -79,7 +79,7 @@ def generate(
         plan = plan_file(captions, out=out, settings=settings)
         click.echo(
             f"{plan.requests:,} requests for {plan.captions:,} captions "
-            f"({plan.set_aside:,} set aside); about {plan.input_tokens:,} tokens in, "
+            f"({plan.set_aside:,} set aside{_in_batch(plan.waiting)}); about {plan.input_tokens:,} tokens in, "
             f"{plan.output_tokens:,} out (from {plan.basis})"
         )
         click.echo(
@@ -124,13 +124,18 @@ def _settings(price: str | None, *, batch: bool, poll: float, **options: Any) ->
     )
 
 
+def _in_batch(waiting: int) -> str:
+    return f", {waiting:,} wait in an open batch, which --batch takes up" if waiting else ""
+
+
 def _report(summary: GenerateSummary, out: Path) -> None:
     from clover.instruct.ledger import ledger_path
 
     lost = f" + at most ${summary.lost_usd:.4f} for replies lost" if summary.lost_usd else ""
     click.echo(
         f"{summary.pairs:,} pairs from {summary.done:,} of {summary.asked:,} captions -> {out}; "
-        f"{summary.failed:,} failed, {summary.left:,} left, {summary.set_aside:,} set aside; "
+        f"{summary.failed:,} failed, {summary.left:,} left, {summary.set_aside:,} set aside"
+        f"{_in_batch(summary.waiting)}; "
         f"{summary.sent:,} requests sent in {summary.seconds:.1f} s"
     )
     click.echo(
@@ -146,8 +151,9 @@ def _report(summary: GenerateSummary, out: Path) -> None:
             f"{summary.stopped}: {summary.left:,} captions are left; raise --budget and run the "
             "same command again"
         )
-    if summary.asked and not summary.done:
-        raise CloverError(f"no caption brought a usable reply; see {out}.failed.jsonl")
+    if summary.asked and not summary.done and not summary.waiting:
+        kept = f"; {out} is as it was" if out.exists() else ""
+        raise CloverError(f"no caption brought a usable reply; see {out}.failed.jsonl{kept}")
 
 
 @instruct.command()

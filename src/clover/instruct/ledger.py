@@ -459,6 +459,13 @@ class Ledger:
         ).fetchall()
         return {int(number): (str(key), int(worst)) for number, key, worst in rows}
 
+    def batch_endpoint(self, name: str) -> str | None:
+        """Return where a batch was sent, while any of its attempts is in flight."""
+        row = self._db.execute(
+            "SELECT endpoint FROM attempts WHERE batch = ? AND state = 'reserved'", (name,)
+        ).fetchone()
+        return str(row[0]) if row else None
+
     def is_in_batch(self, key: str) -> bool:
         """Say whether a request waits in a batch."""
         found = self._db.execute(
