@@ -13,7 +13,7 @@ import itertools
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from clover.core.errors import CloverError
@@ -328,7 +328,7 @@ def _tokens(usage: Any) -> tuple[int, int] | None:
     return (inputs, outputs) if _is_count(inputs) and _is_count(outputs) else None
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     # True is an int to Python; and what is negative would pay back.
     return type(value) is int and 0 <= value < MOST_TOKENS
 

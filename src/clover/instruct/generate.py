@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -174,9 +175,10 @@ def check_settings(settings: GenerateSettings) -> None:
         raise CloverError(f"--concurrency {settings.concurrency} is less than 1")
     if settings.limit is not None and settings.limit < 1:
         raise CloverError(f"--limit {settings.limit} is less than 1")
-    if settings.budget_usd is not None and settings.budget_usd < 0:
-        raise CloverError(f"--budget {settings.budget_usd} is less than 0")
-    if settings.timeout_s <= 0:
+    # Asked so that NaN, which is less than nothing and not more, is refused too.
+    if settings.budget_usd is not None and not 0 <= settings.budget_usd < math.inf:
+        raise CloverError(f"--budget {settings.budget_usd:g} is not a number from 0")
+    if not 0 < settings.timeout_s < math.inf:
         raise CloverError(f"--timeout {settings.timeout_s:g} is not more than 0 seconds")
 
 
