@@ -117,6 +117,37 @@ def test_a_key_is_needed_elsewhere_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert find_key("https://elsewhere.invalid/v1", "SOME_KEY") == "right"
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "first\nsecond", "two words", "\udcfc"])
+def test_what_no_header_can_carry_is_no_key(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(CloverError, match="SOME_KEY is no API key: its character") as told:
+        find_key("https://elsewhere.invalid/v1", "SOME_KEY")
+    assert key not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://127.0.0.1:99999/v1", "http://h:abc/v1", "http://h:0/v1", "http://[::1/v1"),
+        *("http://two words/v1", "http://a..b/v1", "http://a\nb/v1", "http://:80/v1", ""),
+    ],
+)
+def test_a_malformed_address_is_named(address: str) -> None:
+    with pytest.raises(CloverError, match="is not a URL such as"):
+        check_endpoint(address)
+
+
+def test_a_request_that_cannot_be_built_is_not_taken_for_a_lost_one() -> None:
+    async def run(url: str) -> None:
+        async with Client(url, key="none", timeout_s=20) as client:
+            await client.send({**BODY, "temperature": float("nan")})
+
+    with listening() as (url, asked):
+        with pytest.raises(CloverError, match=r"cannot be built .* nothing sent"):
+            asyncio.run(run(url + "/v1"))
+        assert asked == []
+
+
 def test_addresses_are_read() -> None:
     assert check_endpoint(" http://a/v1/chat/completions ") == "http://a/v1"
     with pytest.raises(CloverError, match="'ftp://a' is not a URL"):

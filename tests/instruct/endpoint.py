@@ -226,9 +226,9 @@ class Endpoint:
             return 200, self.files[parts[1]]
         if parts[0] == "batches" and method == "POST":
             return 200, self._create_batch(json.loads(body))
-        if parts[0] == "batches" and len(parts) == 2:
+        if parts[0] == "batches" and len(parts) == 2 and parts[1] in self.batches:
             return 200, self._poll(parts[1])
-        if parts[0] == "batches":
+        if parts[0] == "batches" and len(parts) == 1:
             data = list(self.batches.values())
             return 200, {"object": "list", "data": data, "has_more": False}
         return 404, {"error": {"message": "no such thing"}}

@@ -8,10 +8,12 @@ import pytest
 
 from clover.core.errors import CloverError
 from clover.instruct.batch import BatchSettings
-from clover.instruct.generate import generate_file
+from clover.instruct.generate import GenerateSettings, generate_file, plan_file
 from clover.instruct.ledger import Ledger, Worst, ledger_path
+from clover.instruct.shard import generate_in_shards
+from clover.instruct.workers import run_locally
 
-from .endpoint import Endpoint, Running
+from .endpoint import Endpoint, Running, url
 from .test_generate import PRICE, captions, settings
 
 QUICK = BatchSettings(max_requests=15, poll_s=0.05)
@@ -44,8 +46,7 @@ def test_another_process_takes_up_an_open_batch_and_pays_nothing_twice(tmp_path:
     source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o"
     with Running(Endpoint(batch_polls=10**9)) as endpoint:
         impatient = settings(endpoint, batch=QUICK)
-        with pytest.raises(TimeoutError):
-            _give_up_after(0.6, source, out, impatient)
+        _give_up_waiting(source, out, impatient)
         assert len(endpoint.batches) == 1
         endpoint.batches["batch-0"]["_polls"] = 1
         endpoint.batch_polls = 1
@@ -54,19 +55,71 @@ def test_another_process_takes_up_an_open_batch_and_pays_nothing_twice(tmp_path:
     assert summary.done == 10
 
 
-def _give_up_after(seconds: float, source: Path, out: Path, chosen: object) -> None:
-    import signal
+def test_a_run_without_batches_leaves_alone_what_waits_in_one(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o"
+    with Running(Endpoint(batch_polls=10**9)) as endpoint:
+        _give_up_waiting(source, out, settings(endpoint, batch=QUICK))
+        more = captions(tmp_path / "c.jsonl", 12)
+        plain = settings(endpoint)
+        plan = plan_file(more, out=out, settings=plain)
+        assert (plan.requests, plan.waiting) == (2, 10)
+        summary = generate_file(more, out=out, settings=plain)
+        assert (summary.sent, summary.done, summary.left, summary.waiting) == (2, 2, 10, 10)
+        endpoint.batches["batch-0"]["_polls"] = 1
+        assert generate_file(more, out=out, settings=settings(endpoint, batch=QUICK)).done == 12
+        assert set(endpoint.asked.values()) == {1}
 
-    def stop(*_: object) -> None:
-        raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        generate_file(source, out=out, settings=chosen)  # type: ignore[arg-type]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def test_workers_leave_alone_what_waits_in_a_batch(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 5), tmp_path / "o"
+    with Running(Endpoint(batch_polls=10**9)) as endpoint:
+        _give_up_waiting(source, out, settings(endpoint, batch=QUICK))
+        summary = generate_in_shards(
+            source, out=out, settings=settings(endpoint), workers=2, runner=run_locally
+        )
+        assert endpoint.requests == 0
+    assert (summary.sent, summary.waiting) == (0, 5)
+
+
+def test_a_batch_that_nobody_knows_any_more_is_booked_as_lost_and_asked_anew(
+    tmp_path: Path,
+) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o"
+    with Running(Endpoint(batch_polls=10**9)) as endpoint:
+        chosen = settings(endpoint, batch=QUICK)
+        _give_up_waiting(source, out, chosen)
+        endpoint.batches.clear()
+        endpoint.batch_polls = 1
+        told = generate_file(source, out=out, settings=chosen)
+        assert (told.sent, told.failed, told.usd) == (0, 10, 0) and told.lost_usd > 0
+        assert "no longer knows batch" in Path(f"{out}.failed.jsonl").read_text()
+        again = generate_file(source, out=out, settings=chosen)
+    assert (again.done, again.lost_usd) == (10, told.lost_usd)
+
+
+def test_a_batch_of_another_endpoint_is_not_given_up(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 10), tmp_path / "o"
+    with Running(Endpoint(batch_polls=10**9)) as endpoint, Running(Endpoint()) as other:
+        chosen = settings(endpoint, batch=QUICK)
+        _give_up_waiting(source, out, chosen)
+        for wrong in (url(other), url(endpoint).replace("/v1", "/v2")):
+            with pytest.raises(CloverError, match=f"give --endpoint {url(endpoint)}"):
+                elsewhere = settings(endpoint, batch=QUICK, endpoint=wrong)
+                generate_file(source, out=out, settings=elsewhere)
+        endpoint.batches["batch-0"]["_polls"] = 1
+        assert generate_file(source, out=out, settings=chosen).done == 10
+
+
+def _give_up_waiting(source: Path, out: Path, chosen: GenerateSettings) -> None:
+    """Send batches, and be stopped while they are waited for."""
+
+    async def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clover.instruct.batch._Runner.collect", stop)
+        with pytest.raises(KeyboardInterrupt):
+            generate_file(source, out=out, settings=chosen)
 
 
 def test_a_batch_created_but_not_noted_is_found_by_its_name(tmp_path: Path) -> None:

@@ -394,3 +394,61 @@ def test_what_was_turned_away_is_not_replaced_by_what_is_turned_away_of_it(
     assert run("instruct", "template", source, "--out", pairs) == 0
     assert run("instruct", "filter", pairs, "--out", tmp_path / "g.jsonl") == 2
     assert "would overwrite" in capsys.readouterr().err and rows(pairs)
+
+
+def test_a_mix_knows_what_its_pairs_cost_through_every_filter_once(tmp_path: Path) -> None:
+    source, folder = tmp_path / "captions.csv", tmp_path / "kept"
+    source.write_text("image,caption\na.png,Liver with fatty change.\n")
+    made, good, short = tmp_path / "m.jsonl", folder / "good.jsonl", folder / "short.jsonl"
+    with Running(Endpoint()) as endpoint:
+        words = ("instruct", "generate", source, "--out", made, "--endpoint", url(endpoint))
+        assert run(*words, "--model", "m", "--price", "1000,2000") == 0
+        spent = (1000 * endpoint.input_tokens + 2000 * endpoint.output_tokens) / 1e6
+    for kept in (good, short):
+        assert run("instruct", "filter", made, "--out", kept, "--min-overlap", "0") == 0
+    mixed, again = tmp_path / "h.jsonl", tmp_path / "i.jsonl"
+    assert run("instruct", "mix", made, good, short, "--out", mixed, "--no-balance") == 0
+    Path(f"{made}.ledger.sqlite").rename(tmp_path / "moved.ledger.sqlite")
+    assert run("instruct", "mix", good, mixed, "--out", again, "--no-balance") == 0
+    for out in (mixed, again):
+        card = json.loads(Path(f"{out}.card.json").read_text())
+        assert card["usd"] == pytest.approx(spent, abs=1e-6) and card["usd"] > 0
+        assert [row["ledger"] for row in card["ledgers"]] == ["m.jsonl.ledger.sqlite"]
+
+
+def test_a_card_of_something_else_is_named(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "t.jsonl"
+    assert run("instruct", "template", source, "--out", made) == 0
+    Path(f"{made}.card.json").write_text('{"ledgers": [{"usd": 1}]}')
+    assert run("instruct", "mix", made, "--out", tmp_path / "h.jsonl") == 2
+    assert "is not a card of filter or mix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[("generate", "--budget", value) for value in ("nan", "inf", "-1")],
+        *[("generate", "--timeout", value) for value in ("nan", "inf", "0")],
+        *[("generate", "--poll", value) for value in ("nan", "0")],
+        ("generate", "--attempts", "0"),
+        *[("mix", "--share", f"file={value}") for value in ("nan", "inf", "-inf")],
+        ("filter", "--blind-budget", "nan"),
+        ("stats", "--samples", "-5"),
+    ],
+)
+def test_what_is_no_number_or_below_its_range_is_one_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    verb, option, value = words
+    file = tmp_path / "file.jsonl"
+    assert run("instruct", "template", source, "--out", file) == 0
+    arguments = ["instruct", verb, file, "--out", tmp_path / "o", option, value]
+    if verb == "generate":
+        arguments += ["--endpoint", "http://127.0.0.1:1/v1", "--model", "m"]
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert option in error and error.count("\n") == 1
+    assert not (tmp_path / "o.ledger.sqlite").exists()

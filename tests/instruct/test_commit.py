@@ -110,6 +110,30 @@ def test_one_who_is_cancelled_does_not_cancel_the_others() -> None:
     asyncio.run(run())
 
 
+def test_half_a_booking_is_not_committed_with_the_others(tmp_path: Path) -> None:
+    async def run(ledger: Ledger) -> None:
+        with ledger.grouped():
+            numbers = [
+                ledger.reserve(
+                    key, request=("m", "p", "e"), worst=Worst(10, 10), price=PRICE, budget=None
+                )
+                for key in ("good", "bad")
+            ]
+            assert numbers == [1, 2]
+            ledger.settle(1, tokens=(1, 1), reply="r")
+            with pytest.raises(UnicodeEncodeError):
+                ledger.settle(2, tokens=(1, 1), reply="\ud83d")
+
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        asyncio.run(run(ledger))
+        committed = ledger.committed_usd
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        assert ledger.outcome("good") == "done" and ledger.outcome("bad") == "open"
+        states = ledger._db.execute("SELECT state FROM attempts ORDER BY id").fetchall()
+        assert states == [("settled",), ("reserved",)]
+        assert ledger.committed_usd == pytest.approx(committed)
+
+
 @pytest.mark.parametrize("budget", [0.0004, 0.004])
 def test_a_budget_holds_within_a_group(tmp_path: Path, budget: float) -> None:
     source, out = captions(tmp_path / "c.jsonl", 30), tmp_path / "o.jsonl"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from clover.core.errors import CloverError
 from clover.core.record import read_records
 from clover.instruct.generate import GenerateSettings, generate_file, plan_file
 from clover.instruct.ledger import Ledger, ledger_path
-from clover.instruct.prices import Price, estimate_tokens
+from clover.instruct.prices import Price, estimate_tokens, find_price
 
 from .endpoint import Endpoint, Running, url
 
@@ -242,6 +244,38 @@ def test_a_second_process_on_the_same_output_is_turned_away(tmp_path: Path) -> N
         generate_file(source, out=out, settings=settings(endpoint))
 
 
+@pytest.mark.parametrize(
+    ("model", "price"),
+    [
+        *(("gpt-4o-2024-05-13", (5.0, 15.0)), ("openai/gpt-4o-2024-08-06", (2.5, 10.0))),
+        *(("gpt-3.5-turbo-0613", (1.5, 2.0)), ("gpt-4.1-mini-2025-04-14", (0.4, 1.6))),
+    ],
+)
+def test_a_dated_version_has_its_own_price(model: str, price: tuple[float, float]) -> None:
+    found = find_price(model, is_local=False)
+    assert found is not None and (found.input_usd, found.output_usd) == price
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1/v1", "https://endpoint.invalid/v1"])
+def test_a_dated_version_that_is_not_listed_needs_a_price(tmp_path: Path, endpoint: str) -> None:
+    source = captions(tmp_path / "c.jsonl", 2)
+    chosen = GenerateSettings(endpoint=endpoint, model="gpt-4o-2031-01-01")
+    with pytest.raises(CloverError, match="dated version 'gpt-4o-2031-01-01'; give --price"):
+        plan_file(source, out=tmp_path / "o.jsonl", settings=chosen)
+    priced = replace(chosen, price=PRICE)
+    assert plan_file(source, out=tmp_path / "o.jsonl", settings=priced).usd > 0
+
+
+@pytest.mark.parametrize("budget", [float("nan"), float("inf"), -1.0])
+def test_a_budget_that_is_no_number_sends_nothing(tmp_path: Path, budget: float) -> None:
+    source = captions(tmp_path / "c.jsonl", 2)
+    with Running(Endpoint()) as endpoint:
+        chosen = settings(endpoint, budget_usd=budget)
+        with pytest.raises(CloverError, match="--budget"):
+            generate_file(source, out=tmp_path / "o.jsonl", settings=chosen)
+        assert endpoint.requests == 0
+
+
 def test_token_estimate_is_close_to_a_real_tokeniser() -> None:
     # Counted once with the SmolLM2 tokeniser (byte-level BPE, 49,152 pieces): see docs/instruct.md.
     text = (
@@ -256,6 +290,26 @@ def test_ledger_of_a_stranger_is_refused_in_one_line(tmp_path: Path) -> None:
     file.write_bytes(b"not a database at all, but long enough to be taken for one" * 20)
     with pytest.raises(CloverError, match="is not a ledger"):
         Ledger(file)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "CREATE TABLE patients (name TEXT)",
+        "CREATE TABLE requests (url TEXT)",
+        "CREATE TABLE attempts (id INTEGER PRIMARY KEY, key TEXT, day TEXT)",
+    ],
+)
+def test_another_database_is_refused_in_one_line_and_left_as_it_is(
+    tmp_path: Path, schema: str
+) -> None:
+    file = tmp_path / "o.jsonl.ledger.sqlite"
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute(schema)
+    before = file.read_bytes()
+    with pytest.raises(CloverError, match=r"is not a ledger: .*; move it away"):
+        Ledger(file)
+    assert file.read_bytes() == before
 
 
 def test_ledger_books_no_attempt_twice(tmp_path: Path) -> None:

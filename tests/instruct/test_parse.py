@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from clover.core.errors import CloverError
@@ -86,3 +88,22 @@ def test_the_key_covers_what_shapes_the_reply() -> None:
 def test_an_unknown_prompt_names_the_nearest() -> None:
     with pytest.raises(CloverError, match="did you mean 'published-v1'"):
         load_prompt("publishd-v1")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("temperature: .nan", "temperature: .inf", "temperature: -1", "top_p: 0", "top_p: .nan"),
+        *("max_tokens: -5", "max_tokens: 0", f"max_tokens: {10**30}", "pairs: [-4, 5]"),
+    ],
+)
+def test_a_prompt_with_a_number_out_of_its_range_is_one_line(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "mine.yaml"
+    fields = {"version: mine", "format: text", "pairs: [4, 5]", "max_tokens: 100"}
+    name = line.partition(":")[0]
+    kept = sorted(field for field in fields if not field.startswith(name))
+    file.write_text("\n".join([*kept, line]))
+    with pytest.raises(CloverError, match=rf"mine.yaml: {name}.*: input should be"):
+        load_prompt(file)
+    file.write_text("\n".join(fields))
+    assert load_prompt(file).max_tokens == 100

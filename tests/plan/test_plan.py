@@ -200,4 +200,11 @@ def test_a_language_model_of_unknown_shape_and_a_card_of_nothing_are_one_line(ma
             encoder_size(EncoderConfig(kind="tiny"), batch=1),
         )
     done = CliRunner().invoke(cli, ["plan", "phantom", "--gpu", "0"])
-    assert isinstance(done.exception, CloverError) and "--gpu is 0" in str(done.exception)
+    assert done.exit_code == 2 and "'--gpu': 0.0 is not in the range x>0" in done.output
+
+
+@pytest.mark.parametrize("option", ["--gpu", "--price", "--tflops"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_what_is_no_number_of_a_card_is_named(option: str, value: str) -> None:
+    done = CliRunner().invoke(cli, ["plan", "phantom", option, value])
+    assert done.exit_code == 2 and f"Invalid value for '{option}'" in done.output

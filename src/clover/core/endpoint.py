@@ -13,11 +13,13 @@ import itertools
 import os
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from clover.core.errors import CloverError
 
+MOST_TOKENS = 2**31
+"""No request counts so many: an endpoint that says so has not counted."""
 _MAX_RETRY_AFTER = 120.0
 _CONNECTIONS_EACH = 8
 
@@ -56,14 +58,28 @@ def check_endpoint(endpoint: str) -> str:
     """Return an endpoint's URL in the form the client wants.
 
     Raises:
-        CloverError: not an http or https URL.
+        CloverError: not an http or https URL with a host and, if any, a port up to 65535.
     """
-    parts = urlsplit(endpoint.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    url = endpoint.strip()
+    if not _is_web_address(url):
         raise CloverError(
             f"--endpoint '{endpoint}' is not a URL such as http://127.0.0.1:8000/v1; nothing sent"
         )
-    return endpoint.strip().rstrip("/").removesuffix("/chat/completions")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _is_web_address(url: str) -> bool:
+    import httpx2
+
+    try:
+        parts = urlsplit(url)
+        # What else would be found out only in sending, by the client and by the look-up of names.
+        host = httpx2.URL(url).host.encode("idna")
+        has_port = parts.port is None or parts.port > 0
+    except (ValueError, httpx2.InvalidURL):
+        return False
+    is_one_word = len(url.split()) == 1
+    return bool(host) and has_port and is_one_word and parts.scheme in ("http", "https")
 
 
 def is_loopback(endpoint: str) -> bool:
@@ -81,9 +97,15 @@ def find_key(endpoint: str, variable: str) -> str:
     """Return the API key from the environment; an endpoint on this machine needs none.
 
     Raises:
-        CloverError: no key for an endpoint elsewhere.
+        CloverError: no key for an endpoint elsewhere, or one that no header can carry.
     """
     key = os.environ.get(variable, "").strip()
+    wrong = next((n for n, letter in enumerate(key, 1) if not "!" <= letter <= "~"), None)
+    if wrong is not None:
+        raise CloverError(
+            f"{variable} is no API key: its character {wrong} of {len(key)} is a space, a line "
+            "break or not ASCII; export it anew; nothing sent"
+        )
     if key:
         return key
     if is_loopback(endpoint):
@@ -170,7 +192,8 @@ class Client:
         """Send one chat request.
 
         Raises:
-            CloverError: the key is not accepted, there is no money, or no such address or model.
+            CloverError: the key is not accepted, there is no money, no such address or model, or
+                the request cannot be written as JSON and never left.
             Refused: the endpoint is busy or broken for now.
             Declined: the endpoint finds fault with this request.
             Lost: the connection broke or timed out after the request had left.
@@ -178,7 +201,7 @@ class Client:
         import openai
 
         try:
-            raw = await self._create(body)
+            response = await self._create(body)
         except openai.APIStatusError as error:
             raise self._status_error(error) from error
         except openai.APITimeoutError as error:
@@ -188,9 +211,12 @@ class Client:
             if "Connect" in cause:
                 raise Refused(f"cannot connect to {self.endpoint} ({cause})") from error
             raise Lost(f"the connection broke ({cause})") from error
-        except (openai.APIError, ValueError) as error:
-            raise Lost(f"the reply is not whole JSON ({type(error).__name__})") from error
-        return read_reply(raw)
+        except openai.APIError as error:
+            raise Lost(f"the reply cannot be read ({type(error).__name__})") from error
+        except ValueError as error:
+            # Sending wraps its errors; a bare one is of building the request.
+            raise CloverError(f"the request cannot be built ({error}); nothing sent") from error
+        return read_reply(_json(response))
 
     async def _create(self, body: dict[str, Any]) -> Any:
         import openai
@@ -205,30 +231,50 @@ class Client:
             return await self._post(body)
 
     async def _post(self, body: dict[str, Any]) -> Any:
+        import httpx2
+
         # The client's own way to endpoints it does not know: `chat.completions.create` walks
         # through every message by its type annotations, which costs more than all the rest.
         named = self._named(body)
-        return await next(self._turn).post("/chat/completions", cast_to=object, body=named)
+        client = next(self._turn)
+        return await client.post("/chat/completions", cast_to=httpx2.Response, body=named)
 
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
         return {self._limit_field if k == "max_tokens" else k: v for k, v in body.items()}
 
     def _status_error(self, error: Any) -> Exception:
         status, message = error.status_code, _message(error)
-        if status in (401, 403):
+        if status == 401:
             return CloverError(f"{self.endpoint} does not accept the API key ({status}: {message})")
         if status in (404, 405) or 300 <= status < 400:
             text = f"{self.endpoint} has no such address or model ({status}: {message})"
             return CloverError(f"{text}; the address usually ends in /v1")
-        if status == 429 and error.code == "insufficient_quota":
-            return CloverError(f"{self.endpoint}: the account has no money left ({message})")
+        if status == 402 or (status == 429 and error.code == "insufficient_quota"):
+            return CloverError(
+                f"{self.endpoint}: the account has no money left ({message}); "
+                "what arrived is kept, the same command continues"
+            )
         if status in (408, 409, 425, 429) or status >= 500:
             return Refused(f"{status}: {message}", retry_after=retry_after(error.response.headers))
         return Declined(f"{status}: {message}")
 
 
 def _message(error: Any) -> str:
-    return " ".join(str(error.message).split())[:160]
+    return " ".join(whole_text(error.message).split())[:160]
+
+
+def _json(response: Any) -> Any:
+    """Return the parsed JSON of a reply that arrived, or None where it claims to be none.
+
+    Raises:
+        Lost: it is not whole JSON.
+    """
+    if "json" not in response.headers.get("content-type", ""):
+        return None
+    try:
+        return response.json()
+    except (ValueError, RecursionError) as error:
+        raise Lost(f"the reply is not whole JSON ({type(error).__name__})") from error
 
 
 def pause_s(error: BaseException | None, attempt: int, longest: float) -> float:
@@ -281,16 +327,33 @@ def read_reply(raw: Any) -> Reply:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Lost("the reply holds no answer")
-    usage = reply.get("usage")
+    return Reply(
+        text=whole_text(message.get("content") or ""),
+        finish_reason=whole_text(choice.get("finish_reason") or "stop"),
+        model=whole_text(reply.get("model") or ""),
+        tokens=_tokens(reply.get("usage")),
+    )
+
+
+def _tokens(usage: Any) -> tuple[int, int] | None:
+    """Return the tokens in and out that an endpoint counted; None where that is no count."""
     counted = usage if isinstance(usage, dict) else {}
     inputs, outputs = counted.get("prompt_tokens"), counted.get("completion_tokens")
-    has_usage = isinstance(inputs, int) and isinstance(outputs, int)
-    return Reply(
-        text=str(message.get("content") or ""),
-        finish_reason=str(choice.get("finish_reason") or "stop"),
-        model=str(reply.get("model") or ""),
-        tokens=(int(inputs or 0), int(outputs or 0)) if has_usage else None,
-    )
+    return (inputs, outputs) if _is_count(inputs) and _is_count(outputs) else None
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    # True is an int to Python; and what is negative would pay back.
+    return type(value) is int and 0 <= value < MOST_TOKENS
+
+
+def whole_text(value: Any) -> str:
+    """Return what an endpoint wrote as text that can be stored.
+
+    JSON may hold half of a surrogate pair, which neither a file nor a database takes; it becomes
+    the replacement character.
+    """
+    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _first(choices: Any) -> dict[str, Any]:

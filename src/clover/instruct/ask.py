@@ -62,7 +62,10 @@ class Asker:
         self._landed = asyncio.Event()
         self._aliases: set[str] = set()
         self._strangers: list[str] = []
-        self._done = self._failures_in_a_row = self._declined = 0
+        self._done = self._failures_in_a_row = 0
+        # What was declined before anything succeeded: it may be the request's form, not a caption.
+        self._doubtful: dict[str, str] = {}
+        self._is_trusted = ledger.has_reply(settings.model, prompt)
 
     async def ask(self, request: Request) -> None:
         """Ask until there is a usable reply; book a failure with its reason otherwise.
@@ -82,10 +85,14 @@ class Asker:
         try:
             await retrying(self._once, request)
         except Declined as error:
-            self._declined += 1
-            self._ledger.fail(request.key, f"declined: {error}", is_final=True)
-            if not self._done and self._declined >= _DECLINED_AT_START:
-                raise Stop(f"{self._client.endpoint} declines every request ({error})") from error
+            reason = f"declined: {error}"
+            self._ledger.fail(request.key, reason, is_final=self._is_trusted)
+            if not self._is_trusted:
+                self._doubtful[request.key] = reason
+                if len(self._doubtful) >= _DECLINED_AT_START:
+                    raise Stop(
+                        f"{self._client.endpoint} declines every request ({error})"
+                    ) from error
         except Unusable as error:
             self._ledger.fail(request.key, str(error), is_final=True)
         except (Refused, Lost) as error:
@@ -186,6 +193,10 @@ class Asker:
         )
         self._done += 1
         self._failures_in_a_row = 0
+        self._is_trusted = True
+        for key, reason in self._doubtful.items():
+            self._ledger.fail(key, reason, is_final=True)
+        self._doubtful.clear()
 
     def _fault(self, reply: Reply) -> str | None:
         """Return why a reply cannot be used, or None."""

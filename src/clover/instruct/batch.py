@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clover.core.endpoint import Client, Lost, Unusable, read_reply
+from clover.core.endpoint import Client, Lost, Unusable, read_reply, whole_text
 from clover.core.errors import CloverError
 from clover.core.record import Record
 from clover.core.terminal import Advance
@@ -130,10 +130,9 @@ class _Runner:
         settings = self._job.settings
         for record in records:
             request = build_request(self._job.prompt, record.caption or "", model=settings.model)
-            outcome = self._ledger.outcome(request.key, retry_failed=settings.retry_failed)
-            if outcome in (None, "open") and not self._ledger.is_in_batch(request.key):
+            if self._ledger.may_ask(request.key, retry_failed=settings.retry_failed):
                 yield request
-            elif outcome in ("done", "failed"):
+            elif not self._ledger.is_in_batch(request.key):
                 self._advance()
 
     async def _create(self, name: str, chunk: list[tuple[int, Request]]) -> None:
@@ -158,13 +157,44 @@ class _Runner:
         waiting = dict(self._ledger.open_batches())
         while waiting:
             for name, remote_id in list(waiting.items()):
-                remote = await self._openai.batches.retrieve(remote_id)
+                remote = await self._look(name, str(remote_id))
+                if remote is None:
+                    del waiting[name]
+                    continue
                 self._advance(0, note=f"batch {remote.status}")
                 if remote.status in _ENDED:
                     await self._ingest(name, remote)
                     del waiting[name]
             if waiting:
                 await asyncio.sleep(self._settings.poll_s)
+
+    async def _look(self, name: str, remote_id: str) -> Any | None:
+        """Return what the endpoint says of a batch; None when it no longer knows it.
+
+        What such a batch cost nobody can say any more: it is booked at its worst case.
+
+        Raises:
+            CloverError: it is another endpoint that was given the batch.
+        """
+        import openai
+
+        try:
+            return await self._openai.batches.retrieve(remote_id)
+        except openai.NotFoundError:
+            owner = self._ledger.batch_endpoint(name)
+            if owner not in (None, self._job.endpoint):
+                raise CloverError(
+                    f"batch {remote_id} was given to {owner} and is not known at "
+                    f"{self._job.endpoint}; give --endpoint {owner}"
+                ) from None
+            # Whoever does not list batches has forgotten none: the address is wrong.
+            await self._openai.batches.list(limit=1)
+        reason = f"the endpoint no longer knows batch {remote_id}"
+        for attempt, (key, _) in self._ledger.in_batch(name).items():
+            self._ledger.lose(attempt, reason)
+            self._ledger.fail(key, reason, is_final=False)
+        self._ledger.note_batch(name, state="ended", note="no longer known")
+        return None
 
     async def _ingest(self, name: str, remote: Any) -> None:
         """Book one ended batch; a batch may bring results, errors, both or neither."""
@@ -176,7 +206,7 @@ class _Runner:
                     if line.strip():
                         self._book(json.loads(line), flying)
         errors = getattr(getattr(remote, "errors", None), "data", None) or []
-        why = f": {errors[0].message}" if errors else ""
+        why = whole_text(f": {errors[0].message}") if errors else ""
         self._refuse(name, f"not in the results of a batch that {_ended(remote.status)}{why}")
         self._ledger.note_batch(name, state="ended", note=remote.status)
 
@@ -190,7 +220,8 @@ class _Runner:
         try:
             if response.get("status_code") != 200:
                 error = body.get("error") or row.get("error") or {}
-                raise Lost(f"{response.get('status_code')}: {error.get('message', 'no reason')}")
+                message = whole_text(error.get("message", "no reason"))
+                raise Lost(f"{response.get('status_code')}: {message}")
             self._asker.settle(attempt, read_reply(body), estimated_input=worst_input // 4)
         except Unusable as error:
             self._ledger.fail(key, str(error), is_final=False)

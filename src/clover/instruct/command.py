@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clover.core.errors import CloverError
+from clover.core.finite import NOT_NEGATIVE, POSITIVE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,17 +45,25 @@ def instruct() -> None:
 @click.option("--endpoint", required=True, help="OpenAI-compatible URL, usually ending in /v1.")
 @click.option("--model", required=True, help="The model's name at the endpoint.")
 @click.option("--prompt", default="published-v1", show_default=True, help="Prompt name or YAML.")
-@click.option("--budget", type=float, help="Hard cap in US dollars, over all runs of this output.")
+@click.option("--budget", type=NOT_NEGATIVE, help="Hard cap in US dollars, over all its runs.")
 @click.option("--price", help="input,output in dollars per million tokens.")
 @click.option("--limit", type=int, help="Ask about the first N captions only.")
 @click.option("--concurrency", type=int, default=16, show_default=True, help="Requests in flight.")
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds a reply.")
-@click.option("--attempts", type=int, default=8, show_default=True, help="Times a caption is sent.")
+@click.option("--timeout", type=POSITIVE, default=120.0, show_default=True, help="Seconds a reply.")
+@click.option(
+    "--attempts",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Times a caption is sent.",
+)
 @click.option("--key-env", default="OPENAI_API_KEY", show_default=True, help="Holds the API key.")
 @click.option("--retry-failed", is_flag=True, help="Ask again about captions failed for good.")
 @click.option("--any-language", is_flag=True, help="Keep captions that are not in English.")
 @click.option("--batch", is_flag=True, help="Batch API: half the price, within a day.")
-@click.option("--poll", type=float, default=30.0, show_default=True, help="Seconds, for --batch.")
+@click.option(
+    "--poll", type=POSITIVE, default=30.0, show_default=True, help="Seconds, for --batch."
+)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes to use.")
 @click.option("--ray", is_flag=True, help="Run the workers under Ray (extra [ray], RAY_ADDRESS).")
 @click.option("--dry-run", is_flag=True, help="Predict dollars and hours; send nothing.")
@@ -85,8 +95,8 @@ def generate(
         plan = plan_file(captions, out=out, settings=settings)
         click.echo(
             f"{plan.requests:,} requests for {plan.captions:,} captions "
-            f"({plan.set_aside:,} set aside); about {plan.input_tokens:,} tokens in, "
-            f"{plan.output_tokens:,} out (from {plan.basis})"
+            f"({plan.set_aside:,} set aside{_in_batch(plan.waiting)}); "
+            f"about {plan.input_tokens:,} tokens in, {plan.output_tokens:,} out (from {plan.basis})"
         )
         click.echo(
             f"about ${plan.usd:.4f} at ${plan.price.input_usd:g} in, ${plan.price.output_usd:g} "
@@ -130,13 +140,18 @@ def _settings(price: str | None, *, batch: bool, poll: float, **options: Any) ->
     )
 
 
+def _in_batch(waiting: int) -> str:
+    return f", {waiting:,} wait in an open batch, which --batch takes up" if waiting else ""
+
+
 def _report(summary: GenerateSummary, out: Path) -> None:
     from clover.instruct.ledger import ledger_path
 
     lost = f" + at most ${summary.lost_usd:.4f} for replies lost" if summary.lost_usd else ""
     click.echo(
         f"{summary.pairs:,} pairs from {summary.done:,} of {summary.asked:,} captions -> {out}; "
-        f"{summary.failed:,} failed, {summary.left:,} left, {summary.set_aside:,} set aside; "
+        f"{summary.failed:,} failed, {summary.left:,} left, {summary.set_aside:,} set aside"
+        f"{_in_batch(summary.waiting)}; "
         f"{summary.sent:,} requests sent in {summary.seconds:.1f} s"
     )
     click.echo(
@@ -152,8 +167,9 @@ def _report(summary: GenerateSummary, out: Path) -> None:
             f"{summary.stopped}: {summary.left:,} captions are left; raise --budget and run the "
             "same command again"
         )
-    if summary.asked and not summary.done:
-        raise CloverError(f"no caption brought a usable reply; see {out}.failed.jsonl")
+    if summary.asked and not summary.done and not summary.waiting:
+        kept = f"; {out} is as it was" if out.exists() else ""
+        raise CloverError(f"no caption brought a usable reply; see {out}.failed.jsonl{kept}")
 
 
 @instruct.command()
@@ -211,7 +227,7 @@ def template(captions: Path, out: Path, seed: int, limit: int | None, any_langua
 @click.option("--blind-endpoint", help="Ask the questions of a model there that sees no image.")
 @click.option("--blind-model", help="The model's name at that endpoint.")
 @click.option("--blind-closed", is_flag=True, help="Ask it yes/no questions too, five times each.")
-@click.option("--blind-budget", type=float, help="Hard cap in US dollars, over all runs.")
+@click.option("--blind-budget", type=NOT_NEGATIVE, help="Hard cap in US dollars, over all runs.")
 @click.option("--blind-price", help="input,output in dollars per million tokens.")
 @click.option("--blind-key-env", default="OPENAI_API_KEY", show_default=True, help="The API key.")
 def filter_file(
@@ -234,14 +250,15 @@ def filter_file(
       clover instruct filter generated.jsonl --out good.jsonl \\
           --blind-endpoint http://127.0.0.1:11434/v1 --blind-model llama3.1:8b
     """
-    from clover.core.files import check_out
+    from clover.core.files import check_out, write_json
     from clover.core.record import read_records, write_records, write_rejected
+    from clover.instruct.costs import card_path, ledgers_of, total_usd
     from clover.instruct.filter import filter_records, rule_counts
 
     if not 0 <= min_overlap <= 1:
         raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
     asking = _blind_settings(**blind)
-    check_out(out, *filter(None, (file, captions, review)), beside=_REJECTED)
+    check_out(out, *filter(None, (file, captions, review)), beside=(*_REJECTED, "card.json"))
     records = read_records(file, needs="question")
     found = _moved(records, out)
     by_image = None if captions is None else _captions(captions, records, found, out)
@@ -262,6 +279,9 @@ def filter_file(
     rejected_file = Path(f"{out}.rejected.jsonl")
     rejected_file.unlink(missing_ok=True)
     write_rejected(rejected_file, rejected)
+    costs = ledgers_of([file], out=out)  # of generating; the blind test's own lies beside `out`
+    card = {"records": len(kept), "rejected": dict(rule_counts(rejected).most_common())}
+    write_json(card_path(out), {**card, "usd": total_usd(costs), "ledgers": costs})
     total = len(kept) + len(rejected)
     click.echo(f"{len(kept):,} of {total:,} pairs kept ({len(kept) / total:.1%}) -> {out}")
     if rejected:
@@ -392,6 +412,7 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     """
     from clover.core.files import check_out, write_json
     from clover.core.record import read_records, write_records
+    from clover.instruct.costs import card_path, ledgers_of
     from clover.instruct.mix import MixSettings, data_card, mix_records
 
     check_out(out, *files, beside=("card.json",))
@@ -412,9 +433,9 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     mixed = mix_records(sources, shares=shares, seed=seed, settings=settings)
     write_records(out, mixed)
     counts = {name: len(records) for name, records in sources.items()}
-    card = data_card(mixed, sources=counts, costs=_ledgers(files), seed=seed)
-    write_json(f"{out}.card.json", card)
-    click.echo(f"{len(mixed):,} instructions -> {out}; data card: {out}.card.json")
+    card = data_card(mixed, sources=counts, costs=ledgers_of(files, out=out), seed=seed)
+    write_json(card_path(out), card)
+    click.echo(f"{len(mixed):,} instructions -> {out}; data card: {card_path(out)}")
     for name in ("origin", "answer_type", "yes_no", "split"):
         click.echo(f"{name}: {_listed(Counter(card.get(name, {})))}")
     left = [name for name in sources if shares is not None and name not in shares]
@@ -433,24 +454,14 @@ def _shares(texts: tuple[str, ...]) -> dict[str, float] | None:
             shares[name] = float(value)
         except ValueError:
             name = ""
+        if name and not math.isfinite(shares[name]):
+            raise CloverError(f"--share '{text}' is not a finite number")
         if not name:
             raise CloverError(
                 f"--share '{text}' is not of the form name=0.8, where name is a file's without "
                 "its ending"
             )
     return shares or None
-
-
-def _ledgers(files: tuple[Path, ...]) -> list[dict[str, Any]]:
-    from clover.instruct.ledger import Ledger, ledger_path
-
-    found: list[dict[str, Any]] = []
-    for file in files:
-        path = ledger_path(file)
-        if path.exists():
-            with Ledger(path) as ledger:
-                found.append({"ledger": path.name, **ledger.totals().row()})
-    return found
 
 
 @instruct.command()
@@ -494,7 +505,13 @@ def ledger(path: Path, as_json: bool) -> None:
 @instruct.command()
 @click.argument("file", type=_FILE)
 @click.option("--out", required=True, type=_FILE, help="HTML page to write.")
-@click.option("--samples", type=int, default=40, show_default=True, help="Shown for review.")
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=40,
+    show_default=True,
+    help="Shown for review.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which samples.")
 def stats(file: Path, out: Path, samples: int, seed: int) -> None:
     """Describe an instruction set on one HTML page, with samples to review by hand.

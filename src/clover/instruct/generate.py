@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ class GenerateSummary:
     done: int
     failed: int
     left: int
-    """Captions not asked: the budget was reached, or the run was stopped."""
+    """Captions not asked: the budget was reached, the run was stopped, or they are waiting."""
+    waiting: int
+    """Of these, captions whose request is in an open batch; `--batch` takes them up."""
     set_aside: int
     """Captions that were not fit: empty, too long, another language."""
     pairs: int
@@ -104,6 +107,8 @@ class Plan:
     captions: int
     requests: int
     """Captions still to be asked, repeated ones once."""
+    waiting: int
+    """Captions in an open batch; they are not asked again."""
     set_aside: int
     input_tokens: int
     output_tokens: int
@@ -170,9 +175,10 @@ def check_settings(settings: GenerateSettings) -> None:
         raise CloverError(f"--concurrency {settings.concurrency} is less than 1")
     if settings.limit is not None and settings.limit < 1:
         raise CloverError(f"--limit {settings.limit} is less than 1")
-    if settings.budget_usd is not None and settings.budget_usd < 0:
-        raise CloverError(f"--budget {settings.budget_usd} is less than 0")
-    if settings.timeout_s <= 0:
+    # Asked so that NaN, which is less than nothing and not more, is refused too.
+    if settings.budget_usd is not None and not 0 <= settings.budget_usd < math.inf:
+        raise CloverError(f"--budget {settings.budget_usd:g} is not a number from 0")
+    if not 0 < settings.timeout_s < math.inf:
         raise CloverError(f"--timeout {settings.timeout_s:g} is not more than 0 seconds")
 
 
@@ -190,12 +196,14 @@ def plan_file(captions: Path, *, out: Path, settings: GenerateSettings) -> Plan:
     ledger = Ledger(ledger_file) if ledger_file.exists() else None
     known = ledger.means(settings.model) if ledger else None
     output, seconds = known or (_expected_output(prompt), _ASSUMED_SECONDS)
-    total, inputs, keys = 0, 0, set[str]()
+    total, waiting, inputs, keys = 0, 0, 0, set[str]()
     fixed = None
     for record in source:
         total += 1
         request = build_request(prompt, record.caption or "", model=settings.model)
-        if request.key in keys or (ledger and ledger.outcome(request.key) in ("done", "failed")):
+        waiting += bool(ledger and ledger.is_in_batch(request.key))
+        is_known = ledger and not ledger.may_ask(request.key, retry_failed=settings.retry_failed)
+        if request.key in keys or is_known:
             continue
         keys.add(request.key)
         if fixed is None:  # all but the caption is the same in every request
@@ -208,6 +216,7 @@ def plan_file(captions: Path, *, out: Path, settings: GenerateSettings) -> Plan:
     return Plan(
         captions=total,
         requests=len(keys),
+        waiting=waiting,
         set_aside=source.num_rejected,
         input_tokens=inputs,
         output_tokens=outputs,
@@ -294,8 +303,8 @@ async def ask_all(records: Iterable[Record], *, job: Job, advance: Advance) -> N
         async def work(first_only: bool = False) -> None:
             for record in stream:
                 request = build_request(job.prompt, record.caption or "", model=settings.model)
-                outcome = job.ledger.outcome(request.key, retry_failed=settings.retry_failed)
-                if outcome in (None, "open") and request.key not in job.in_flight:
+                may_ask = job.ledger.may_ask(request.key, retry_failed=settings.retry_failed)
+                if may_ask and request.key not in job.in_flight:
                     job.in_flight.add(request.key)
                     try:
                         await asker.ask(request)
@@ -362,18 +371,24 @@ def _rows_of(record: Record, job: Job) -> list[dict[str, Any]]:
     return rows
 
 
+def _key(record: Record, job: Job) -> str:
+    return build_request(job.prompt, record.caption or "", model=job.settings.model).key
+
+
 def _failure(record: Record, job: Job) -> dict[str, Any] | None:
     """Return the line about a caption that brought no pairs, if it was asked."""
-    request = build_request(job.prompt, record.caption or "", model=job.settings.model)
-    reason = job.ledger.reason(request.key)
+    reason = job.ledger.reason(_key(record, job))
     if reason is None:
         return None
     return {"id": record.id, "image": record.image, "reason": reason}
 
 
 def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> GenerateSummary:
-    """Write the output and the list of failures from the ledger; return the summary."""
-    counts = {"asked": 0, "done": 0, "failed": 0, "pairs": 0}
+    """Write the output and the list of failures from the ledger; return the summary.
+
+    An output that is there already stays where this prompt and model have no reply at all.
+    """
+    counts = {"asked": 0, "done": 0, "failed": 0, "waiting": 0, "pairs": 0}
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in source:
@@ -385,11 +400,13 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
                 yield from pairs
             elif _failure(record, job) is not None:
                 counts["failed"] += 1
+            elif job.ledger.is_in_batch(_key(record, job)):
+                counts["waiting"] += 1
 
     stream = rows()
     first = next(stream, None)
-    if first is not None or Path(out).exists():
-        write_jsonl(out, itertools.chain([first] if first else [], stream))
+    if first is not None:  # else what another prompt or model brought stays as it is
+        write_jsonl(out, itertools.chain([first], stream))
     failed_file = Path(f"{out}.failed.jsonl")
     if counts["failed"]:
         # Looked up once more rather than kept: a bad endpoint may fail a million of them.

@@ -110,6 +110,7 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+            self._check_tables()  # before a stranger's database is changed
             # With WAL and NORMAL a killed process loses nothing; a power cut at most the last few.
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
@@ -120,6 +121,23 @@ class Ledger:
         self._committed = self._sum_committed()
         self._reserved: dict[int, float] = {}
         self._group: GroupCommit | None = None
+
+    def _check_tables(self) -> None:
+        """Check that what is in the file already is a ledger's.
+
+        Raises:
+            sqlite3.DatabaseError: it is another database.
+        """
+        tables = self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        found = {str(name) for (name,) in tables}
+        ours = {"requests": {"key", "model", "prompt", *_OUTCOME}, "attempts": {"id", *_ATTEMPT}}
+        if found and not found & ours.keys():
+            raise sqlite3.DatabaseError(f"it is another database, with a table '{min(found)}'")
+        for table in found & ours.keys():
+            rows = self._db.execute(f"PRAGMA table_info({table})").fetchall()
+            missing = ours[table] - {str(row[1]) for row in rows}
+            if missing:
+                raise sqlite3.DatabaseError(f"its table '{table}' has no column '{min(missing)}'")
 
     def close(self) -> None:
         """Close the file."""
@@ -145,6 +163,11 @@ class Ledger:
             return "open"
         found: Outcome = outcome
         return found
+
+    def may_ask(self, key: str, *, retry_failed: bool = False) -> bool:
+        """Say whether a request is to be sent: not answered, not failed, and in no open batch."""
+        outcome = self.outcome(key, retry_failed=retry_failed)
+        return outcome is None or (outcome == "open" and not self.is_in_batch(key))
 
     def reserve(
         self,
@@ -230,31 +253,34 @@ class Ledger:
     ) -> None:
         """Book a usable reply and mark its request as done, in one transaction."""
         with self._transaction():
-            self._book(attempt, tokens, seconds, is_estimated)
+            usd = self._book(attempt, tokens, seconds, is_estimated)
             self._db.execute(
                 "UPDATE requests SET reply = ?, finish_reason = ?, outcome = 'done', reason = NULL "
                 "WHERE key = (SELECT key FROM attempts WHERE id = ?)",
                 (reply, finish_reason, attempt),
             )
+        self._release(attempt, usd)
 
     def settle_unusable(
         self, attempt: int, *, tokens: tuple[int, int], note: str, is_estimated: bool = False
     ) -> None:
         """Book a reply that arrived and must be paid, but cannot be used."""
         with self._transaction():
-            self._book(attempt, tokens, 0.0, is_estimated)
+            usd = self._book(attempt, tokens, 0.0, is_estimated)
             self._db.execute("UPDATE attempts SET note = ? WHERE id = ?", (note[:200], attempt))
+        self._release(attempt, usd)
 
     def _book(
         self, attempt: int, tokens: tuple[int, int], seconds: float, is_estimated: bool
-    ) -> None:
+    ) -> float:
+        """Write a settled attempt; return the dollars that take the place of its reservation."""
         (usd,) = self._db.execute(
             "UPDATE attempts SET state = 'settled', input_tokens = ?, output_tokens = ?, "
             "usd = (? * input_price + ? * output_price) / 1e6, seconds = ?, is_estimated = ? "
             "WHERE id = ? RETURNING usd",
             (*tokens, *tokens, seconds, is_estimated, attempt),
         ).fetchone()
-        self._release(attempt, float(usd))
+        return float(usd)
 
     def refuse(self, attempt: int, note: str) -> None:
         """Book an attempt that the endpoint answered with an error: nothing is owed."""
@@ -337,6 +363,14 @@ class Ledger:
             "SELECT reason FROM requests WHERE key = ? AND outcome = 'failed'", (key,)
         ).fetchone()
         return str(row[0]) if row else None
+
+    def has_reply(self, model: str, prompt: str) -> bool:
+        """Say whether a model ever answered a prompt."""
+        found = self._db.execute(
+            "SELECT 1 FROM requests WHERE outcome = 'done' AND model = ? AND prompt = ? LIMIT 1",
+            (model, prompt),
+        )
+        return found.fetchone() is not None
 
     def totals(self) -> Totals:
         """Return the sums over the whole ledger."""
@@ -425,6 +459,13 @@ class Ledger:
         ).fetchall()
         return {int(number): (str(key), int(worst)) for number, key, worst in rows}
 
+    def batch_endpoint(self, name: str) -> str | None:
+        """Return where a batch was sent, while any of its attempts is in flight."""
+        row = self._db.execute(
+            "SELECT endpoint FROM attempts WHERE batch = ? AND state = 'reserved'", (name,)
+        ).fetchone()
+        return str(row[0]) if row else None
+
     def is_in_batch(self, key: str) -> bool:
         """Say whether a request waits in a batch."""
         found = self._db.execute(
@@ -454,15 +495,17 @@ class Ledger:
     def _transaction(self) -> Iterator[None]:
         if self._group is not None:
             self._group.begin()
-            yield
-            return
-        self._db.execute("BEGIN IMMEDIATE")
+            # Others' bookings share the commit: half of this one must not be in it.
+            begin, undo, end = "SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"
+        else:
+            begin, undo, end = "BEGIN IMMEDIATE", "ROLLBACK", "COMMIT"
+        self._db.execute(begin)
         try:
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute(undo)
             raise
-        self._db.execute("COMMIT")
+        self._db.execute(end)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ image has questions on both sides.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from clover.core.errors import CloverError, nearest
 from clover.core.record import Record
+from clover.instruct.costs import total_usd
 from clover.instruct.vocabulary import dictionary
 
 UNKNOWN = "unknown"
@@ -97,7 +99,7 @@ def _take(pools: Mapping[str, list[Record]], shares: Mapping[str, float] | None)
     for name, share in shares.items():
         if name not in pools:
             raise CloverError(f"a share is given for '{name}'{nearest(name, pools)}")
-        if share < 0:
+        if not 0 <= share < math.inf:
             raise CloverError(f"the share of '{name}' is {share:g}; it must not be below 0")
     total = sum(shares.values())
     if total <= 0:
@@ -244,7 +246,7 @@ def data_card(
     Args:
         records: The mixed set.
         sources: Input name to the number of records it held.
-        costs: Totals of the ledgers that lay beside the inputs.
+        costs: Totals of the ledgers that the inputs go back to.
         seed: Of the mix.
     """
     by: dict[str, Counter[str]] = defaultdict(Counter)
@@ -266,7 +268,7 @@ def data_card(
         "seed": seed,
         "inputs": dict(sources),
         **{name: dict(counter.most_common()) for name, counter in by.items()},
-        "usd": round(sum(float(cost["usd"]) for cost in costs), 6),
+        "usd": total_usd(costs),
         "ledgers": costs,
         "use": "research use, not for diagnosis",
     }

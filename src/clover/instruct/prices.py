@@ -59,18 +59,26 @@ def parse_price(text: str) -> Price:
 
 
 def find_price(model: str, *, is_local: bool) -> Price | None:
-    """Return a model's listed price, 0 for one on this machine, or None when it is unknown."""
+    """Return a model's listed price, 0 for one on this machine, or None when it is unknown.
+
+    Raises:
+        CloverError: a dated version that is not listed, of a model that is: versions differ in
+            price, so no cap could be kept.
+    """
     if is_local:
         return Price(0.0, 0.0, "on this machine")
     table = load_yaml("prices")
     name = model.lower().rsplit("/", 1)[-1]
-    # A dated version costs what its model costs; gpt-4o-audio is another model than gpt-4o.
-    known = [x for x in table["models"] if re.fullmatch(rf"{re.escape(x)}(-\d{{4}}.*)?", name)]
-    if not known:
-        return None
-    listed = max(known, key=len)
-    input_usd, output_usd = table["models"][listed]
-    return Price(input_usd, output_usd, f"listed on {table['dated']}")
+    if name in table["models"]:
+        input_usd, output_usd = table["models"][name]
+        return Price(input_usd, output_usd, f"listed on {table['dated']}")
+    # gpt-4o-audio is another model than gpt-4o; gpt-4o-2024-05-13 is a version of it.
+    if any(re.fullmatch(rf"{re.escape(listed)}-\d{{4}}.*", name) for listed in table["models"]):
+        raise CloverError(
+            f"no price is listed for the dated version '{model}'; give --price input,output in "
+            "dollars per million tokens; nothing sent"
+        )
+    return None
 
 
 def estimate_tokens(text: str) -> int:

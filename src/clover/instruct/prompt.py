@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from clover.core.endpoint import MOST_TOKENS
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
 from clover.instruct.phrase import phrases
@@ -81,16 +82,16 @@ class Example(BaseModel):
 class GenerationPrompt(BaseModel):
     """A prompt file: system role, worked example, sampling parameters."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     version: str
     format: Literal["text", "json", "copy", "answer"]
     """Pairs as text; as JSON; as JSON whose answers are phrases of the caption; or no pairs: an
     answer to the question that stands in the caption's place."""
-    pairs: tuple[int, int]
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024
+    pairs: tuple[NonNegativeInt, NonNegativeInt]
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(1024, ge=1, lt=MOST_TOKENS)
     system: str | None = None
     example: Example | None = None
     user: str = "{caption}"

@@ -188,8 +188,8 @@ class _Rounds:
         settings, ledger = self._job.settings, self._job.ledger
         for record in self._source:
             request = build_request(self._job.prompt, record.caption or "", model=settings.model)
-            outcome = ledger.outcome(request.key, retry_failed=settings.retry_failed)
-            if outcome in (None, "open") and (again or ledger.reason(request.key) is None):
+            may_ask = ledger.may_ask(request.key, retry_failed=settings.retry_failed)
+            if may_ask and (again or ledger.reason(request.key) is None):
                 yield record, request.key
 
     def _cut(self, number: int, is_first_round: bool) -> list[Shard]:

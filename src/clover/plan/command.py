@@ -7,19 +7,27 @@ from typing import Any
 
 import click
 
+from clover.core.finite import NOT_NEGATIVE, POSITIVE
+
 
 @click.command(epilog="Example: clover plan recipes/clover-vicuna7b.yaml --gpu 24 --price 2.5")
 @click.argument("recipe")
-@click.option("--gpu", "memory", type=float, default=24.0, show_default=True, help="Its GiB.")
-@click.option("--price", type=float, default=2.5, show_default=True, help="Dollars an hour.")
+@click.option("--gpu", "memory", type=POSITIVE, default=24.0, show_default=True, help="Its GiB.")
+@click.option("--price", type=NOT_NEGATIVE, default=2.5, show_default=True, help="Dollars an hour.")
 @click.option(
     "--tflops",
-    type=float,
+    type=POSITIVE,
     default=100.0,
     show_default=True,
     help="What the card sustains; `clover doctor` measures it.",
 )
-@click.option("--images", type=int, default=100_000, show_default=True, help="To be encoded.")
+@click.option(
+    "--images",
+    type=click.IntRange(0),
+    default=100_000,
+    show_default=True,
+    help="To be encoded.",
+)
 @click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(recipe: str, settings: tuple[str, ...], as_json: bool, **options: Any) -> None:
@@ -28,16 +36,9 @@ def plan(recipe: str, settings: tuple[str, ...], as_json: bool, **options: Any) 
     One step of each stage is counted on torch's meta device; no weights are needed.
     """
     from clover.core.config import load_recipe
-    from clover.core.errors import CloverError
     from clover.plan.run import Card
     from clover.plan.run import plan as run_plan
 
-    limits = {"--gpu": options["memory"], "--tflops": options["tflops"]}
-    for name, value in limits.items():
-        if value <= 0:
-            raise CloverError(f"{name} is {value:g}, it must be above 0")
-    if options["price"] < 0 or options["images"] < 0:
-        raise CloverError("--price and --images cannot be below 0")
     card = Card(options["memory"], options["tflops"], options["price"])
     found = run_plan(load_recipe(recipe, settings), card, images=options["images"])
     if as_json:
