@@ -218,7 +218,8 @@ class Clover:
         """Return what the Q-Former reads of the questions; None when it does not read them."""
         if not self.recipe.tune.instruction_aware:
             return None
-        tokens = self.tokenizer(questions, limit=self.recipe.tune.max_question_tokens, side="left")
+        limit = min(self.recipe.tune.max_question_tokens, self.bridge.config.max_positions)
+        tokens = self.tokenizer(questions, limit=limit, side="left")
         return Tokens(tokens.ids.to(self.device.device), tokens.mask.to(self.device.device))
 
     def visual_hidden(self, features: Tensor, questions: Sequence[str]) -> Tensor:

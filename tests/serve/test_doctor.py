@@ -106,6 +106,7 @@ def test_a_home_that_cannot_be_written_serves_only_when_all_is_unpacked(
     monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
     # The tests may be root, to whom the system refuses nothing.
     monkeypatch.setattr(doctor.os, "access", lambda path, _: Path(path) != tmp_path)
+    monkeypatch.setattr(doctor, "_is_damaged", lambda asset: False)  # empty files stand for whole
     for reference in asset_references(load_recipe("phantom")).values():
         path = parse(reference).path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,3 +121,20 @@ def test_a_home_that_cannot_be_written_serves_only_when_all_is_unpacked(
     code, found, err = run(capsys)
     assert (code, err) == (0, "")
     assert set(found["models"].values()) == {"in the cache"}  # type: ignore[attr-defined]
+
+
+def test_a_model_file_of_other_bytes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOVER_HOME", str(tmp_path))
+    monkeypatch.setenv("CLOVER_OFFLINE", "0")
+    reference = asset_references(load_recipe("phantom"))["qformer.weights"]
+    path = parse(reference).path
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a download")
+    code, found, err = run(capsys)
+    assert code == 2 and f"{path} is not the file that recipe phantom pins" in err
+    assert found["models"]["qformer.weights"] == "damaged"  # type: ignore[index]
+    path.unlink()
+    code, found, err = run(capsys)
+    assert (code, err) == (0, "")

@@ -49,7 +49,9 @@ from clover.core.options import feature_option
     help="Trainable parameters (187e6): also print score / log10(millions).",
 )
 @click.option("--draws", default=1000, show_default=True, type=click.IntRange(0, 100_000))
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap draws.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap draws."
+)
 def score(
     predictions: Path, other: Path | None, protocol: str, as_json: bool, **options: Any
 ) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clover.core.assets import home, is_offline, parse
+from clover.core.assets import Asset, home, is_offline, parse, remembered_sha256
 from clover.core.config import load_recipe
 from clover.core.errors import CloverError
 from clover.core.run import num_processors
@@ -137,7 +137,13 @@ def _models(missing: list[str]) -> dict[str, str]:
     for field, reference in asset_references(load_recipe("phantom")).items():
         asset = parse(reference)
         wheel = asset.name.replace("-", "_")
-        if asset.path.exists():
+        if asset.path.exists() and _is_damaged(asset):
+            states[field] = "damaged"
+            missing.append(
+                f"{asset.path} is not the file that recipe phantom pins: damaged, or another; "
+                "delete it and run `clover fetch phantom`"
+            )
+        elif asset.path.exists():
             is_packed = asset.path.suffix == ".gguf" and not is_dequantised(str(asset.sha256))
             states[field] = "in the cache, to be unpacked" if is_packed else "in the cache"
         elif any((home() / "wheels").glob(f"{wheel}-{asset.version}-*.whl")):
@@ -154,6 +160,11 @@ def _models(missing: list[str]) -> dict[str, str]:
             "here and set CLOVER_HOME=DIR"
         )
     return states
+
+
+def _is_damaged(asset: Asset) -> bool:
+    """Return whether a file has another SHA-256 than its pin; files looked at before are quick."""
+    return asset.sha256 is not None and remembered_sha256(asset.path) != [asset.sha256]
 
 
 def _devices() -> dict[str, Any]:
