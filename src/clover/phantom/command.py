@@ -14,11 +14,7 @@ import click
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--images", type=int, default=100, show_default=True, help="How many images.")
 @click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Another seed, another set.",
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Other seeds, other sets."
 )
 @click.option(
     "--split",
