@@ -117,9 +117,9 @@ def _shape_only(config: EncoderConfig) -> str | None:
 
 
 def _small_encoder(config: EncoderConfig, *, batch: int) -> EncoderSize:
-    from clover.vision.encoder import load_encoder
+    from clover.vision.encoder import unloaded_encoder
 
-    encoder = load_encoder(config.model_copy(update={"weights": None}))
+    encoder = unloaded_encoder(config)
     network = getattr(encoder, "network", nn.Identity())
     pixels = torch.empty(1, 3, config.image_size, config.image_size)
     found = count(lambda: encoder.encode(pixels), before=[*network.parameters(), pixels])

@@ -119,9 +119,7 @@ class FeatureMapEncoder:
                 )
         self.width = sum(self._fold(found).shape[-1] for found in maps)
         self.num_tokens = self._grid**2
-        self.revision, self.named_revision = revisions(
-            config, {"levels": config.levels, "grid": self._grid, "size": self._size}
-        )
+        self.revision, self.named_revision = map_revisions(config)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -169,6 +167,12 @@ def revisions(config: EncoderConfig, more: dict[str, Any]) -> tuple[str, str]:
     by_name = {"weights": name, **more, "form": 1}
     by_content = by_name if held is None else by_name | {"weights": ["sha256", held]}
     return fingerprint(by_content), fingerprint(by_name)
+
+
+def map_revisions(config: EncoderConfig) -> tuple[str, str]:
+    """Return the two revisions of a `FeatureMapEncoder`; its weights need not be at hand."""
+    more = {"levels": config.levels, "grid": config.grid, "size": config.image_size}
+    return revisions(config, more)
 
 
 def _load_in_order(network: nn.Module, config: EncoderConfig) -> None:
@@ -230,6 +234,13 @@ class TinyEncoder:
         patches = F.pixel_unshuffle(pixels, self._size // self._grid).flatten(2).transpose(1, 2)
         tokens: Tensor = patches @ self._weight
         return tokens
+
+
+def unloaded_encoder(config: EncoderConfig) -> TinyEncoder | FeatureMapEncoder:
+    """Build an encoder of kind `tiny` or `timm` without its weights, for its shapes."""
+    if config.kind == "tiny":
+        return TinyEncoder(config)
+    return FeatureMapEncoder(config.model_copy(update={"weights": None}))
 
 
 def load_encoder(config: EncoderConfig) -> ImageEncoder:

@@ -24,7 +24,7 @@ from clover.core.errors import CloverError, nearest
 from clover.core.files import sha256_file
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
-from clover.vision.encoder import revisions
+from clover.vision.encoder import map_revisions, revisions, unloaded_encoder
 from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from clover.vision.quantise import quantise
 
@@ -166,7 +166,11 @@ def describe(config: EncoderConfig) -> dict[str, Any]:
     Raises:
         CloverError: as `build_family`.
     """
-    if config.kind == "transformers_vision":
+    if config.kind in ("timm", "tiny"):
+        plain = unloaded_encoder(config)
+        named, identity, width = config, plain.id, plain.width
+        revision = map_revisions(config)[0] if config.kind == "timm" else plain.revision
+    elif config.kind == "transformers_vision":
         encoder = TokenEncoder(config)
         named, identity, revision, width = config, encoder.id, encoder.revision, encoder.width
     else:
