@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from clover.vision.quantise import quantise
 Triple = tuple[float, float, float]
 Reads = dict[str, Callable[[], Tensor]]
 """Name of a network's tensor -> how to read it."""
+_TOWER = re.compile(r"^(module\.)?(visual_encoder|visual|vision_model)\.")
 
 
 @dataclass(frozen=True)
@@ -214,13 +216,36 @@ def token_shape(network: nn.Module, size: int) -> tuple[int, int]:
     return int(found.shape[1]), int(found.shape[2])
 
 
+def image_tower(source: TensorSource) -> TensorSource:
+    """Return the part of a checkpoint that sees; all of it where no name says which that is.
+
+    A whole CLIP's text tower is called as an image tower by itself is: `transformer.resblocks.0`.
+    """
+    if not any(_TOWER.match(name) for name in source):
+        return source
+    return source.renamed(lambda name: name if _TOWER.match(name) else None)
+
+
 def renamed(source: TensorSource, rename: Callable[[str], str | None]) -> Reads:
-    """Return the reads of a checkpoint whose tensors only have other names."""
-    return {
-        ours: partial(source.__getitem__, theirs)
-        for theirs in source
-        if (ours := rename(theirs)) is not None
-    }
+    """Return the reads of a checkpoint whose tensors only have other names.
+
+    Raises:
+        CloverError: two tensors would have one name here.
+    """
+    reads: Reads = {}
+    named: dict[str, str] = {}
+    for theirs in source:
+        ours = rename(theirs)
+        if ours is None:
+            continue
+        if ours in named:
+            raise CloverError(
+                f"{source.path} holds {named[ours]} and {theirs}, of which only one can be this "
+                "encoder's: it holds more than one model; save the image encoder by itself"
+            )
+        named[ours] = theirs
+        reads[ours] = partial(source.__getitem__, theirs)
+    return reads
 
 
 def load(family: Family, reads: Reads, name: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.tensors import TensorSource
-from clover.vision.token_encoder import Family, Reads, renamed
+from clover.vision.token_encoder import Family, Reads, image_tower, renamed
 
 
 class Tower(nn.Module):
@@ -42,6 +42,10 @@ class Tower(nn.Module):
         return torch.cat([first[:, None], patches], dim=1)
 
 
+def _rename(name: str) -> str:
+    return f"visual.{name.removeprefix('module.').removeprefix('visual.')}"
+
+
 def build(config: EncoderConfig) -> Family:
     """Build the network.
 
@@ -63,9 +67,7 @@ def build(config: EncoderConfig) -> Family:
     visual = model.visual
 
     def collect(source: TensorSource) -> Reads:
-        return renamed(
-            source, lambda name: name if name.startswith("visual.") else f"visual.{name}"
-        )
+        return renamed(image_tower(source), _rename)
 
     return Family(
         f"open_clip/{config.model}",
