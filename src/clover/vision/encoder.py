@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from clover.core.files import fingerprint
 from clover.core.transparency import rgb_on_white
 from clover.vision.fold import drop_unread_stages, fold_batch_norms
 
+_LOG = logging.getLogger(__name__)
 _PIXELS_A_PASS = 4 * 224 * 224
 """What a convolutional network reads at once on a CPU: with more, its maps leave the cache, and
 the system clears fresh pages for each of them (Lite0: 27 ms an image in fours, 43 in dozens)."""
@@ -251,6 +253,11 @@ def load_encoder(config: EncoderConfig) -> ImageEncoder:
     """
     if config.kind == "tiny":
         return TinyEncoder(config)
+    if config.weights is None and config.kind != "known":
+        _LOG.warning(
+            "encoder.weights is empty: the weights of %s are random, its features say little",
+            config.model,
+        )
     if config.kind == "timm":
         return FeatureMapEncoder(config)
     from clover.vision.token_encoder import TokenEncoder

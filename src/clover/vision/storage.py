@@ -26,3 +26,8 @@ def unpack(kept: dict[str, Tensor]) -> Tensor:
     """Return what `pack` made as float32."""
     tokens = kept["tokens"].float()
     return tokens * kept["scale"][..., None] if "scale" in kept else tokens
+
+
+def is_finite(kept: dict[str, Tensor]) -> bool:
+    """Return whether what `pack` made holds finite numbers alone."""
+    return bool(torch.isfinite(kept.get("scale", kept["tokens"])).all())

@@ -66,6 +66,15 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     Raises:
         CloverError: unknown family or architecture.
     """
+    config, module = _expanded(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights, where none are named, are the same everywhere
+        built: Family = module.build(config)
+    return config, built
+
+
+def _expanded(config: EncoderConfig) -> tuple[EncoderConfig, Any]:
+    """Return the configuration with what a register adds to it, and the family's module."""
     files = family_files()
     if config.kind not in files:
         raise CloverError(
@@ -73,12 +82,7 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
             f"{nearest(config.kind, [*files, 'timm', 'tiny'])}"
         )
     module = _module(config.kind, files[config.kind])
-    if hasattr(module, "expand"):
-        return build_family(module.expand(config))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights, where none are named, are the same everywhere
-        built: Family = module.build(config)
-    return config, built
+    return _expanded(module.expand(config)) if hasattr(module, "expand") else (config, module)
 
 
 def _is_own(path: Path) -> bool:
@@ -111,9 +115,17 @@ class TokenEncoder:
 
     Args:
         config: Names family, architecture, weights, size.
+
+    Raises:
+        CloverError: as `build_family`; or weights that do not fit, or are nowhere named.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
+        if config.kind == "known" and _expanded(config)[0].weights is None:
+            raise CloverError(
+                f"the register names no weights of encoder.model '{config.model}'; name them "
+                "yourself: encoder.weights=path:FILE"
+            )
         config, built = build_family(config)
         if config.weights is not None and built.collect is not None:
             load(built, built.collect(open_tensors(resolve(config.weights))), config.weights)
