@@ -63,8 +63,18 @@ def build(config: EncoderConfig) -> Family:
         raise CloverError(
             f"open_clip knows no '{config.model}'{nearest(config.model, library.list_models())}"
         )
-    model = library.create_model(config.model, pretrained=None, force_image_size=config.image_size)
+    model = library.create_model(
+        config.model,
+        pretrained=None,
+        force_image_size=config.image_size,
+        device=torch.get_default_device(),  # meta where a plan only counts
+    )
     visual = model.visual
+    if not hasattr(visual, "trunk") and not hasattr(visual, "proj"):
+        raise CloverError(
+            f"open_clip's {config.model} is convolutional and keeps no tokens; name a ViT, or use "
+            "kind timm for convolutional networks"
+        )
 
     def collect(source: TensorSource) -> Reads:
         return renamed(image_tower(source), _rename)
