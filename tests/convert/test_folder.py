@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from click.testing import CliRunner, Result
@@ -18,11 +19,13 @@ from PIL import Image
 
 import clover
 from clover.cli import cli
+from clover.convert.run import convert as run_convert
+from clover.core.config import Recipe
 from clover.core.errors import CloverError
 from clover.core.tensors import open_tensors
 from clover.language.protocol import GenerationSettings
 from clover.vision.cache import FeatureCache
-from tiny import write_tokenizer
+from tiny import Tiny, tiny_clover, write_llama, write_tokenizer
 
 from .theirs import KINDS, QUERIES, WORDS, build
 
@@ -345,3 +348,94 @@ def test_a_converted_model_that_is_saved_again_still_says_where_it_came_from(
         in (tmp_path / "again" / "README.md").read_text()
     )
     assert clover.load(tmp_path / "again", device="cpu").details["converted_from"]
+
+
+def saved(tiny: Tiny, folder: Path, **encoder: Any) -> tuple[Path, Path]:
+    """Save a model of CLOVER's own and its recipe; return both."""
+    tree = tiny.recipe.model_dump(mode="json")
+    tree["encoder"] |= encoder
+    tree["evaluate"] |= {"num_beams": 3}
+    tree["qformer"] |= {"layer_norm_eps": 1e-6}
+    recipe = Recipe.model_validate(tree)
+    tiny_clover(recipe).save(folder / "model")
+    (folder / "own.yaml").write_text(recipe.to_yaml())
+    return folder / "model", folder / "own.yaml"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("way", ["itself", "its folder", "a folder in it", "a file of it"])
+def test_a_target_that_would_replace_what_is_read_is_refused(
+    tiny: Tiny, tmp_path: Path, way: str
+) -> None:
+    model, _ = saved(tiny, tmp_path / "made")
+    before = contents(tmp_path / "made")
+    source = model / "bridge.safetensors" if way == "a file of it" else model
+    target = {"its folder": model.parent, "a folder in it": model / "more"}.get(way, model)
+    (tmp_path / "link").symlink_to(target)
+    for name in (target, tmp_path / "link"):
+        with pytest.raises(CloverError, match="name another TARGET"):
+            run_convert(source, name, to="clover")
+    assert contents(tmp_path / "made") == before
+
+
+def test_what_would_be_no_model_does_not_replace_one(
+    theirs: dict[str, tuple[Path, Any]], tiny: Tiny, tmp_path: Path
+) -> None:
+    model, _ = saved(tiny, tmp_path / "made")
+    before = contents(model)
+    write_trained_part(theirs["instructblip-llama"][0], tmp_path)
+    with pytest.raises(CloverError, match=r"holds a model.*lacks encoder\.weights: --encoder"):
+        run_convert(tmp_path / "stage2.pth", model, to="clover", num_heads=4)
+    assert contents(model) == before
+
+
+@pytest.mark.parametrize("kind", ["tiny", "timm"])
+def test_a_model_of_our_own_goes_to_lavis_and_comes_back_with_its_recipe(
+    tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    more: dict[str, Any] = {}
+    if kind == "timm":
+        network = timm.create_model("tf_efficientnet_lite0", features_only=True)
+        torch.save(network.state_dict(), tmp_path / "lite.pth")
+        more = {"kind": "timm", "weights": str(tmp_path / "lite.pth"), "levels": [2], "grid": 2}
+    model, recipe = saved(tiny, tmp_path, **more)
+    run_convert(model, tmp_path / "there.pth", to="lavis")
+    convert(tmp_path / "there.pth", tmp_path / "back", "--recipe", str(recipe))
+    convert(model, tmp_path / "copy")
+    first = clover.load(model)
+    for name in ("back", "copy"):
+        again = clover.load(tmp_path / name)
+        assert again.encoder.revision == first.encoder.revision
+        wanted, found = (item.recipe.model_dump() for item in (first, again))
+        wanted["name"] = name
+        wanted["qformer"] |= {"vocab_size": first.tokenizer.vocab_size}
+        wanted["qformer"] |= {"encoder_width": first.encoder.width}
+        assert found == wanted
+        assert again.ask(picture(1), QUESTION).text == first.ask(picture(1), QUESTION).text
+
+
+def test_options_that_cannot_be_are_refused_before_anything_is_written(
+    theirs: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    source = theirs["instructblip-llama"][0]
+    for heads in (-4, 0, 5):
+        with pytest.raises(CloverError, match=f"--heads {heads} does not divide"):
+            run_convert(source, tmp_path / "out", to="clover", num_heads=heads)
+    with pytest.raises(CloverError, match=r"--tokenizer .*nothere: no such file"):
+        run_convert(source, tmp_path / "out", to="clover", tokenizer=tmp_path / "nothere")
+    (tmp_path / "odd.yaml").write_text("name: odd\nencoder: {kind: clip, model: vit_x, weights: x}")
+    write_trained_part(source, tmp_path)
+    with pytest.raises(CloverError, match="clip knows no 'vit_x'"):
+        run_convert(
+            tmp_path / "stage2.pth",
+            tmp_path / "out",
+            to="clover",
+            num_heads=4,
+            recipe=str(tmp_path / "odd.yaml"),
+            language=write_llama(tmp_path / "llama"),
+            tokenizer=source / "qformer_tokenizer" / "tokenizer.json",
+        )
+    assert not (tmp_path / "out").exists()

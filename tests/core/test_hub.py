@@ -202,6 +202,34 @@ def test_a_changed_file_is_refused_wherever_it_was_changed(
     fetch(hub, recipe, tmp_path / "second")
 
 
+def test_a_folder_of_single_files_is_no_snapshot(
+    hub: FakeHub, recipe: Path, tmp_path: Path, language: dict[str, bytes]
+) -> None:
+    home, commit = tmp_path / "home", hub.branches[LANGUAGE]["main"]
+    one = tmp_path / "one.yaml"
+    tree = yaml.safe_load(recipe.read_text())
+    tree["qformer"]["tokenizer"] = f"hf://{LANGUAGE}@main/tokenizer.json"
+    part = {**tree, "language": {}}
+    one.write_text(yaml.safe_dump(part))
+    fetch(hub, one, home)
+    folder = home / "hf" / LANGUAGE.replace("/", "--") / commit
+    assert [path.name for path in folder.iterdir()] == ["tokenizer.json"]
+    # As its whole is named too, beside that file or after it.
+    recipe.write_text(yaml.safe_dump(tree))
+    message = refused(clover(hub, "fetch", recipe, "--to", home, CLOVER_OFFLINE="1"))
+    assert f"{folder} holds single files of {LANGUAGE} alone" in message
+    for place in (home, tmp_path / "other"):
+        (tmp_path / "own.lock.json").unlink(missing_ok=True)
+        fetch(hub, recipe, place)
+        lying = place / "hf" / LANGUAGE.replace("/", "--") / commit
+        assert {path.name for path in lying.iterdir()} == {*language, "README.md"}
+        lock = json.loads((tmp_path / "own.lock.json").read_text())
+        assert set(lock["fields"]["language.weights"]["files"]) == {*language, "README.md"}
+    before = len(hub.asked)
+    fetch(hub, recipe, home)
+    assert len(hub.asked) == before
+
+
 def test_offline_a_file_that_is_missing_of_many_is_named(
     hub: FakeHub, recipe: Path, tmp_path: Path
 ) -> None:

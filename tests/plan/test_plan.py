@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from clover.core.errors import CloverError
 from clover.plan.count import count
 from clover.plan.run import Card, Plan, plan
 from clover.plan.step import EncoderSize, align_size, encoder_size, tune_size
+from clover.vision.token_encoder import describe
 
 # SPEC, section 9, and the language models' own numbers.
 FULL = {
@@ -106,6 +109,55 @@ def test_hours_dollars_and_disk_follow_from_the_counts(made: Plan) -> None:
     assert found.cache_gib() == pytest.approx(1000 * 17 * 48 * 2 / 2**30)
     parts = row["tune"]["gib"]
     assert sum(parts.values()) == pytest.approx(row["peak_gib"]["tune"], abs=0.03)
+
+
+def test_views_number_format_and_grounding_steps_are_counted(made: Plan) -> None:
+    def changed(**sections: dict[str, Any]) -> Plan:
+        tree = made.recipe.model_dump(mode="json", exclude_unset=True)
+        for name, values in sections.items():
+            tree[name] = tree[name] | values
+        return plan(Recipe.model_validate(tree), made.card, images=made.images)
+
+    views = changed(encoder={"views": 30})
+    assert views.cache_gib() == pytest.approx(30 * made.cache_gib())
+    assert views.hours()["features"] == pytest.approx(30 * made.hours()["features"])
+    assert changed(encoder={"storage": "int8"}).cache_gib() == pytest.approx(
+        1000 * 17 * (48 + 4) / 2**30
+    )
+    steps = {"grounding_steps": 700, "anchoring_steps": 300, "grounding_batch_size": 8}
+    grounded = changed(tune=steps)
+    one = grounded.tune.operations_before
+    assert one > 0 and grounded.tune.operations == made.tune.operations
+    more = grounded.hours()["tune"] - made.hours()["tune"]
+    assert more == pytest.approx(1000 * one / 1e9 / 3600)
+    # An image's keys are computed once for its questions; most of a step is the questions' own.
+    shared = changed(tune=steps | {"grounding_questions": 4}).tune.operations_before
+    halved = changed(tune=steps | {"grounding_tokens": 0.5}).tune.operations_before
+    assert shared < one and halved < one
+    large = changed(tune=steps | {"grounding_batch_size": 4096})
+    assert large.peaks()["tune"] > 2 * made.peaks()["tune"]
+    parts = large.row()["tune"]["gib"]
+    assert sum(parts.values()) == pytest.approx(large.row()["peak_gib"]["tune"], abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["clover-flant5xl", "clover-vicuna7b", "modern"])
+def test_the_documented_peaks_are_those_that_the_command_prints(name: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    recipe = load_recipe(name)
+    encoder = encoder_size(recipe.encoder, batch=1)
+    for cell, size in zip(row.split("|")[2:4], (align_size, tune_size), strict=True):
+        assert cell.strip() == f"{size(recipe, encoder).peak / 2**30:.1f} GiB"
+
+
+def test_a_tower_of_open_clip_is_planned_and_a_convolutional_one_is_one_line() -> None:
+    pytest.importorskip("open_clip", reason="the extra [open-clip] is not installed")
+    config = EncoderConfig(kind="open_clip", model="ViT-S-16")
+    found = encoder_size(config, batch=1)
+    assert (found.num_tokens, found.width) == (197, 384) and found.image.operations > 8e9
+    assert describe(config)["width"] == 384
+    with pytest.raises(CloverError, match="RN50 is convolutional and keeps no tokens"):
+        encoder_size(config.model_copy(update={"model": "RN50"}), batch=1)
 
 
 def test_the_switch_that_is_named_makes_it_fit(made: Plan) -> None:

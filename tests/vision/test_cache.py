@@ -178,6 +178,57 @@ def test_missing_and_broken_images_are_listed_and_the_rest_is_kept(
     assert "1 records on 1 images; 4 set aside" in found.summary()
 
 
+class Dazzled(Counting):
+    """Gives no number, or one that half precision has not, of an image that is white."""
+
+    value = float("nan")
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = super().encode(pixels)
+        tokens[pixels.flatten(1).amin(dim=1) == 1, 0, 0] = self.value
+        return tokens
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_tokens_that_are_no_finite_numbers_are_never_kept(
+    tmp_path: Path, storage: Storage, value: float
+) -> None:
+    colours = {f"{index}.png": "white" if index == 3 else f"#0000{index:02x}" for index in range(7)}
+    records = write_images(tmp_path / "images", colours)
+    encoder = Dazzled()
+    encoder.value, encoder.batch_size = value, 2
+    files = hash_images(records, tmp_path / "images")[1]
+    cache = FeatureCache(tmp_path / "cache", encoder, storage=storage)
+    rejected = cache.fill(files)
+    white = [digest for digest, path in files.items() if path.name == "3.png"]
+    if value == 1e6 and storage != "float16":
+        assert not rejected and len(cache) == 7
+        return
+    assert [Path(item.source).name for item in rejected] == ["3.png"]
+    assert f"not all finite numbers in {storage}" in rejected[0].reason
+    kept = [digest for digest in files if digest not in white]
+    assert len(cache) == 6 and not any(digest in cache for digest in white)
+    expected = FeatureCache(tmp_path / "whole", Counting(), storage=storage)
+    expected.fill(files)
+    torch.testing.assert_close(cache.get(kept), expected.get(kept), atol=1e-2, rtol=1e-2)
+
+
+def test_a_data_set_without_one_finite_token_is_one_line(tmp_path: Path) -> None:
+    records = write_images(tmp_path / "images", {"a.png": "white", "b.png": "white"})
+    lines = "".join(
+        json.dumps({"id": r.id, "image": r.image, "caption": "c"}) + "\n" for r in records
+    )
+    (tmp_path / "images" / "c.jsonl").write_text(lines)
+    with pytest.raises(CloverError, match="its tokens are not all finite numbers in float16"):
+        load_feature_set(
+            tmp_path / "images" / "c.jsonl",
+            needs="caption",
+            encoder=Dazzled(),
+            cache=tmp_path / "cache",
+        )
+
+
 def test_no_usable_image_at_all_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"id": "a", "image": "absent.png", "caption": "c"}))

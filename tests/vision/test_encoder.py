@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch.nn import functional as F
 
-from clover.core.config import EncoderConfig
+from clover.core.config import EncoderConfig, load_recipe
 from clover.core.errors import CloverError
-from clover.vision.encoder import FeatureMapEncoder, TinyEncoder, load_encoder
+from clover.vision.encoder import FeatureMapEncoder, TinyEncoder, load_encoder, unloaded_encoder
 
 LITE = EncoderConfig(image_size=64, grid=4, levels=(2, 3))
 
@@ -94,3 +97,45 @@ def test_another_pickle_than_tensors_is_refused(tmp_path_factory: pytest.TempPat
     path.write_bytes(b"\x80\x04not a checkpoint")
     with pytest.raises(CloverError, match="cannot be read as weights"):
         load_encoder(LITE.model_copy(update={"weights": str(path)}))
+
+
+@pytest.mark.parametrize("kind", ["timm", "tiny"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"numbers": "int8"},
+        {"numbers": "bfloat16"},
+        {"mean": (0.0, 0.0, 0.0)},
+        {"std": (1.0, 1.0, 1.0)},
+        {"options": {"depth": 2}},
+    ],
+)
+def test_a_setting_that_the_kind_does_not_read_is_refused(
+    kind: str, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(ValidationError, match=f"kind {kind} does not read {next(iter(setting))}"):
+        EncoderConfig.model_validate({"kind": kind, **setting})
+    EncoderConfig.model_validate({"kind": "timm_tokens", **setting})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_standard_deviation_that_gives_no_numbers_is_refused(value: float) -> None:
+    for std in ([value] * 3, [1.0, value, 1.0]):
+        with pytest.raises(ValidationError, match="must be above 0"):
+            EncoderConfig.model_validate({"kind": "timm_tokens", "std": std})
+    with pytest.raises(CloverError, match=r"encoder\.std.*must be above 0"):
+        load_recipe("phantom", ("encoder.kind=timm_tokens", "encoder.std=[0,0,0]"))
+
+
+def test_random_weights_are_said_and_a_known_encoder_without_weights_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    load_encoder(EncoderConfig(kind="tiny", image_size=32, grid=4))
+    unloaded_encoder(LITE)
+    assert not caplog.records
+    load_encoder(LITE)
+    load_encoder(EncoderConfig(kind="eva_clip", model="vit_tiny_14", image_size=56))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "the weights of vit_tiny_14 are random" in said[1]
+    with pytest.raises(CloverError, match=r"no weights of encoder\.model 'eva-clip-g'; name them"):
+        load_encoder(EncoderConfig(kind="known", model="eva-clip-g"))

@@ -182,7 +182,8 @@ def test_clip_agrees_with_transformers_up_to_the_last_block_but_one(tmp_path: Pa
     torch.testing.assert_close(ours.encode(pixels()), hidden[shape.depth], atol=1e-4, rtol=1e-4)
 
 
-def test_openai_and_lavis_names_of_clip_give_the_same_network(tmp_path: Path) -> None:
+def small_clip() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return random weights of the small CLIP under our names, and under OpenAI's."""
     shape = clip.SHAPES["vit_tiny_14"]
     network = meta(CLIP)[1]
     torch.manual_seed(2)
@@ -210,6 +211,11 @@ def test_openai_and_lavis_names_of_clip_give_the_same_network(tmp_path: Path) ->
         theirs = f"attn.in_proj_{last}" if kind == "qkv" else f"{part[kind]}.{last}"
         named[f"transformer.resblocks.{index}.{theirs}"] = item
     assert len(named) == len(ours) and shape.depth == 3
+    return ours, named
+
+
+def test_openai_and_lavis_names_of_clip_give_the_same_network(tmp_path: Path) -> None:
+    ours, named = small_clip()
     tokens = []
     for prefix in ("visual.", "visual_encoder."):
         path = tmp_path / f"{prefix}safetensors"
@@ -218,6 +224,50 @@ def test_openai_and_lavis_names_of_clip_give_the_same_network(tmp_path: Path) ->
         assert all(torch.equal(encoder.network.state_dict()[k], v) for k, v in ours.items())
         tokens.append(encoder.encode(pixels()))
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("is_text_first", [True, False])
+@pytest.mark.parametrize("prefix", ["visual.", "module.visual."])
+def test_of_a_whole_clip_the_image_tower_alone_is_read(
+    tmp_path: Path, is_text_first: bool, prefix: str
+) -> None:
+    _, named = small_clip()
+    start = prefix.removesuffix("visual.")
+    image = {prefix + name: item for name, item in named.items()}
+    # The text tower's names are those of an image tower by itself; its tensors fit, too.
+    text = {start + name: item + 1 for name, item in named.items() if "transformer" in name}
+    text[f"{start}positional_embedding"] = torch.randn(9, 48)
+    both = text | image if is_text_first else image | text
+    assert len(both) == len(image) + len(text) > 60
+    tokens = []
+    for name, state in {"both": both, "image": image}.items():
+        torch.save(state, tmp_path / name)
+        encoder = TokenEncoder(CLIP.model_copy(update={"weights": str(tmp_path / name)}))
+        tokens.append(encoder.encode(pixels()))
+    assert torch.equal(*tokens)
+
+
+def test_a_whole_clip_of_open_clip_gives_its_own_tokens(tmp_path: Path) -> None:
+    library = pytest.importorskip("open_clip", reason="the extra [open-clip] is not installed")
+    config = EncoderConfig(kind="open_clip", model="ViT-S-16", image_size=32)
+    model = library.create_model("ViT-S-16", pretrained=None, force_image_size=32).eval()
+    state = model.state_dict()
+    assert state["transformer.resblocks.0.ln_1.weight"].shape == (384,)
+    pooled = model.visual(pixels(config))
+    for order in (1, -1):
+        torch.save(dict(list(state.items())[::order]), tmp_path / "open_clip_pytorch_model.bin")
+        weights = str(tmp_path / "open_clip_pytorch_model.bin")
+        encoder = TokenEncoder(config.model_copy(update={"weights": weights}))
+        found = encoder.encode(pixels(config))[:, 0] @ model.visual.proj
+        torch.testing.assert_close(found, pooled, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_two_encoders_is_refused(tmp_path: Path) -> None:
+    state = lavis_eva()
+    both = {prefix + name: item for name, item in state.items() for prefix in ("", "module.")}
+    save_file({name: item.clone() for name, item in both.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(CloverError, match="of which only one can be this encoder's"):
+        TokenEncoder(EVA.model_copy(update={"weights": str(tmp_path / "w.safetensors")}))
 
 
 @pytest.mark.parametrize(

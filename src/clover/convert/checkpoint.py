@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clover.core.config import Recipe
 from clover.core.tensors import Entry, Place
 
 
@@ -25,6 +26,7 @@ class Checkpoint:
         filled: What the source lacks and CLOVER needs, with the reason.
         language: The language model's configuration as transformers writes it, where there is one.
         language_folder: Where it lies by itself, its tokenizer beside it; None within the source.
+        recipe: A CLOVER model's own.
         details: What else the source says: the number of heads, which class it is.
     """
 
@@ -35,6 +37,7 @@ class Checkpoint:
     filled: dict[str, str] = field(default_factory=dict)
     language: dict[str, Any] | None = None
     language_folder: Path | None = None
+    recipe: Recipe | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, place: Place) -> None:

@@ -32,10 +32,11 @@ _SHOWN = 8
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The Q-Former's tokenizer.json, where SOURCE has none.",
+    help="The Q-Former's tokenizer.json, instead of SOURCE's own.",
 )
 @click.option(
-    "--recipe", help="Names the frozen parts SOURCE has not, prompt and decoding (--to clover)."
+    "--recipe",
+    help="Names the frozen parts SOURCE has not, prompt and decoding; else a model's own.",
 )
 @click.option(
     "--heads", "num_heads", type=int, help="The Q-Former's heads, where SOURCE is silent."

@@ -13,11 +13,12 @@ import torch
 
 from clover.convert.checkpoint import Checkpoint
 from clover.core.assets import parse
-from clover.core.config import Recipe
+from clover.core.config import EncoderConfig, Recipe
 from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.model import write_config
 from clover.qformer.bridge import Bridge
+from clover.vision.family.known import expand
 from clover.vision.token_encoder import describe
 
 
@@ -30,7 +31,7 @@ def lacking(found: Checkpoint, recipe: Recipe) -> list[str]:
     needed = []
     if "proj.weight" not in found.entries:
         needed.append("the projection into a language model: not in the source")
-    if not found.has("visual_encoder.patch_embed") and recipe.encoder.weights is None:
+    if not found.has("visual_encoder.patch_embed") and not _has_weights(recipe.encoder):
         needed.append("encoder.weights: --encoder FILE, or a --recipe that names it")
     if not recipe.language.weights:
         needed.append("language.weights: --language FOLDER, or a --recipe that names it")
@@ -39,11 +40,18 @@ def lacking(found: Checkpoint, recipe: Recipe) -> list[str]:
     return needed
 
 
-def write_model(found: Checkpoint, recipe: Recipe, folder: Path) -> None:
-    """Write `config.json` and the model card of a folder that lacks nothing.
+def _has_weights(encoder: EncoderConfig) -> bool:
+    """Return whether a recipe's encoder has weights, or needs none."""
+    if encoder.kind == "known":
+        encoder = expand(encoder)
+    return encoder.weights is not None or encoder.kind == "tiny"
+
+
+def check_model(found: Checkpoint, recipe: Recipe) -> None:
+    """Compare a checkpoint that lacks nothing with the parts it is to stand beside.
 
     Raises:
-        CloverError: the recipe's encoder or language model is of another width.
+        CloverError: the recipe's encoder or language model is of another width, or not known.
     """
     encoder = describe(recipe.encoder)
     if encoder["width"] != recipe.qformer.encoder_width:
@@ -51,15 +59,19 @@ def write_model(found: Checkpoint, recipe: Recipe, folder: Path) -> None:
             f"{found.path} reads image tokens {recipe.qformer.encoder_width} wide, and those of "
             f"{encoder['id']} are {encoder['width']}; name the encoder it was trained with"
         )
+    _check_language(found, recipe, found.entries["proj.weight"].shape[0])
+
+
+def write_model(found: Checkpoint, recipe: Recipe, folder: Path) -> None:
+    """Write `config.json` and the model card of a folder that has passed `check_model`."""
     width = found.entries["proj.weight"].shape[0]
-    _check_language(found, recipe, width)
     with torch.device("meta"):
         trainable = Bridge(recipe.qformer, language_width=width).num_trainable()
     write_config(
         folder,
         name=folder.name,
         recipe=_beside(recipe, folder),
-        encoder=encoder,
+        encoder=describe(recipe.encoder),
         language={
             "id": _short(recipe.language.weights, folder).split("?")[0],
             "width": width,
@@ -73,9 +85,10 @@ def write_model(found: Checkpoint, recipe: Recipe, folder: Path) -> None:
 def _check_language(found: Checkpoint, recipe: Recipe, width: int) -> None:
     """Compare widths where the language model's configuration is at hand."""
     path = parse(recipe.language.weights).path / "config.json"
-    if not path.exists():
+    if found.language is None and not path.exists():
         return
-    shape = read_json(path)
+    # What the checkpoint carries is not yet where the recipe says; an older one may lie there.
+    shape = found.language or read_json(path)
     own = next(
         (shape[name] for name in ("hidden_size", "d_model", "n_embd") if name in shape), None
     )

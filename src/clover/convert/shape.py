@@ -31,8 +31,9 @@ def qformer_config(found: Checkpoint, *, num_heads: int | None = None) -> QForme
     crossed = [i for i in range(layers) if f"{_LAYER}{i}.crossattention.self.key.bias" in shapes]
     words = shapes.get("Qformer.bert.embeddings.word_embeddings.weight", (30523, width))
     positions = shapes.get("Qformer.bert.embeddings.position_embeddings.weight", (512, width))
-    heads = num_heads or found.details.get("num_heads") or max(1, width // 64)
-    if width % heads:
+    said = (num_heads, found.details.get("num_heads"), max(1, width // 64))
+    heads = next(value for value in said if value is not None)
+    if heads < 1 or width % heads:
         raise CloverError(f"--heads {heads} does not divide the Q-Former's width {width}")
     return QFormerConfig(
         hidden_size=width,

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,23 +32,36 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "spiece.model", "vocab.*"
 _MODEL = {"t5_proj": "t5_model", "opt_proj": "opt_model"}
 
 
-def write_clover(
+@dataclass(frozen=True)
+class Draft:
+    """What is to be written, before anything is.
+
+    Attributes:
+        recipe: Names the files as they will lie.
+        tokenizer: The Q-Former's, to be copied; None where the recipe names it elsewhere.
+    """
+
+    recipe: Recipe
+    tokenizer: Path | None
+
+
+def draft_clover(
     found: Checkpoint,
     target: Path,
     *,
     base: Recipe | None = None,
     tokenizer: Path | None = None,
-) -> tuple[Path, Recipe]:
-    """Write a folder: the trained part, frozen parts as files of their own, and `recipe.yaml`.
+) -> Draft:
+    """Return what `write_clover` would write.
 
     Args:
-        found: The checkpoint.
+        found: The checkpoint; what CLOVER needs and it lacks is filled.
         target: The folder.
         base: Says what the checkpoint does not.
-        tokenizer: The Q-Former's, where the checkpoint has none.
+        tokenizer: The Q-Former's, instead of the checkpoint's own.
 
-    Returns:
-        The trained part's file, `align.safetensors` (stage 1) or `bridge.safetensors`; the recipe.
+    Raises:
+        CloverError: there is no such tokenizer.
     """
     queries = qformer_config(found)
     named = _tokenizer(found, base, tokenizer)
@@ -56,6 +69,21 @@ def write_clover(
         # Never read by this Q-Former, but they must fit the tokenizer that stands beside.
         queries = queries.model_copy(update={"vocab_size": TextTokenizer(named).vocab_size})
     _complete(found, queries)
+    is_elsewhere = base is not None and named == _local(base.qformer.tokenizer)
+    # What the source's folder holds must not be missed when that folder goes.
+    if named is not None and is_elsewhere and named.parent.resolve() != found.path.resolve():
+        named = None
+    recipe = recipe_of(found, target, queries, base=base, has_tokenizer=named is not None)
+    return Draft(recipe, named)
+
+
+def write_clover(found: Checkpoint, target: Path, draft: Draft) -> tuple[Path, Recipe]:
+    """Write a folder: the trained part, frozen parts as files of their own, and `recipe.yaml`.
+
+    Returns:
+        The trained part's file, `align.safetensors` (stage 1) or `bridge.safetensors`; the recipe.
+    """
+    recipe = draft.recipe
     target.mkdir(parents=True, exist_ok=True)
     if not found.is_stage_1:
         # A folder written before must not look whole while its files are replaced.
@@ -66,32 +94,30 @@ def write_clover(
         write_tensors(target / "encoder.safetensors", vision.values())
     if found.language is not None:
         _write_language(found, target / "language")
+        recipe = _with_text_start(recipe, target / "language")
     elif found.has("language_model."):
         for name in found.part("language_model."):
             found.left_out[name] = "its configuration is not here: name its folder with --language"
     own = target / "qformer_tokenizer.json"
-    if named is not None and (base is None or named != _local(base.qformer.tokenizer)):
-        if named.resolve() != own.resolve():
-            shutil.copyfile(named, own)
-    elif own.exists():
-        own.unlink()
+    if draft.tokenizer is None:
+        own.unlink(missing_ok=True)
+    elif draft.tokenizer.resolve() != own.resolve():
+        shutil.copyfile(draft.tokenizer, own)
     _note(found, target / "convert.json")
-    recipe = recipe_of(found, target, queries, base=base)
     write_text(target / "recipe.yaml", recipe.to_yaml())
     return trained, recipe
 
 
 def _tokenizer(found: Checkpoint, base: Recipe | None, given: Path | None) -> Path | None:
     """Return the Q-Former's tokenizer: the given one, the source's own, or the recipe's at hand."""
-    lying = [given] if given is not None else []
-    if found.path.is_dir():
-        lying.append(found.path / "qformer_tokenizer" / "tokenizer.json")
-        lying.append(found.path / "qformer_tokenizer.json")
-    for path in lying:
-        if path.exists():
-            return path
     if given is not None:
-        raise CloverError(f"--tokenizer {given}: no such file")
+        if not given.exists():
+            raise CloverError(f"--tokenizer {given}: no such file")
+        return given
+    if found.path.is_dir():
+        for name in ("qformer_tokenizer/tokenizer.json", "qformer_tokenizer.json"):
+            if (found.path / name).exists():
+                return found.path / name
     return None if base is None else _local(base.qformer.tokenizer)
 
 
@@ -180,7 +206,12 @@ def _note(found: Checkpoint, path: Path) -> None:
 
 
 def recipe_of(
-    found: Checkpoint, folder: Path, queries: QFormerConfig, *, base: Recipe | None = None
+    found: Checkpoint,
+    folder: Path,
+    queries: QFormerConfig,
+    *,
+    base: Recipe | None,
+    has_tokenizer: bool,
 ) -> Recipe:
     """Return a recipe that names the converted files, and what `base` names where there is none."""
     folder = folder.absolute()  # a path in a recipe counts from where a command is run
@@ -192,19 +223,24 @@ def recipe_of(
         known = [name for name, shape in eva_clip.SHAPES.items() if shape.width == width]
         grid = round((shapes["visual_encoder.pos_embed"][1] - 1) ** 0.5)
         if known:
-            said = tree.get("encoder", {})
+            seen = tree.get("encoder", {})
             kept = ("licence", "licence_note", "numbers", "batch_size", "microns_per_pixel")
-            tree["encoder"] = {name: said[name] for name in kept if name in said} | {
+            if seen.get("kind") == "eva_clip":  # the same network: how it is used stays too
+                kept = tuple(seen)
+            tree["encoder"] = {name: seen[name] for name in kept if name in seen} | {
                 "kind": "eva_clip",
                 "model": known[0],
                 "weights": str(folder / "encoder.safetensors"),
                 "image_size": 14 * grid,
             }
-    tokenizer = folder / "qformer_tokenizer.json"
-    own = queries.model_dump(mode="json")
-    named = tree.get("qformer", {}).get("tokenizer")
-    own["tokenizer"] = str(tokenizer) if tokenizer.exists() else named
-    tree["qformer"] = own
+    said = tree.get("qformer", {})
+    own = queries.model_dump(mode="json", exclude_unset=True)
+    if "vision_proj.weight" not in found.entries:
+        own.pop("embedding_size")  # no tensor tells it
+    # What it was to start from, it has behind it.
+    tree["qformer"] = said | own | {"weights": None}
+    if has_tokenizer:
+        tree["qformer"]["tokenizer"] = str(folder / "qformer_tokenizer.json")
     if found.language is not None:
         tree["language"] = _language_section(found, folder, tree.get("language", {}))
     # LAVIS drops the text's weights from a Q-Former that does not read the question (SPEC, 4).
@@ -218,11 +254,17 @@ def _language_section(found: Checkpoint, folder: Path, said: dict[str, Any]) -> 
     """Return the recipe's section for the language model that came with the checkpoint."""
     language = found.language or {}
     is_pair = bool(language.get("is_encoder_decoder")) or language.get("model_type") == "t5"
-    section = {"max_answer_tokens": 256} | said
-    if not is_pair and not said.get("text_start"):
-        section["text_start"] = _start_of_text(folder / "language")
     kind = "encoder_decoder" if is_pair else "decoder_only"
-    return section | {"kind": kind, "weights": str(folder / "language")}
+    return {"max_answer_tokens": 256} | said | {"kind": kind, "weights": str(folder / "language")}
+
+
+def _with_text_start(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with the start of a text that the language model's tokenizer writes."""
+    language = recipe.language
+    if language.kind != "decoder_only" or "text_start" in language.model_fields_set:
+        return recipe
+    language = language.model_copy(update={"text_start": _start_of_text(folder)})
+    return recipe.model_copy(update={"language": language})
 
 
 def _start_of_text(folder: Path) -> str:

@@ -7,6 +7,7 @@ Change a value on the command line with ``--set tune.steps=400``.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,6 +100,11 @@ class InstructConfig(Section):
     """Share of an image's questions that are asked three at once: more answers a step."""
 
 
+_UNREAD = {
+    **dict.fromkeys(("timm", "tiny"), ("numbers", "mean", "std", "options")),
+    **dict.fromkeys(("eva_clip", "clip", "open_clip"), ("options",)),
+}
+"""Kind of encoder -> settings of other kinds that it has no use for."""
 _FAMILIES = Path(__file__).resolve().parents[1] / "vision" / "family"
 
 
@@ -153,7 +159,8 @@ class EncoderConfig(Section):
     std: tuple[_AboveZero, _AboveZero, _AboveZero] | None = None
     """Each channel is divided by it; what the library says when absent."""
     numbers: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    """Number format of a token encoder's weights; `int8` (CPU) rounds what it multiplies, too."""
+    """Number format of a token encoder's weights, never of kind `timm`'s; `int8` (CPU) rounds what
+    it multiplies, too."""
     licence_note: str = ""
     """What the licence says of models trained on the encoder's outputs; goes into the card."""
     weights: str | None = None
@@ -177,6 +184,24 @@ class EncoderConfig(Section):
     view_kind: Literal["crop", "augment", "turn"] = "crop"
     """How: random crops and mirror images; these with RandAugment, as published for stage 2; or the
     seven turns and mirror images."""
+
+    @field_validator("std")
+    @classmethod
+    def _check_std(cls, std: tuple[float, float, float] | None) -> tuple[float, ...] | None:
+        if std is not None and not all(0 < value < math.inf for value in std):
+            raise ValueError(f"{list(std)}: each channel is divided by it, so it must be above 0")
+        return std
+
+    @model_validator(mode="after")
+    def _check_read(self) -> EncoderConfig:
+        """Refuse what the kind would ignore."""
+        fields = type(self).model_fields
+        for name in _UNREAD.get(self.kind, ()):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"kind {self.kind} does not read {name}, kind timm_tokens does; leave it out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_views(self) -> EncoderConfig:

@@ -55,22 +55,27 @@ def resolve_hub(asset: Asset, *, is_offline: bool) -> Path:
     Raises:
         CloverError: absent and not to be fetched, changed since, or not what was pinned.
     """
-    manifest = read_manifest(asset)
-    named = _named(asset, manifest)
-    lacking = [name for name in named if not (asset.folder / name).exists()]
-    if manifest is None and asset.path.exists():
-        lacking = []
-    elif not named:
-        lacking = [asset.inner or ""]
+    lacking = _lacking(asset)
     if lacking and is_offline:
-        raise CloverError(_where(asset, lacking, len(named)))
+        raise CloverError(_where(asset, lacking, len(_named(asset, read_manifest(asset)))))
     if lacking:
         with alone(asset.shelf.parent / ".fetch.lock"):
-            if any(not (asset.folder / name).exists() for name in named) or not asset.path.exists():
-                _fetch(asset)  # nobody else did meanwhile
-        manifest = read_manifest(asset)
-    _check(asset, manifest)
+            if _lacking(asset):  # nobody else did meanwhile
+                _fetch(asset)
+    _check(asset, read_manifest(asset))
     return asset.path
+
+
+def _lacking(asset: Asset) -> list[str]:
+    """Return the files that are to be fetched; one without a name where they are not known yet.
+
+    A folder of which single files were fetched is no snapshot.
+    """
+    manifest = read_manifest(asset)
+    if manifest is None and asset.path.exists():
+        return []
+    named = _named(asset, manifest) or [""]
+    return [name for name in named if not name or not (asset.folder / name).exists()]
 
 
 def hashes_of(asset: Asset) -> dict[str, str]:
@@ -108,6 +113,12 @@ def _named(asset: Asset, manifest: Manifest | None) -> list[str]:
 
 def _where(asset: Asset, lacking: list[str], total: int) -> str:
     """Say offline which file goes where."""
+    if total == 0 and asset.path.exists():
+        return (
+            f"CLOVER_OFFLINE is set and {asset.path} holds single files of {asset.name} alone; run "
+            "`clover fetch` on a connected machine and copy its CLOVER_HOME, or put all files "
+            f"there and delete {_note(asset.folder)}"
+        )
     if asset.inner or total == 0:
         of = f"{asset.inner or 'all files'} of {asset.name} {asset.version or ''}".strip()
         path = asset.path

@@ -74,10 +74,17 @@ def _show(row: dict[str, Any], card: Any) -> None:
         lines.append((key, "".join(f"{_amount(row[key][stage]):>14}" for stage in stages)))
     for label, text in lines:
         click.echo(f"{label:<26}{text}")
+    tune = row["tune"]
+    if tune["steps_before"]:
+        click.echo(
+            f"tune has {tune['steps_before']:,} steps before these, without the language model: "
+            f"{tune['tflop_a_step_before']:,.2f} TFLOP each"
+        )
     click.echo(
         f"all three: {_amount(sum(row['hours'].values()))} hours, "
         f"{_amount(sum(row['dollars'].values()))} dollars, and {row['cache_gib']:,.1f} GiB of disk "
         f"for the features of {row['images']:,} images"
+        + (f", {row['views']} views each" if row["views"] > 1 else "")
     )
     click.echo(
         f"hours at {card.tflops:g} TFLOP/s sustained, dollars at {card.price:g} an hour; "

@@ -7,6 +7,7 @@ from typing import Any
 
 from clover.core.config import Recipe
 from clover.plan.step import EncoderSize, StepSize, align_size, encoder_size, tune_size
+from clover.vision.storage import bytes_a_token
 
 _GIB = 2**30
 
@@ -57,15 +58,21 @@ class Plan:
     def hours(self) -> dict[str, float]:
         """Return each stage's hours."""
         recipe, card = self.recipe, self.card
+        before = self.tune.operations_before * _steps_before(recipe)
         return {
-            "features": card.hours(self.encoder.image.operations * self.images),
+            "features": card.hours(self.encoder.image.operations * self.views()),
             "align": card.hours(self.align.operations * recipe.align.steps),
-            "tune": card.hours(self.tune.operations * recipe.tune.steps),
+            "tune": card.hours(self.tune.operations * recipe.tune.steps + before),
         }
 
+    def views(self) -> int:
+        """Return how many views of all images are encoded and kept."""
+        return self.images * self.recipe.encoder.views
+
     def cache_gib(self) -> float:
-        """Return the disk that float16 features of all images take."""
-        return self.images * self.encoder.num_tokens * self.encoder.width * 2 / _GIB
+        """Return the disk that the features of all views take."""
+        token = bytes_a_token(self.encoder.width, self.recipe.encoder.storage)
+        return self.views() * self.encoder.num_tokens * token / _GIB
 
     def row(self) -> dict[str, Any]:
         """Return the JSON-able form."""
@@ -80,7 +87,7 @@ class Plan:
                     "activations": round(self.encoder.image.peak / _GIB, 2),
                 },
                 "tflop_a_step": round(self.encoder.image.operations / 1e12, 3),
-                "steps": self.images,
+                "steps": self.views(),
                 "batch_size": 1,
             }
         }
@@ -99,6 +106,10 @@ class Plan:
                 "steps": config.steps,
                 "batch_size": config.batch_size,
             }
+        parts["tune"] |= {
+            "steps_before": _steps_before(self.recipe),
+            "tflop_a_step_before": round(self.tune.operations_before / 1e12, 3),
+        }
         hours = self.hours()
         return {
             "recipe": self.recipe.name,
@@ -109,6 +120,7 @@ class Plan:
             "language_numbers": self.tune.frozen_numbers,
             "trained_numbers": self.tune.trained_numbers,
             "images": self.images,
+            "views": self.recipe.encoder.views,
             "cache_gib": round(self.cache_gib(), 2),
             "peak_gib": {name: round(value, 2) for name, value in self.peaks().items()},
             "hours": {name: round(value, 2) for name, value in hours.items()},
@@ -117,6 +129,12 @@ class Plan:
             "switch": self.switch,
             **parts,
         }
+
+
+def _steps_before(recipe: Recipe) -> int:
+    """Return how many steps of stage 2 do without the language model."""
+    tune = recipe.tune
+    return tune.grounding_steps + tune.anchoring_steps if tune.grounding_steps else 0
 
 
 def plan(recipe: Recipe, card: Card, *, images: int) -> Plan:

@@ -54,6 +54,7 @@ class StepSize:
         optimiser: Bytes of gradients and AdamW's two moments.
         activations: Largest bytes alive of one forward and backward pass, gradients apart.
         operations: Of a whole step, all passes.
+        operations_before: Of a step that does without the language model (`tune.grounding_steps`).
         frozen_numbers: Format of the language model's weights.
         trained_numbers: Formats of what learns and of its products.
     """
@@ -67,6 +68,7 @@ class StepSize:
     operations: int
     frozen_numbers: str = ""
     trained_numbers: str = ""
+    operations_before: int = 0
 
     @property
     def peak(self) -> int:
@@ -117,9 +119,9 @@ def _shape_only(config: EncoderConfig) -> str | None:
 
 
 def _small_encoder(config: EncoderConfig, *, batch: int) -> EncoderSize:
-    from clover.vision.encoder import load_encoder
+    from clover.vision.encoder import unloaded_encoder
 
-    encoder = load_encoder(config.model_copy(update={"weights": None}))
+    encoder = unloaded_encoder(config)
     network = getattr(encoder, "network", nn.Identity())
     pixels = torch.empty(1, 3, config.image_size, config.image_size)
     found = count(lambda: encoder.encode(pixels), before=[*network.parameters(), pixels])
@@ -199,7 +201,35 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
         total, _ = language.loss_from_ids(visual, question, answer, prefix=())
         total.backward()  # type: ignore[no-untyped-call]
 
-    return _size(bridge, language.model, step, features, recipe, parts=recipe.tune.accumulate)
+    found = _size(bridge, language.model, step, features, recipe, parts=recipe.tune.accumulate)
+    if not recipe.tune.grounding_steps:
+        return found
+    # The language model is there meanwhile, and does nothing.
+    before = _grounding_size(recipe, encoder, bridge)
+    return replace(
+        found,
+        activations=max(found.activations, before.activations),
+        operations_before=before.operations,
+    )
+
+
+def _grounding_size(recipe: Recipe, encoder: EncoderSize, bridge: Bridge) -> StepSize:
+    """Count a step in which visual tokens learn to spell the answer.
+
+    Their scores are left out: how many words answers are made of is the data's own.
+    """
+    tune = recipe.tune
+    images = tune.grounding_batch_size // tune.grounding_questions
+    kept = max(1, round(tune.grounding_tokens * encoder.num_tokens))
+    features = torch.empty(images, kept, encoder.width, device=META)
+    text = _tokens(tune.grounding_batch_size, tune.max_question_tokens)
+    reads = (text.ids, text.mask) if tune.instruction_aware else ()
+
+    def step() -> None:
+        visual = bridge.visual_prefix(bridge.read_image(features), *reads)
+        visual.float().square().mean().backward()  # type: ignore[no-untyped-call]
+
+    return _size(bridge, None, step, features, recipe, parts=1)
 
 
 def _size(

@@ -39,7 +39,7 @@ from clover.vision.image_processor import draw_view, rand_augment, turn_view
 from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
 from clover.vision.portraits import decoders
 from clover.vision.shard import Shard, open_shard, write_shard
-from clover.vision.storage import Storage, pack
+from clover.vision.storage import Storage, is_finite, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
@@ -57,10 +57,12 @@ class _Job:
     """Its claim."""
     left: int
     """Images that are not decoded yet."""
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    """Key -> pixels of what is decoded."""
     keys: list[str] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
+    """Of what is encoded."""
     parts: list[dict[str, Tensor]] = field(default_factory=list)
-    """Packed tokens of each image."""
+    """Packed tokens of each."""
 
 
 class FeatureCache:
@@ -199,7 +201,7 @@ class FeatureCache:
             images: SHA-256 -> path.
 
         Returns:
-            Images that could not be decoded, with the reason.
+            Images that could not be decoded, or whose tokens are not finite, with the reason.
 
         Raises:
             CloverError: the disk is full; the shards before are kept.
@@ -261,13 +263,14 @@ class FeatureCache:
             drawn = rand_augment(drawn, random)
         return self._encoder.prepare(drawn)
 
-    def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """[3, S, S] of B images -> packed tokens of each."""
+    def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor] | None]:
+        """[3, S, S] of B images -> packed tokens of each; None where they are no finite numbers."""
         tokens = self._encoder.encode(torch.stack(list(pixels)))
         self.num_encoded += len(pixels)
         # One by one: what is made on the way stays in the processor's cache, and no batch of
         # EVA-g's tokens is copied together again.
-        return [pack(image, self._storage) for image in torch.split(tokens, 1)]
+        packed = (pack(image, self._storage) for image in torch.split(tokens, 1))
+        return [part if is_finite(part) else None for part in packed]
 
     def write(self, keys: list[str], parts: Sequence[dict[str, Tensor]]) -> Shard:
         """Write a shard; it is registered by the caller."""
@@ -278,6 +281,14 @@ class FeatureCache:
     def encoder_id(self) -> str:
         """The encoder's name."""
         return self._encoder.id
+
+    @property
+    def not_finite(self) -> str:
+        """Why an image is set aside whose tokens cannot be kept."""
+        return (
+            f"its tokens are not all finite numbers in {self._storage}; see encoder.mean, "
+            "encoder.std, encoder.numbers, or take encoder.storage=bfloat16"
+        )
 
     @property
     def batch_size(self) -> int:
@@ -360,15 +371,25 @@ class _Fill:
             if isinstance(found, Rejection):
                 self.rejected[self._images[key.partition("@")[0]]] = found
             else:
-                job.keys.append(key)
-                job.pixels.append(found)
-            if job.pixels and (len(job.pixels) == cache.batch_size or not job.left):
-                job.parts += cache.encode(job.pixels)
-                self._advance(len(job.pixels))
-                job.pixels = []
+                job.waiting[key] = found
+            if job.waiting and (len(job.waiting) == cache.batch_size or not job.left):
+                self._encode(job)
             if not job.left:
                 self._write(job)
         self._finish_writing()
+
+    def _encode(self, job: _Job) -> None:
+        for key, part in zip(
+            job.waiting, self._cache.encode(list(job.waiting.values())), strict=True
+        ):
+            if part is None:
+                path = self._images[key.partition("@")[0]]
+                self.rejected[path] = Rejection(str(path), 0, self._cache.not_finite)
+            else:
+                job.keys.append(key)
+                job.parts.append(part)
+        self._advance(len(job.waiting))
+        job.waiting = {}
 
     def _write(self, job: _Job) -> None:
         """Write a finished shard beside the encoder's work, one at a time."""

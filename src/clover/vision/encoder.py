@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ from clover.core.files import fingerprint
 from clover.core.transparency import rgb_on_white
 from clover.vision.fold import drop_unread_stages, fold_batch_norms
 
+_LOG = logging.getLogger(__name__)
 _PIXELS_A_PASS = 4 * 224 * 224
 """What a convolutional network reads at once on a CPU: with more, its maps leave the cache, and
 the system clears fresh pages for each of them (Lite0: 27 ms an image in fours, 43 in dozens)."""
@@ -119,9 +121,7 @@ class FeatureMapEncoder:
                 )
         self.width = sum(self._fold(found).shape[-1] for found in maps)
         self.num_tokens = self._grid**2
-        self.revision, self.named_revision = revisions(
-            config, {"levels": config.levels, "grid": self._grid, "size": self._size}
-        )
+        self.revision, self.named_revision = map_revisions(config)
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
@@ -169,6 +169,12 @@ def revisions(config: EncoderConfig, more: dict[str, Any]) -> tuple[str, str]:
     by_name = {"weights": name, **more, "form": 1}
     by_content = by_name if held is None else by_name | {"weights": ["sha256", held]}
     return fingerprint(by_content), fingerprint(by_name)
+
+
+def map_revisions(config: EncoderConfig) -> tuple[str, str]:
+    """Return the two revisions of a `FeatureMapEncoder`; its weights need not be at hand."""
+    more = {"levels": config.levels, "grid": config.grid, "size": config.image_size}
+    return revisions(config, more)
 
 
 def _load_in_order(network: nn.Module, config: EncoderConfig) -> None:
@@ -232,6 +238,13 @@ class TinyEncoder:
         return tokens
 
 
+def unloaded_encoder(config: EncoderConfig) -> TinyEncoder | FeatureMapEncoder:
+    """Build an encoder of kind `tiny` or `timm` without its weights, for its shapes."""
+    if config.kind == "tiny":
+        return TinyEncoder(config)
+    return FeatureMapEncoder(config.model_copy(update={"weights": None}))
+
+
 def load_encoder(config: EncoderConfig) -> ImageEncoder:
     """Build the encoder a recipe names.
 
@@ -240,6 +253,11 @@ def load_encoder(config: EncoderConfig) -> ImageEncoder:
     """
     if config.kind == "tiny":
         return TinyEncoder(config)
+    if config.weights is None and config.kind != "known":
+        _LOG.warning(
+            "encoder.weights is empty: the weights of %s are random, its features say little",
+            config.model,
+        )
     if config.kind == "timm":
         return FeatureMapEncoder(config)
     from clover.vision.token_encoder import TokenEncoder

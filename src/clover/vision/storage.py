@@ -12,6 +12,11 @@ STORAGES: tuple[Storage, ...] = get_args(Storage)
 _LARGEST = 127
 
 
+def bytes_a_token(width: int, storage: Storage) -> int:
+    """Return the bytes that a token of so many numbers takes as `pack` writes it."""
+    return width + 4 if storage == "int8" else 2 * width
+
+
 def pack(tokens: Tensor, storage: Storage) -> dict[str, Tensor]:
     """Return tokens [N, P, E] as they are written: `tokens`, and of int8 `scale` [N, P]."""
     if storage != "int8":
@@ -26,3 +31,8 @@ def unpack(kept: dict[str, Tensor]) -> Tensor:
     """Return what `pack` made as float32."""
     tokens = kept["tokens"].float()
     return tokens * kept["scale"][..., None] if "scale" in kept else tokens
+
+
+def is_finite(kept: dict[str, Tensor]) -> bool:
+    """Return whether what `pack` made holds finite numbers alone."""
+    return bool(torch.isfinite(kept.get("scale", kept["tokens"])).all())

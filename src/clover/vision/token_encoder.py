@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +25,14 @@ from clover.core.errors import CloverError
 from clover.core.files import sha256_file
 from clover.core.tensors import TensorSource, open_tensors
 from clover.vision import family as families
-from clover.vision.encoder import revisions
+from clover.vision.encoder import map_revisions, revisions, unloaded_encoder
 from clover.vision.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from clover.vision.quantise import quantise
 
 Triple = tuple[float, float, float]
 Reads = dict[str, Callable[[], Tensor]]
 """Name of a network's tensor -> how to read it."""
+_TOWER = re.compile(r"^(module\.)?(visual_encoder|visual|vision_model)\.")
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,22 @@ def build_family(config: EncoderConfig) -> tuple[EncoderConfig, Family]:
     Raises:
         CloverError: unknown family or architecture.
     """
-    files = family_files()
-    if config.kind not in files:
-        raise CloverError(f"encoder.kind: {unknown_family(config.kind)}")
-    module = _module(config.kind, files[config.kind])
-    if hasattr(module, "expand"):
-        return build_family(module.expand(config))
+    config, module = _expanded(config)
     with torch.random.fork_rng(devices=[]):
         # Random weights, where none are named, are the same everywhere. The CPU's generator alone:
         # `torch.manual_seed` would leave every other device seeded.
         torch.default_generator.manual_seed(0)
         built: Family = module.build(config)
     return config, built
+
+
+def _expanded(config: EncoderConfig) -> tuple[EncoderConfig, Any]:
+    """Return the configuration with what a register adds to it, and the family's module."""
+    files = family_files()
+    if config.kind not in files:
+        raise CloverError(f"encoder.kind: {unknown_family(config.kind)}")
+    module = _module(config.kind, files[config.kind])
+    return _expanded(module.expand(config)) if hasattr(module, "expand") else (config, module)
 
 
 def _is_own(path: Path) -> bool:
@@ -108,9 +114,17 @@ class TokenEncoder:
 
     Args:
         config: Names family, architecture, weights, size.
+
+    Raises:
+        CloverError: as `build_family`; or weights that do not fit, or are nowhere named.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
+        if config.kind == "known" and _expanded(config)[0].weights is None:
+            raise CloverError(
+                f"the register names no weights of encoder.model '{config.model}'; name them "
+                "yourself: encoder.weights=path:FILE"
+            )
         config, built = build_family(config)
         if config.weights is not None and built.collect is not None:
             load(built, built.collect(open_tensors(resolve(config.weights))), config.weights)
@@ -165,7 +179,11 @@ def describe(config: EncoderConfig) -> dict[str, Any]:
     Raises:
         CloverError: as `build_family`.
     """
-    if config.kind == "transformers_vision":
+    if config.kind in ("timm", "tiny"):
+        plain = unloaded_encoder(config)
+        named, identity, width = config, plain.id, plain.width
+        revision = map_revisions(config)[0] if config.kind == "timm" else plain.revision
+    elif config.kind == "transformers_vision":
         encoder = TokenEncoder(config)
         named, identity, revision, width = config, encoder.id, encoder.revision, encoder.width
     else:
@@ -209,13 +227,36 @@ def token_shape(network: nn.Module, size: int) -> tuple[int, int]:
     return int(found.shape[1]), int(found.shape[2])
 
 
+def image_tower(source: TensorSource) -> TensorSource:
+    """Return the part of a checkpoint that sees; all of it where no name says which that is.
+
+    A whole CLIP's text tower is called as an image tower by itself is: `transformer.resblocks.0`.
+    """
+    if not any(_TOWER.match(name) for name in source):
+        return source
+    return source.renamed(lambda name: name if _TOWER.match(name) else None)
+
+
 def renamed(source: TensorSource, rename: Callable[[str], str | None]) -> Reads:
-    """Return the reads of a checkpoint whose tensors only have other names."""
-    return {
-        ours: partial(source.__getitem__, theirs)
-        for theirs in source
-        if (ours := rename(theirs)) is not None
-    }
+    """Return the reads of a checkpoint whose tensors only have other names.
+
+    Raises:
+        CloverError: two tensors would have one name here.
+    """
+    reads: Reads = {}
+    named: dict[str, str] = {}
+    for theirs in source:
+        ours = rename(theirs)
+        if ours is None:
+            continue
+        if ours in named:
+            raise CloverError(
+                f"{source.path} holds {named[ours]} and {theirs}, of which only one can be this "
+                "encoder's: it holds more than one model; save the image encoder by itself"
+            )
+        named[ours] = theirs
+        reads[ours] = partial(source.__getitem__, theirs)
+    return reads
 
 
 def load(family: Family, reads: Reads, name: str) -> None:

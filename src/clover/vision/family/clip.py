@@ -15,7 +15,7 @@ from torch import Tensor
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.tensors import TensorSource
-from clover.vision.token_encoder import Family, Reads, renamed
+from clover.vision.token_encoder import Family, Reads, image_tower, renamed
 from clover.vision.transformer import Shape, VisionTransformer, own_name, resize_positions
 
 _LARGE = Shape(
@@ -71,6 +71,7 @@ def rename(name: str) -> str | None:
 
 def collect(source: TensorSource) -> Reads:
     """Find the network's tensors; transformers keeps query, key and value apart."""
+    source = image_tower(source)
     reads = renamed(source, rename)
     parts = {_PREFIX.sub("", name): name for name in source}
 

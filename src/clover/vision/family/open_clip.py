@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clover.core.config import EncoderConfig
 from clover.core.errors import CloverError, nearest
 from clover.core.tensors import TensorSource
-from clover.vision.token_encoder import Family, Reads, renamed
+from clover.vision.token_encoder import Family, Reads, image_tower, renamed
 
 
 class Tower(nn.Module):
@@ -42,6 +42,10 @@ class Tower(nn.Module):
         return torch.cat([first[:, None], patches], dim=1)
 
 
+def _rename(name: str) -> str:
+    return f"visual.{name.removeprefix('module.').removeprefix('visual.')}"
+
+
 def build(config: EncoderConfig) -> Family:
     """Build the network.
 
@@ -59,13 +63,21 @@ def build(config: EncoderConfig) -> Family:
         raise CloverError(
             f"open_clip knows no '{config.model}'{nearest(config.model, library.list_models())}"
         )
-    model = library.create_model(config.model, pretrained=None, force_image_size=config.image_size)
+    model = library.create_model(
+        config.model,
+        pretrained=None,
+        force_image_size=config.image_size,
+        device=torch.get_default_device(),  # meta where a plan only counts
+    )
     visual = model.visual
+    if not hasattr(visual, "trunk") and not hasattr(visual, "proj"):
+        raise CloverError(
+            f"open_clip's {config.model} is convolutional and keeps no tokens; name a ViT, or use "
+            "kind timm for convolutional networks"
+        )
 
     def collect(source: TensorSource) -> Reads:
-        return renamed(
-            source, lambda name: name if name.startswith("visual.") else f"visual.{name}"
-        )
+        return renamed(image_tower(source), _rename)
 
     return Family(
         f"open_clip/{config.model}",
