@@ -117,3 +117,11 @@ def test_a_path_is_used_where_it_lies(tmp_path: Path) -> None:
 )
 def test_a_failed_download_says_what_pip_failed_of(text: str, reason: str) -> None:
     assert assets._pip_reason(text).startswith(reason)
+
+
+def test_only_what_may_be_a_hubs_name_is_said_to_be_written_with_hf(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="a model hub's is written hf://lab/model"):
+        resolve("lab/model")
+    with pytest.raises(CloverError) as caught:
+        resolve("path:models/eva_vit_g.pth")
+    assert "models/eva_vit_g.pth" in str(caught.value) and "hf://" not in str(caught.value)
