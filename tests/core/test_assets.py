@@ -158,3 +158,11 @@ def test_a_user_without_a_home_folder_is_told_to_set_clover_home(
     assert stop.value.code == 2 and err.count("\n") == 1 and "set CLOVER_HOME" in err
     with pytest.raises(CloverError, match="without ~"):
         resolve("~/weights.bin")
+
+
+def test_only_what_may_be_a_hubs_name_is_said_to_be_written_with_hf(tmp_path: Path) -> None:
+    with pytest.raises(CloverError, match="a model hub's is written hf://lab/model"):
+        resolve("lab/model")
+    with pytest.raises(CloverError) as caught:
+        resolve("path:models/eva_vit_g.pth")
+    assert "models/eva_vit_g.pth" in str(caught.value) and "hf://" not in str(caught.value)

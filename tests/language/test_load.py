@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from clover.core.assets import parse
 from clover.core.config import LanguageConfig, PromptConfig
 from clover.core.errors import CloverError
+from clover.core.files import read_json
 from clover.language import GenerationSettings, dequantise
 from clover.language.decoder_only import DecoderOnly
 from clover.language.load import load_language_model
@@ -102,6 +105,116 @@ def test_a_broken_gguf_leaves_nothing_behind(tmp_path: Path, clover_home: Path) 
         dequantise.dequantised_folder(path)
     left = [item for item in (clover_home / "dequantised").iterdir() if item.is_dir()]
     assert left == []
+
+
+def test_a_gguf_cut_off_anywhere_is_one_line(tmp_path: Path, clover_home: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for end in [*range(0, 2400, 97), *range(2400, len(whole), 4999)]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(CloverError, match="is not a GGUF file, or is cut off: "):
+            dequantise.dequantised_folder(path)
+
+
+TEXT = (
+    "It's 2025, we'LL see 12345 cells in 3.5 mm\u00b2;  nuclei\n\n  (H&E)\r\n\tI'm e\u0301 "
+    "caf\u00e9 \u4e2d\u6587\u0663\u0664 \U0001f600!!!\n 's 10x10   end  "
+)
+
+
+def reference(pre: str) -> Any:
+    """Return how the family's own tokenizer in transformers or tokenizers cuts text."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if pre == "qwen2":
+        return Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[]).backend_tokenizer
+    found = Tokenizer(models.BPE())
+    found.normalizer = normalizers.Sequence([])
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        found.pre_tokenizer = pre_tokenizers.Sequence([digits, found.pre_tokenizer])
+    if pre == "llama-bpe":
+        pattern = inspect.signature(TikTokenConverter).parameters["pattern"].default
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        found.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    return found
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_text_is_cut_as_the_familys_own_tokenizer_does(
+    tmp_path: Path, clover_home: Path, pre: str
+) -> None:
+    from tokenizers import Tokenizer
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre=pre)
+    folder = dequantise.dequantised_folder(tmp_path / "tiny.gguf")
+    ours, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), reference(pre)
+    cuts = []
+    for item in (ours, theirs):
+        text = item.normalizer.normalize_str(TEXT) if item.normalizer else TEXT
+        cuts.append([piece for piece, _ in item.pre_tokenizer.pre_tokenize_str(text)])
+    assert cuts[0] == cuts[1] and len(cuts[0]) > 30
+    # No two rules cut this text alike.
+    others = {"gpt-2", "smollm", "llama-bpe", "qwen2"} - {pre}
+    for other in others:
+        rule = reference(other).pre_tokenizer
+        assert cuts[0] != [piece for piece, _ in rule.pre_tokenize_str(TEXT)]
+
+
+def test_a_word_of_llama_3s_vocabulary_is_one_token_whatever_the_merges_say(
+    tmp_path: Path, clover_home: Path
+) -> None:
+    language = tiny_llama()
+    words = language.tokens.tokenizer.convert_ids_to_tokens(range(language.model.config.vocab_size))
+    words = [*words[:-5], *"stino"]  # no merge makes "stain" of them
+    ids = {}
+    for pre in ("llama-bpe", "gpt-2"):
+        path = tmp_path / f"{pre}.gguf"
+        write_gguf(path, language, pre=pre, words=words)
+        config = LanguageConfig(weights=str(path), licence="MIT")
+        found = load_language_model(config, PromptConfig(answer_end="<eos>"))
+        ids[pre] = found.tokens.encode("stain")
+    assert ids["llama-bpe"] == [words.index("stain")] != ids["gpt-2"]
+
+
+@pytest.mark.parametrize("pre", ["", "default", "tekken", "nonsense"])
+def test_a_way_to_cut_text_that_is_not_known_is_refused(
+    tmp_path: Path, clover_home: Path, pre: str
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), pre=pre)
+    with pytest.raises(CloverError, match=rf"tokenizer\.ggml\.pre '{pre}', and gpt-2, smollm"):
+        dequantise.dequantised_folder(tmp_path / "tiny.gguf")
+
+
+def test_stretched_positions_are_kept_or_refused(tmp_path: Path, clover_home: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    original = tiny_llama()
+    config = original.model.config
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, original, rope=("linear", 4.0))
+    found = load_language_model(
+        LanguageConfig(weights=str(path), licence="MIT"), PromptConfig(answer_end="<eos>")
+    )
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 4.0}
+    stretched = LlamaForCausalLM(config).eval()
+    stretched.load_state_dict(original.model.state_dict())
+    ids = torch.tensor([[4, 5, 6, 7, 8, 9, 10]])
+    ours = found.logits_from_ids(None, ids, ids > 0)
+    plain = original.logits_from_ids(None, ids, ids > 0)
+    assert (ours - stretched(input_ids=ids).logits).abs().max() <= 1e-5
+    assert (ours - plain).abs().max() > 1e-2
+    write_gguf(path, original, rope=("yarn", 4.0))
+    with pytest.raises(CloverError, match=r"rope\.scaling\.type 'yarn', only 'linear' is read"):
+        dequantise.dequantised_folder(path)
+    write_gguf(path, original, rope=("none", 1.0))
+    folder = dequantise.dequantised_folder(path)
+    assert read_json(folder / "config.json")["rope_parameters"]["rope_type"] == "default"
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path, clover_home: Path) -> None:

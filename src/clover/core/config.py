@@ -7,7 +7,6 @@ Change a value on the command line with ``--set tune.steps=400``.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -184,13 +183,6 @@ class EncoderConfig(Section):
     view_kind: Literal["crop", "augment", "turn"] = "crop"
     """How: random crops and mirror images; these with RandAugment, as published for stage 2; or the
     seven turns and mirror images."""
-
-    @field_validator("std")
-    @classmethod
-    def _check_std(cls, std: tuple[float, float, float] | None) -> tuple[float, ...] | None:
-        if std is not None and not all(0 < value < math.inf for value in std):
-            raise ValueError(f"{list(std)}: each channel is divided by it, so it must be above 0")
-        return std
 
     @model_validator(mode="after")
     def _check_read(self) -> EncoderConfig:

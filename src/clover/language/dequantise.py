@@ -22,7 +22,7 @@ from clover.core.errors import CloverError
 from clover.core.files import atomic_path, umask, write_json
 
 _NAMES = Path(__file__).with_name("gguf_names.yaml")
-_FORM = "1"
+_FORM = "2"
 """Changes when the written folder changes, so that an old cache is a miss."""
 
 
@@ -87,28 +87,68 @@ def _write_folder(path: Path, folder: Path) -> None:
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, OSError) as error:
-        raise CloverError(f"{path} is not a GGUF file: {str(error).splitlines()[0]}") from error
+    except (ValueError, OSError, LookupError, OverflowError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CloverError(f"{path} is not a GGUF file, or is cut off: {line}") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tables = yaml.safe_load(_NAMES.read_text(encoding="utf-8"))
     kind = str(fields["general.architecture"])
-    if kind not in tables or kind == "digits_apart":
+    if kind not in tables or kind == "cut":
         raise CloverError(
             f"{path.name} holds a '{kind}' model; GGUF is read for llama and qwen2 only, "
             "give a folder in transformers' form instead"
         )
+    cut = _cut(fields, tables["cut"], path.name)
     config = _config(fields, kind)
     tensors = _tensors(reader, tables[kind], config)
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     # Not straight into the folder: safetensors makes files that their owner alone may read.
     with atomic_path(folder / "model.safetensors") as whole:
         save_file(tensors, whole, metadata={"format": "pt"})
-    _save_tokenizer(fields, folder, is_digits_apart=_pre(fields) in tables["digits_apart"])
+    _save_tokenizer(fields, folder, cut)
     write_json(folder / "config.json", config)
 
 
-def _pre(fields: dict[str, Any]) -> str:
-    return str(fields.get("tokenizer.ggml.pre", ""))
+def _cut(fields: dict[str, Any], known: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Return how the file's tokenizer cuts text before it merges.
+
+    Raises:
+        CloverError: it merges no byte pairs, or cuts in a way that is not known here: the ids
+            would be others than the model was taught.
+    """
+    if fields["tokenizer.ggml.model"] != "gpt2":
+        raise CloverError(
+            f"the GGUF file's tokenizer is '{fields['tokenizer.ggml.model']}', only byte-pair "
+            "('gpt2') is read; give a folder in transformers' form instead"
+        )
+    pre = str(fields.get("tokenizer.ggml.pre", ""))
+    if pre not in known:
+        raise CloverError(
+            f"{name} cuts text by tokenizer.ggml.pre '{pre}', and {', '.join(known)} are known "
+            "here; give a folder in transformers' form instead"
+        )
+    return known[pre]
+
+
+def _rope(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return transformers' rotary settings.
+
+    Raises:
+        CloverError: positions are stretched in another way than evenly.
+    """
+    found = {"rope_type": "default", "rope_theta": fields.get(f"{kind}.rope.freq_base", 10000.0)}
+    # A file of before `rope.scaling` says `scale_linear`.
+    old = fields.get(f"{kind}.rope.scale_linear")
+    scaling = fields.get(f"{kind}.rope.scaling.type", "none" if old is None else "linear")
+    if scaling == "none":
+        return found
+    if scaling != "linear":
+        raise CloverError(
+            f"the GGUF file stretches its positions by rope.scaling.type '{scaling}', only "
+            "'linear' is read; give a folder in transformers' form instead"
+        )
+    factor = fields.get(f"{kind}.rope.scaling.factor", 1.0 if old is None else old)
+    return found | {"rope_type": "linear", "factor": float(factor)}
 
 
 def _config(fields: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -129,10 +169,7 @@ def _config(fields: dict[str, Any], kind: str) -> dict[str, Any]:
         "head_dim": value("rope.dimension_count", value("embedding_length") // heads),
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": value("rope.freq_base", 10000.0),
-        },
+        "rope_parameters": _rope(fields, kind),
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
@@ -171,26 +208,26 @@ def _halves_apart(array: Any, num_heads: int) -> Any:
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
-def _save_tokenizer(fields: dict[str, Any], folder: Path, *, is_digits_apart: bool) -> None:
+def _save_tokenizer(fields: dict[str, Any], folder: Path, cut: dict[str, Any]) -> None:
     """Write the byte-pair tokenizer with its special tokens and chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as cuts
     from transformers import PreTrainedTokenizerFast
 
-    if fields["tokenizer.ggml.model"] != "gpt2":
-        raise CloverError(
-            f"the GGUF file's tokenizer is '{fields['tokenizer.ggml.model']}', only byte-pair "
-            "('gpt2') is read; give a folder in transformers' form instead"
-        )
     words: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ", 1)) for pair in fields["tokenizer.ggml.merges"]]
     vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    bytes_apart = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_apart])
-        if is_digits_apart
-        else bytes_apart
-    )
+    is_whole_first = bool(cut.get("ignore_merges"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=is_whole_first))
+    if cut.get("nfc"):
+        tokenizer.normalizer = normalizers.NFC()
+    first: list[Any] = []
+    if cut.get("digits_apart"):
+        first = [cuts.Digits(individual_digits=True)]
+    elif "split" in cut:
+        first = [cuts.Split(Regex(cut["split"]), behavior="isolated")]
+    rest = cuts.ByteLevel(add_prefix_space=False, use_regex="split" not in cut)
+    tokenizer.pre_tokenizer = cuts.Sequence([*first, rest])
     tokenizer.decoder = decoders.ByteLevel()
     control = [
         AddedToken(word, special=True, normalized=False)
