@@ -35,6 +35,7 @@ def test_match_and_similarity_are_the_equations(model: Clover, tiny: Tiny) -> No
     image = bridge.read_image(features)
     vectors = heads.embed_image(bridge.qformer.encode_queries(image).hidden)[0]
     scores, cosines = model.match(tiny.image(), texts), model.similarity([tiny.image()], texts)
+    assert torch.equal(model.similarity(iter([tiny.image()]), texts), cosines)  # type: ignore[arg-type]
     assert cosines.shape == (1, 3) and len(set(scores)) == 3
     for index, text in enumerate(texts):
         tokens = model.tokenizer([text], limit=32)

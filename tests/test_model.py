@@ -253,7 +253,7 @@ def test_arguments_of_another_kind_are_one_line(tiny: Tiny, tiny_model: Path) ->
     for candidates in ([], None, [3]):
         with pytest.raises(CloverError, match=r"candidates is .*; give a list of texts"):
             model.rank(image, QUESTION, candidates)
-    with pytest.raises(CloverError, match="no precision 'float23'; did you mean 'float32'"):
+    with pytest.raises(CloverError, match="no precision 'float23'; known: auto, float32"):
         load(tiny_model, precision="float23")
     with pytest.raises(CloverError, match=r"a Bridge is not called itself.*visual_prefix"):
         model.bridge(features)

@@ -28,7 +28,7 @@ from torch import Tensor
 from clover.aligned import Aligned, check_texts
 from clover.core.assets import resolve, stamp
 from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig, Recipe
-from clover.core.errors import CloverError, nearest
+from clover.core.errors import CloverError
 from clover.core.files import atomic_path, sha256_file
 from clover.core.record import Record
 from clover.core.tensors import open_tensors
@@ -55,7 +55,6 @@ from clover.vision.turned import TurnedEncoder, plain_encoder
 
 ImageLike: TypeAlias = "str | Path | bytes | Image.Image | NDArray[np.uint8]"
 """A path, `slide.svs#x,y,width_um,height_um`, encoded bytes, a PIL image, or RGB [H, W, 3]."""
-_PRECISIONS = ("auto", "float32", "bfloat16")
 _FAMILIAR = "familiarity.safetensors"
 _DETAILS = (
     "key",
@@ -465,9 +464,11 @@ class Clover:
         Raises:
             CloverError: as `ask`, or one image or text alone that is not in a list.
         """
-        if isinstance(images, str | bytes | os.PathLike | Image.Image) or not len(images):
+        is_one = isinstance(images, str | bytes | os.PathLike | Image.Image)
+        found = [] if is_one or getattr(images, "ndim", 0) == 3 else list(images)
+        if not found:
             raise CloverError("images is one image, or none; give a list: [image]")
-        features = torch.cat([self._encode_once(image) for image in images])
+        features = torch.cat([self._encode_once(image) for image in found])
         return self._stage_1().similarity(features, texts)
 
     def features(self, image: ImageLike) -> Tensor:
@@ -628,8 +629,6 @@ def load(
         CloverError: a file is missing, damaged, or does not belong to the named frozen parts; or
             no such precision.
     """
-    if precision not in _PRECISIONS:
-        raise CloverError(f"no precision '{precision}'{nearest(precision, _PRECISIONS)}")
     with LOADING, _drawing_nothing():
         return _load(Path(path), device, precision, beside)
 

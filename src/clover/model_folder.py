@@ -110,6 +110,8 @@ def read_config(path: Path) -> dict[str, Any]:
     lacking = [name for name in ("name", "recipe", "encoder", "language") if name not in config]
     if lacking:
         raise CloverError(f"{path}/config.json lacks '{lacking[0]}': it is not whole")
+    if not isinstance(config["recipe"], dict):
+        raise CloverError(f"{path}/config.json: its recipe is no section of names and values")
     _place(config["recipe"], path)
     _find(config["recipe"], path, config.get(_START))
     return config
@@ -125,10 +127,7 @@ def recipe_of(config: dict[str, Any], path: Path) -> Recipe:
     Raises:
         CloverError: it is no recipe, or a file it names by its path is not there.
     """
-    try:
-        recipe = Recipe.model_validate(config["recipe"])
-    except ValidationError as error:
-        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
+    recipe = named_recipe(config, path)
     for part, field in _NEEDED:
         place = _own_path(getattr(getattr(recipe, part), field))
         if place is not None and not place.exists():
@@ -136,6 +135,19 @@ def recipe_of(config: dict[str, Any], path: Path) -> Recipe:
                 f"{path}/config.json: {part}.{field}: no file {place}{from_here(place)}; put it "
                 f"there, or write the whole path of where it lies under {part}.{field}"
             )
+    return recipe
+
+
+def named_recipe(config: dict[str, Any], path: Path) -> Recipe:
+    """Return the same, whether what it names is at hand or not.
+
+    Raises:
+        CloverError: it is no recipe.
+    """
+    try:
+        recipe = Recipe.model_validate(config["recipe"])
+    except ValidationError as error:
+        raise CloverError(explain_error(error, f"{path}/config.json, its recipe")) from error
     return recipe.within_positions()
 
 
@@ -147,7 +159,8 @@ def _own_path(reference: Any) -> Path | None:
 
 def _relative(recipe: dict[str, Any]) -> dict[tuple[str, str], Path]:
     """Return (section, field) -> path of what a recipe names from the folder a command runs in."""
-    places = {(p, f): _own_path((recipe.get(p) or {}).get(f)) for p, f in _NEEDED}
+    sections = {p: recipe[p] for p, _ in _NEEDED if isinstance(recipe.get(p), dict)}
+    places = {(p, f): _own_path(sections[p].get(f)) for p, f in _NEEDED if p in sections}
     return {
         field: place
         for field, place in places.items()
@@ -165,9 +178,9 @@ def _started_from(recipe: dict[str, Any], path: Path) -> dict[str, str]:
     return {_START: os.path.relpath(Path.cwd(), path.resolve())}
 
 
-def _find(recipe: dict[str, Any], path: Path, start: str | None) -> None:
+def _find(recipe: dict[str, Any], path: Path, start: object) -> None:
     """Write out where files lie that are not in the folder a command runs in, as they were."""
-    if start is None:
+    if not isinstance(start, str):
         return
     for (part, field), place in _relative(recipe).items():
         found = (path.resolve() / start / place).resolve()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clover.cli import cli as main
 from clover.core.errors import CloverError
 from clover.core.files import read_json, write_json
 from clover.model import load, read_config, recipe_of
@@ -110,3 +111,46 @@ def test_load_says_so_too(tiny: Tiny, tmp_path: Path) -> None:
     tiny_clover(tiny.recipe).save(tmp_path)
     with pytest.raises(CloverError, match="no precision 'fp16'"):
         load(tmp_path, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("language", 3), ("encoder", "x"), ("qformer", None), ("", ["x"])]
+)
+def test_a_recipe_that_is_none_is_one_line_with_paths_and_without(
+    made: Path, field: str, value: object
+) -> None:
+    path = made / "runs" / "a" / "model" / "config.json"
+    config = read_json(path)
+    assert config["paths_start"] == "../../.."
+    if field:
+        config["recipe"][field] = value
+    else:
+        config["recipe"] = value
+    write_json(path, config)
+    with pytest.raises(CloverError, match="its recipe"):
+        load(path.parent)
+
+
+@pytest.mark.parametrize("start", [3, ["x"], {}, None])
+def test_a_start_of_paths_that_is_no_text_counts_as_absent(made: Path, start: object) -> None:
+    path = made / "runs" / "a" / "model" / "config.json"
+    write_json(path, {**read_json(path), "paths_start": start})
+    load(path.parent)
+
+
+def test_a_nul_in_a_path_is_one_line(made: Path) -> None:
+    path = made / "runs" / "a" / "model" / "config.json"
+    config = read_json(path)
+    config["recipe"]["language"]["weights"] = "a\0b"
+    write_json(path, config)
+    with pytest.raises(CloverError, match="NUL"):
+        load(path.parent)
+
+
+def test_convert_asks_for_no_part_that_the_target_does_not_hold(made: Path, tmp_path: Path) -> None:
+    shutil.rmtree(made / "parts")
+    with pytest.raises(CloverError, match=r"language\.weights: no file"):
+        load("runs/a/model")
+    out = tmp_path / "lavis.pth"
+    main(["convert", "runs/a/model", str(out), "--to", "lavis"], standalone_mode=False)
+    assert out.exists()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,19 @@ def test_a_file_system_without_locks_trains_as_before(
     assert run_stage("align", tiny, tmp_path / "run").exists()
     monkeypatch.setattr(files, "fcntl", None)  # Windows
     assert run_stage("align", tiny, tmp_path / "other").exists()
+
+
+def test_another_thread_is_another_training(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with held(lock, "trains here"), held(lock, "trains here"), ThreadPoolExecutor(1) as pool:
+
+        def come_in() -> None:
+            with held(lock, "trains here"):
+                pass
+
+        with pytest.raises(CloverError, match="another thread of this process trains here"):
+            pool.submit(come_in).result()
+        assert lock.exists()
+    assert not lock.exists()
+    with held(lock, "trains here"):
+        assert lock.exists()

@@ -15,7 +15,7 @@ from clover.convert.names import QKV_BIAS, from_transformers
 from clover.core.errors import CloverError
 from clover.core.files import read_json
 from clover.core.tensors import Entry, Place, TensorSource, open_tensors
-from clover.model_folder import read_config, recipe_of
+from clover.model_folder import named_recipe, read_config
 from clover.qformer.convert import lavis_name, lavis_name_of
 from clover.vision.family import eva_clip
 
@@ -168,7 +168,7 @@ def _read_clover(path: Path, config: dict[str, Any]) -> Checkpoint:
             found.add(theirs, place)
     folder = path if path.is_dir() else path.parent
     if config:
-        found.recipe = recipe_of(read_config(path), path)
+        found.recipe = named_recipe(read_config(path), path)  # its parts may lie elsewhere
     _recall(found, folder / "convert.json")
     encoder, language = folder / "encoder.safetensors", folder / "language"
     with_parts(

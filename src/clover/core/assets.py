@@ -113,8 +113,10 @@ def parse(reference: str) -> Asset:
     """Parse a reference.
 
     Raises:
-        CloverError: a `wheel://` or `hf://` reference of another form.
+        CloverError: a `wheel://` or `hf://` reference of another form, or a NUL.
     """
+    if "\0" in reference:
+        raise CloverError(f"{reference!r} holds a NUL, which no name of a file does")
     for kind, pattern, form in (
         ("wheel", _WHEEL, "wheel://NAME==VERSION/inside/the/wheel?sha256=HEX"),
         ("hf", _HUB, "hf://ORG/NAME@REVISION/file"),

@@ -220,7 +220,7 @@ class QFormerConfig(Section):
     """A BERT-shaped checkpoint (asset reference) to start from; random when absent."""
     tokenizer: str | None = None
     """The WordPiece `tokenizer.json` that belongs to the checkpoint."""
-    hidden_size: int = Field(768, ge=1)
+    hidden_size: int = Field(768, ge=1, le=1 << 16)
     """Width D of queries and text."""
     num_layers: int = Field(12, ge=1)
     """Transformer layers; a shorter Q-Former takes the checkpoint's first layers."""

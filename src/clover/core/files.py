@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +29,9 @@ _HALF_WRITTEN = ".part"
 _HALF_SIGNS = "backslashreplace"
 """Half a sign has no bytes in UTF-8; it is written as JSON escapes it. Names of files that are not
 UTF-8 hold such, and text that was cut within a sign."""
-_HELD: set[Path] = set()
-"""What this process holds (`held`)."""
+_HELD: dict[Path, int] = {}
+"""What this process holds (`held`), and which of its threads does."""
+_HOLDING = threading.Lock()
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more."""
@@ -161,8 +163,8 @@ def alone(path: Path) -> Iterator[None]:
 def held(path: Path, doing: str) -> Iterator[None]:
     """Keep other processes out of the block; who finds one inside is refused, and waits for nobody.
 
-    A process that is inside may come in again, and one that is killed is out. Where there are no
-    locks, or no file can be made, all come in.
+    A thread that is inside may come in again, and a process that is killed is out. Where there are
+    no locks, or no file can be made, all come in.
 
     Args:
         path: The file that is locked. It is removed at the end, and its folder if that was made
@@ -170,12 +172,27 @@ def held(path: Path, doing: str) -> Iterator[None]:
         doing: What is done there, for the message: `trains in run`.
 
     Raises:
-        CloverError: another process is inside.
+        CloverError: another process, or another thread of this one, is inside.
     """
-    place = path.resolve()
-    if fcntl is None or place in _HELD:
+    place, thread = path.resolve(), threading.get_ident()
+    with _HOLDING:
+        holder = _HELD.get(place)
+        if holder is None and fcntl is not None:
+            _HELD[place] = thread
+    if holder not in (None, thread):
+        raise CloverError(f"another thread of this process {doing}; wait until it has ended")
+    if holder == thread or fcntl is None:
         yield
         return
+    try:
+        with _locked(path, doing):
+            yield
+    finally:
+        del _HELD[place]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, doing: str) -> Iterator[None]:
     is_new_folder, handle = not path.parent.exists(), None
     with contextlib.suppress(OSError):  # nor can anything else be written there: that will be said
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,11 +200,9 @@ def held(path: Path, doing: str) -> Iterator[None]:
     if handle is None:
         yield
         return
-    _HELD.add(place)
     try:
         yield
     finally:
-        _HELD.discard(place)
         with contextlib.suppress(OSError):
             path.unlink()  # before it is let go: afterwards it may be another's
             if is_new_folder:
