@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,18 @@ def test_names_that_start_from_another_folder_are_not_touched(tmp_path: Path) ->
     records = [record("own/images/1.png"), record(""), Record(id="2")]
     out = tmp_path / "t.jsonl"
     assert image_move(records, source=tmp_path / "lists/c.jsonl", out=out) is None
+
+
+def test_where_thousands_lie_elsewhere_no_more_are_looked_for(tmp_path: Path) -> None:
+    read = 0
+
+    def absent() -> Iterator[Record]:
+        nonlocal read
+        for read in range(100_000):
+            yield record(f"{read // 2}.png")
+
+    assert image_move(absent(), source=tmp_path / "own/c.jsonl", out=tmp_path / "t.jsonl") is None
+    assert 4000 < read < 10_000
 
 
 def test_the_way_leads_out_of_the_folder_behind_a_link(tmp_path: Path, picture: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -335,6 +337,29 @@ def test_records_in_another_folder_are_about_the_same_images(tmp_path: Path) -> 
     assert sorted(shown(mixed)) == [rows(fat)[0]["caption"], rows(lung)[0]["caption"]]
 
 
+def test_the_split_does_not_depend_on_the_folder_of_out(tmp_path: Path) -> None:
+    source = tmp_path / "src/q.jsonl"
+    pair = {"question": "What is seen?", "answer": "Fat.", "origin": "x"}
+    names = [f"{number}.png" for number in range(40)]
+    source.parent.mkdir()
+    for name in names:
+        (source.parent / name).write_text(name)
+    lines = [json.dumps({**pair, "id": name, "image": name}) + "\n" for name in names]
+    source.write_text("".join(lines))
+
+    def expected(name: str) -> bool:
+        digest = hashlib.sha256(f"0:{name}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < 0.2 * 2**64
+
+    validation = {name for name in names if expected(name)}
+    assert validation
+    for folder in ("src", "out", "out/deep"):
+        out = tmp_path / folder / "m.jsonl"
+        assert run("instruct", "mix", source, "--out", out, "--val", "0.2") == 0
+        assert {row["id"] for row in rows(out) if row["split"] == "val"} == validation
+        assert set(shown(out)) == set(names)
+
+
 def test_captions_are_found_by_image_from_whichever_folder(tmp_path: Path) -> None:
     lung = in_folder(tmp_path / "pa", "Lung, H&E, with fibrosis.")
     pair = {"id": "1", "question": "Which organ is shown here?", "answer": "Lung.", "origin": "x"}
@@ -424,6 +449,45 @@ def test_a_card_of_something_else_is_named(
     Path(f"{made}.card.json").write_text('{"ledgers": [{"usd": 1}]}')
     assert run("instruct", "mix", made, "--out", tmp_path / "h.jsonl") == 2
     assert "is not a card of filter or mix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("card.json", "is not a card of filter or mix"), ("ledger.sqlite", "is not a ledger")],
+)
+def test_a_broken_card_or_ledger_shows_before_anything_is_sent_or_written(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    made, out = tmp_path / "t.jsonl", tmp_path / "new" / "g.jsonl"
+    assert run("instruct", "template", source, "--out", made) == 0
+    Path(f"{made}.{name}").write_text('{"ledgers": [{"usd": 1}]}')
+    with Running(Endpoint()) as endpoint:
+        blind = ("--blind-endpoint", url(endpoint), "--blind-model", "m")
+        for verb, words in (("filter", blind), ("mix", ())):
+            capsys.readouterr()
+            assert run("instruct", verb, made, "--out", out, *words) == 2
+            assert message in capsys.readouterr().err
+        assert endpoint.requests == 0
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_a_ledger_that_a_relative_path_and_a_card_lead_to_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("captions.csv").write_text("image,caption\na.png,Liver with fatty change.\n")
+    with Running(Endpoint()) as endpoint:
+        words = ("generate", "captions.csv", "--out", "m.jsonl", "--endpoint", url(endpoint))
+        assert run("instruct", *words, "--model", "m", "--price", "1000,2000") == 0
+        spent = (1000 * endpoint.input_tokens + 2000 * endpoint.output_tokens) / 1e6
+    good = os.path.join("..", "work", "good.jsonl")
+    assert run("instruct", "filter", "m.jsonl", "--out", good, "--min-overlap", "0") == 0
+    for files in (("m.jsonl", good), (good, "m.jsonl")):
+        assert run("instruct", "mix", *files, "--out", "h.jsonl", "--no-balance") == 0
+        card = json.loads(Path("h.jsonl.card.json").read_text())
+        assert card["usd"] == pytest.approx(spent, abs=1e-6)
+        assert [row["ledger"] for row in card["ledgers"]] == ["m.jsonl.ledger.sqlite"]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,27 @@ def test_declined_captions_stop_no_later_run_of_a_prompt_that_was_answered(tmp_p
     assert (again.done, again.failed, again.left) == (5, 15, 0)
 
 
+def forbidding(places: range) -> Faulty:
+    return Faulty(
+        fault=lambda _, text: (
+            (400, MODERATED) if any(f"case {place}," in text for place in places) else None
+        )
+    )
+
+
+def test_declined_captions_at_the_head_of_a_file_keep_no_later_run_from_the_others(
+    tmp_path: Path,
+) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 6), tmp_path / "o.jsonl"
+    with Running(forbidding(range(3))) as endpoint:
+        chosen = settings(endpoint, concurrency=1)
+        with pytest.raises(CloverError, match="the same command goes on with the others"):
+            generate_file(source, out=out, settings=chosen)
+        again = generate_file(source, out=out, settings=chosen)
+        assert (again.done, again.failed, again.left) == (3, 3, 0)
+        assert generate_file(source, out=out, settings=chosen).sent == 0
+
+
 def test_half_a_letter_is_stored_as_a_mark_and_paid_once(tmp_path: Path) -> None:
     source, out = captions(tmp_path / "c.jsonl", 5), tmp_path / "o.jsonl"
 

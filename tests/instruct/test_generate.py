@@ -12,6 +12,7 @@ import pytest
 
 from clover.core.errors import CloverError
 from clover.core.record import read_records
+from clover.instruct.caption import Captions, plain_text
 from clover.instruct.generate import GenerateSettings, generate_file, plan_file
 from clover.instruct.ledger import Ledger, ledger_path
 from clover.instruct.prices import Price, estimate_tokens, find_price
@@ -322,3 +323,19 @@ def test_ledger_books_no_attempt_twice(tmp_path: Path) -> None:
             "FROM attempts GROUP BY key"
         ).fetchall()
     assert {(usable, reserved) for _, usable, reserved in rows} == {(1, 0)}
+
+
+def test_where_images_lie_is_found_without_cleaning_the_captions_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleaned = 0
+
+    def counted(text: str) -> str:
+        nonlocal cleaned
+        cleaned += 1
+        return plain_text(text)
+
+    monkeypatch.setattr("clover.instruct.caption.plain_text", counted)
+    (tmp_path / "own").mkdir()
+    source = Captions(captions(tmp_path / "own" / "c.jsonl", 20), out=tmp_path / "o.jsonl")
+    assert (len(list(source)), cleaned) == (20, 20)

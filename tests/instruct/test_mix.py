@@ -9,7 +9,14 @@ import pytest
 
 from clover.core.errors import CloverError
 from clover.core.record import Record
-from clover.instruct.mix import MixSettings, balance_answers, body_part, data_card, mix_records
+from clover.instruct.mix import (
+    MixSettings,
+    balance_answers,
+    body_part,
+    data_card,
+    first_names,
+    mix_records,
+)
 
 
 def records(
@@ -113,6 +120,21 @@ def test_the_split_of_one_kind_of_group_is_by_its_own_name() -> None:
     for rows in (alone, grouped):
         for record in mix_records({"a": rows}, seed=0, settings=settings):
             assert record.split == expected(str(record.group or record.image))
+
+
+def test_a_renamed_image_is_on_the_side_of_its_least_first_name() -> None:
+    before = records("a", 60)
+    after = [r.model_copy(update={"image": f"../x/{r.image}"}) for r in before]
+    others = [r.model_copy(update={"image": f"z/{r.image}"}) for r in before]
+    pairs = [*zip(before, after, strict=True), *zip(others, after, strict=True)]
+    settings = MixSettings(validation_share=0.3)
+
+    def sides(rows: list[Record], names: dict[str, str]) -> list[str | None]:
+        return [r.split for r in mix_records({"a": rows}, settings=settings, names=names)]
+
+    assert sides(after, {}) != sides(before, {})
+    assert first_names(pairs) == first_names(reversed(pairs))
+    assert sides(after, first_names(pairs)) == sides(before, {})
 
 
 def test_seed_decides_and_repeats() -> None:

@@ -34,6 +34,7 @@ from clover.instruct.workers import run_locally, run_under_ray
 
 from .endpoint import Endpoint, Running, url
 from .test_command import run
+from .test_faults import forbidding
 from .test_generate import PRICE, captions, settings
 
 needs_ray = pytest.mark.skipif(
@@ -245,6 +246,43 @@ def test_an_endpoint_that_dies_is_one_line_and_what_arrived_is_kept(tmp_path: Pa
         rest = generate_in_shards(source, out=out, settings=chosen, workers=2, runner=run_here)
         assert rest.done == 40
         assert set(endpoint.answered.values()) == {1}
+
+
+def test_what_a_shard_declines_is_final_where_the_model_answered_elsewhere(tmp_path: Path) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 30), tmp_path / "o.jsonl"
+    with Running(forbidding(range(1, 9))) as endpoint:
+        chosen = settings(endpoint, concurrency=3)
+        words = {"out": out, "settings": chosen, "workers": 3, "runner": run_here}
+        first = generate_in_shards(source, **words)
+        assert (first.done, first.failed, first.left) == (22, 8, 0)
+        assert generate_in_shards(source, **words).sent == 0
+
+
+def test_what_was_declined_before_any_shard_was_answered_is_final_afterwards(
+    tmp_path: Path,
+) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 30), tmp_path / "o.jsonl"
+    with Running(forbidding(range(10))) as endpoint:
+        chosen = settings(endpoint, concurrency=30)  # some stand alone in their shard
+        words = {"out": out, "settings": chosen, "workers": 30, "runner": run_here}
+        first = generate_in_shards(source, **words)
+        assert (first.done, first.failed, first.left) == (20, 10, 0)
+        assert generate_in_shards(source, **words).sent == 0
+
+
+def test_declined_captions_at_the_head_of_a_shard_keep_no_later_run_from_the_others(
+    tmp_path: Path,
+) -> None:
+    source, out = captions(tmp_path / "c.jsonl", 16), tmp_path / "o.jsonl"
+    with Running(forbidding(range(8))) as endpoint:
+        chosen = settings(endpoint, concurrency=1)
+        words = {"out": out, "settings": chosen, "workers": 1, "runner": run_here}
+        with pytest.raises(CloverError, match="the same command goes on with the others"):
+            generate_in_shards(source, **words)
+        for _ in range(2):
+            with contextlib.suppress(CloverError):
+                last = generate_in_shards(source, **words)
+        assert (last.done, last.failed, last.left) == (8, 8, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ In: the records of one file, and the file they go to. Out: how images are named 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from clover.core.record import Record
 
 Move = Callable[[Record], Record]
+_MOST_NAMES = 4096
+"""Names looked for; where so many lie elsewhere, a million more need not be asked for."""
 
 
 def image_move(records: Iterable[Record], *, source: Path, out: Path) -> Move | None:
@@ -21,18 +24,20 @@ def image_move(records: Iterable[Record], *, source: Path, out: Path) -> Move | 
     else two files about one image would be two groups.
 
     Args:
-        records: Of `source`; read until the first whose image lies where its name says.
+        records: Of `source`; read until the first whose image lies where its name says, or until
+            4,096 images were looked for.
         source: The file they stand in.
         out: The file they go to.
 
     Returns:
-        The function; in the same folder it changes nothing. None where no image lies as seen from
-        the folder of `source`: the names start from a folder that only the user knows (--images).
+        The function; in the same folder it changes nothing. None where none of these images lies as
+        seen from the folder of `source`: the names start from a folder that only the user knows
+        (--images).
     """
     if os.path.realpath(source.parent) == os.path.realpath(out.parent):
         return lambda record: record
     folder = str(source.parent)
-    if not any(_lies_in(folder, record.image) for record in records):
+    if not any(_lies_in(folder, name) for name in itertools.islice(_names(records), _MOST_NAMES)):
         return None
     folder, start = _ends(folder, str(out.parent))
 
@@ -51,10 +56,18 @@ def image_move(records: Iterable[Record], *, source: Path, out: Path) -> Move | 
     return move
 
 
-def _lies_in(folder: str, image: str | None) -> bool:
+def _names(records: Iterable[Record]) -> Iterator[str]:
+    """Yield the relative names of images, each once."""
+    seen: set[str] = set()
+    for record in records:
+        image = record.image
+        if image and image not in seen and not os.path.isabs(image):
+            seen.add(image)
+            yield image
+
+
+def _lies_in(folder: str, image: str) -> bool:
     """Return whether a relative name leads to a file; behind its last # may stand a region."""
-    if not image or os.path.isabs(image):
-        return False
     slide = image.rpartition("#")[0]
     return any(os.path.isfile(os.path.join(folder, name)) for name in (image, slide) if name)
 

@@ -65,7 +65,7 @@ class Asker:
         self._done = self._failures_in_a_row = 0
         # What was declined before anything succeeded: it may be the request's form, not a caption.
         self._doubtful: dict[str, str] = {}
-        self._is_trusted = ledger.has_reply(settings.model, prompt)
+        self._is_trusted = settings.is_trusted or ledger.has_reply(settings.model, prompt)
 
     async def ask(self, request: Request) -> None:
         """Ask until there is a usable reply; book a failure with its reason otherwise.
@@ -91,7 +91,8 @@ class Asker:
                 self._doubtful[request.key] = reason
                 if len(self._doubtful) >= _DECLINED_AT_START:
                     raise Stop(
-                        f"{self._client.endpoint} declines every request ({error})"
+                        f"{self._client.endpoint} declines every request so far ({error}); if it "
+                        "is these captions, the same command goes on with the others"
                     ) from error
         except Unusable as error:
             self._ledger.fail(request.key, str(error), is_final=True)

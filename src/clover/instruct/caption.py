@@ -113,7 +113,9 @@ class Captions:
     def _move(self) -> Move | None:
         if self.out is None:
             return None
-        records = (item for item in self._items() if isinstance(item, Record))
+        # As they stand: cleaning is most of a pass, and has no bearing on where images lie.
+        items = (item for _, item in numbered_records(Path(self.path), "caption"))
+        records = (item for item in items if isinstance(item, Record))
         return image_move(records, source=Path(self.path), out=self.out)
 
     @property

@@ -259,6 +259,9 @@ def filter_file(
         raise CloverError(f"--min-overlap {min_overlap:g} is not between 0 and 1")
     asking = _blind_settings(**blind)
     check_out(out, *filter(None, (file, captions, review)), beside=(*_REJECTED, "card.json"))
+    # Of generating; the blind test's own ledger lies beside `out`. What is no card or ledger shows
+    # here, before anything is asked and paid.
+    costs = ledgers_of([file], out=out)
     records = read_records(file, needs="question")
     found = _moved(records, out)
     by_image = None if captions is None else _captions(captions, records, found, out)
@@ -279,7 +282,6 @@ def filter_file(
     rejected_file = Path(f"{out}.rejected.jsonl")
     rejected_file.unlink(missing_ok=True)
     write_rejected(rejected_file, rejected)
-    costs = ledgers_of([file], out=out)  # of generating; the blind test's own lies beside `out`
     card = {"records": len(kept), "rejected": dict(rule_counts(rejected).most_common())}
     write_json(card_path(out), {**card, "usd": total_usd(costs), "ledgers": costs})
     total = len(kept) + len(rejected)
@@ -413,9 +415,10 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
     from clover.core.files import check_out, write_json
     from clover.core.record import read_records, write_records
     from clover.instruct.costs import card_path, ledgers_of
-    from clover.instruct.mix import MixSettings, data_card, mix_records
+    from clover.instruct.mix import MixSettings, data_card, first_names, mix_records
 
     check_out(out, *files, beside=("card.json",))
+    costs = ledgers_of(files, out=out)  # what is no card or ledger shows before anything is written
     shares = _shares(share)  # before the files are read: they may be large
     sets: dict[str, RecordSet] = {}
     for file in files:
@@ -430,10 +433,15 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
         balance=not options["no_balance"],
     )
     sources = {name: _moved(found, out) for name, found in sets.items()}
-    mixed = mix_records(sources, shares=shares, seed=seed, settings=settings)
+    names = first_names(
+        pair
+        for name, found in sets.items()
+        for pair in zip(found.records, sources[name], strict=True)
+    )
+    mixed = mix_records(sources, shares=shares, seed=seed, settings=settings, names=names)
     write_records(out, mixed)
     counts = {name: len(records) for name, records in sources.items()}
-    card = data_card(mixed, sources=counts, costs=ledgers_of(files, out=out), seed=seed)
+    card = data_card(mixed, sources=counts, costs=costs, seed=seed)
     write_json(card_path(out), card)
     click.echo(f"{len(mixed):,} instructions -> {out}; data card: {card_path(out)}")
     for name in ("origin", "answer_type", "yes_no", "split"):

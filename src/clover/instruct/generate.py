@@ -69,6 +69,8 @@ class GenerateSettings:
     """Ask again also about captions that failed for good."""
     any_language: bool = False
     """Keep captions that do not read as English."""
+    is_trusted: bool = False
+    """The model has answered this prompt, as another ledger says: what it declines, it declines."""
     batch: BatchSettings | None = None
     """Use the Batch API: half the price, an answer within a day."""
 
@@ -287,7 +289,7 @@ def open_job(out: Path, settings: GenerateSettings) -> Iterator[Job]:
 async def ask_all(records: Iterable[Record], *, job: Job, advance: Advance) -> None:
     """Ask about every record with bounded concurrency; the first request goes alone."""
     settings = job.settings
-    stream = iter(records)
+    stream = declined_last(records, job)
     async with Client(
         job.endpoint, key=job.key, timeout_s=settings.timeout_s, concurrency=settings.concurrency
     ) as client:
@@ -332,6 +334,24 @@ async def ask_all(records: Iterable[Record], *, job: Job, advance: Advance) -> N
             raise CloverError(str(next(_leaves(stops)))) from None
         finally:
             job.sent = asker.sent
+
+
+def declined_last(records: Iterable[Record], job: Job) -> Iterator[Record]:
+    """Yield records, at the end those that were declined before the model answered anything.
+
+    Else the same few at the head of a file would stop every run before it gets to the others.
+    """
+    declined = job.ledger.open_declined(job.settings.model, job.prompt_identity)
+    if not declined:  # all but always; a key a record would be for nothing
+        yield from records
+        return
+    last = []
+    for record in records:
+        if _key(record, job) in declined:
+            last.append(record)
+        else:
+            yield record
+    yield from last
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:

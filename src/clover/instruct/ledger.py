@@ -48,6 +48,9 @@ CREATE TABLE IF NOT EXISTS batches (
 CREATE TABLE IF NOT EXISTS merged (name TEXT PRIMARY KEY);
 """
 _OUTCOME = ("outcome", "reason", "is_final", "reply", "finish_reason")
+_OPEN_DECLINED = (
+    "model = ? AND prompt = ? AND outcome = 'failed' AND NOT is_final AND reason LIKE 'declined:%'"
+)
 _ATTEMPT = (
     *("key", "day", "model", "endpoint", "state", "batch"),
     *("worst_input", "worst_output", "worst_usd", "input_price", "output_price"),
@@ -305,6 +308,15 @@ class Ledger:
             (reason[:300], is_final, key),
         )
 
+    def close_declined(self) -> None:
+        """Make final what a model declined that has answered the same prompt by now."""
+        answered = self._db.execute(
+            "SELECT DISTINCT model, prompt FROM requests WHERE outcome = 'done'"
+        ).fetchall()
+        with self._transaction():
+            for names in answered:
+                self._db.execute(f"UPDATE requests SET is_final = 1 WHERE {_OPEN_DECLINED}", names)
+
     def recover(self) -> list[str]:
         """Book what a killed process left in flight as lost; return the keys."""
         rows = self._db.execute(
@@ -371,6 +383,11 @@ class Ledger:
             (model, prompt),
         )
         return found.fetchone() is not None
+
+    def open_declined(self, model: str, prompt: str) -> set[str]:
+        """Return the keys of what was declined and may be asked again."""
+        rows = self._db.execute(f"SELECT key FROM requests WHERE {_OPEN_DECLINED}", (model, prompt))
+        return {str(key) for (key,) in rows}
 
     def totals(self) -> Totals:
         """Return the sums over the whole ledger."""

@@ -47,4 +47,7 @@ def remove_shards(ledger: Ledger, out: Path) -> None:
     """
     for path in unmerged_shards(out):
         merge_shard(ledger, path)
+    if shards_folder(out).exists():
+        # A shard that was answered nothing cannot know that others were.
+        ledger.close_declined()
     shutil.rmtree(shards_folder(out), ignore_errors=True)

@@ -42,6 +42,7 @@ def mix_records(
     shares: Mapping[str, float] | None = None,
     seed: int = 0,
     settings: MixSettings | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Record]:
     """Mix sources into one set.
 
@@ -52,6 +53,7 @@ def mix_records(
             used twice: the scarcest source decides the size.
         seed: Decides which records are taken, their order and the split.
         settings: Caps, balance and split.
+        names: Of `first_names`, where images were renamed: the split goes by what they were called.
 
     Returns:
         The records with `split` set where a validation share is asked for, and unique ids.
@@ -79,7 +81,7 @@ def mix_records(
         # Caps may have tilted it again.
         chosen = balance_answers(chosen)
     rng.shuffle(chosen)
-    return _unique_ids(_split(chosen, settings.validation_share, seed))
+    return _unique_ids(_split(chosen, settings.validation_share, seed, names or {}))
 
 
 def _check_settings(settings: MixSettings) -> None:
@@ -179,18 +181,40 @@ def _cap_body_parts(records: list[Record], share: float) -> list[Record]:
     return kept
 
 
-def _split(records: list[Record], share: float, seed: int) -> list[Record]:
+def first_names(pairs: Iterable[tuple[Record, Record]]) -> dict[str, str]:
+    """Return what groups were called before their records were renamed, by what they are now.
+
+    Args:
+        pairs: A record as it stood in its file, and as it is now. Of several names that became one
+            the least counts, whatever the order.
+    """
+    names: dict[str, str] = {}
+    for before, after in pairs:
+        name, group = _group(before), _group(after)
+        names[group] = min(name, names.get(group, name))
+    return names
+
+
+def _split(
+    records: list[Record], share: float, seed: int, names: Mapping[str, str]
+) -> list[Record]:
     """Mark whole groups as val by a hash of their name: more data never moves a group.
 
     Where one source gives an image a group and another gives it none, or another group, what hangs
-    together is one group, by the least of their names.
+    together is one group, by the least of their names. A name counts as it stood in its file
+    (`names`): where the set is written to must not decide what is validated on.
     """
     if share == 0:
         return records
-    names = _joined_groups(records)
+    joined = _joined_groups(records)
+    least: dict[str, str] = {}
+    for group, component in joined.items():
+        name = names.get(group, group)
+        least[component] = min(name, least.get(component, name))
 
     def split(record: Record) -> str:
-        digest = hashlib.sha256(f"{seed}:{names[_group(record)]}".encode()).digest()
+        name = least[joined[_group(record)]]
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         return "val" if int.from_bytes(digest[:8], "big") < share * 2**64 else "train"
 
     return [record.model_copy(update={"split": split(record)}) for record in records]

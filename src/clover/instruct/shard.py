@@ -36,6 +36,7 @@ from clover.instruct.generate import (
     Job,
     ask_all,
     budget_reached,
+    declined_last,
     generate_from,
     open_job,
     write_output,
@@ -186,7 +187,7 @@ class _Rounds:
     def _to_ask(self, *, again: bool = True) -> Iterator[tuple[Record, str]]:
         """Yield what has no reply yet; with `again` also what failed before, for now."""
         settings, ledger = self._job.settings, self._job.ledger
-        for record in self._source:
+        for record in declined_last(self._source, self._job):
             request = build_request(self._job.prompt, record.caption or "", model=settings.model)
             may_ask = ledger.may_ask(request.key, retry_failed=settings.retry_failed)
             if may_ask and (again or ledger.reason(request.key) is None):
@@ -225,6 +226,8 @@ class _Rounds:
             budget_usd=budget,
             concurrency=max(1, settings.concurrency // at_once),
             limit=None,
+            # A shard's ledger is empty: it cannot know by itself.
+            is_trusted=self._job.ledger.has_reply(settings.model, self._job.prompt_identity),
         )
 
     def _run_round(self, shards: list[Shard]) -> tuple[int, bool]:
