@@ -66,7 +66,11 @@ def text_files_of(path: Path) -> list[Path]:
     Raises:
         CloverError: see `files_of`.
     """
-    return [file for file in files_of(path) if not _BINARY.intersection(file.suffixes[-2:])]
+    return [
+        file
+        for file in files_of(path)
+        if not _BINARY.intersection(suffix.lower() for suffix in file.suffixes[-2:])
+    ]
 
 
 def read_lines(path: Path) -> Iterator[Line]:
