@@ -162,6 +162,26 @@ def test_what_json_can_say_and_python_cannot_hold_is_set_aside(odd: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("image;caption, long", ["image", "caption, long"]),
+        ("image;caption;text, a, b, c", ["image", "caption", "text, a, b, c"]),
+        ("site, or none;Caption;stain", ["site, or none", "caption", "stain"]),
+        ("image,caption;long", ["image", "caption;long"]),
+        ("one;two,three", ["one;two", "three"]),
+    ],
+)
+def test_a_sign_inside_a_name_does_not_cut_a_table(
+    header: str, columns: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    sign = ";" if "".join(columns).count(";") < header.count(";") else ","
+    path.write_text(f"{header}\n{sign.join('abcdef'[: len(columns)])}\n")
+    (record,) = read_records(path).records
+    assert set(record.row()) == {"id", *columns}
+
+
+@pytest.mark.parametrize(
     ("name", "words"),
     [
         ("t.parquet", r"a '\.parquet' file; here one file is read .* clover data import records"),

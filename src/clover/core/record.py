@@ -139,7 +139,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise _no_reader(path)
     try:
         if kind in {".csv", ".tsv"}:
-            yield from table_rows(path)
+            yield from table_rows(path, NAMES)
         elif kind == ".json":
             yield from enumerate(_json_list(path), start=1)
         else:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from clover.core.errors import CloverError
 from clover.core.parquet import parquet_rows
+from clover.core.record import NAMES
 from clover.core.table import table_rows
 from clover.core.text_file import open_text
 from clover.data.unpickle import read_pickle
@@ -90,7 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
-            yield from table_rows(path)
+            yield from table_rows(path, NAMES)
         elif kind in (".jsonl", ".ndjson"):
             yield from _json_lines(path)
         elif kind == ".json":
