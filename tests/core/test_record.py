@@ -109,11 +109,13 @@ def test_a_row_with_more_cells_than_its_header_is_set_aside_whole(tmp_path: Path
 @pytest.mark.parametrize(
     ("row", "caption", "answer", "group"),
     [
-        ({"Caption": "ours", "text": "theirs"}, "ours", None, None),
+        ({"Caption": "a title", "text": "theirs"}, "theirs", None, None),
         ({"Text": "theirs", "Label": 3, "Group": 7}, "theirs", None, None),
         ({"A": "Bone", "B": "Fat", "Answer": "Fat"}, None, "Fat", None),
         ({"A": "Bone", "B": "Fat"}, None, None, None),  # choices
         ({"a": "Fat", "GROUP": "case 7"}, None, "Fat", "case 7"),
+        ({"Caption": "Fat", "Label": "tumour", "Response": "none"}, "Fat", None, None),  # classes
+        ({"Caption": "Fat", "Answer_Type": "x"}, "Fat", None, None),
     ],
 )
 def test_columns_in_capitals_are_ours_where_they_hold_text(
@@ -127,12 +129,65 @@ def test_columns_in_capitals_are_ours_where_they_hold_text(
     assert (record.caption, record.answer, record.group) == (caption, answer, group)
 
 
+def test_an_exact_synonym_comes_before_our_name_in_capitals(tmp_path: Path) -> None:
+    row = {"Caption": "Short title", "text": "Liver with fat", "ID": "1", "uuid": "u1"}
+    (record,) = read_records(write_rows(tmp_path / "t.jsonl", [row])).records
+    assert (record.id, record.caption) == ("u1", "Liver with fat")
+    (capitals,) = read_records(write_rows(tmp_path / "t.jsonl", [{"ID": "1", "Text": "b"}])).records
+    assert (capitals.id, capitals.caption) == ("1", "b")
+
+
+@pytest.mark.parametrize(("written", "read"), [("CLOSED", "closed"), ("Open", "open"), ("x", None)])
+def test_an_answer_type_in_capitals_is_ours_where_it_reads_so(
+    written: str, read: str | None, tmp_path: Path
+) -> None:
+    row = {"id": "1", "Answer": "yes", "Answer_Type": written}
+    found = read_records(write_rows(tmp_path / "t.jsonl", [row]))
+    assert [record.answer_type for record in found.records] == [read] and not found.rejected
+    assert found.records[0].row().get("Answer_Type") == (None if read else written)
+
+
+@pytest.mark.parametrize("odd", ["[" * 50_000 + "]" * 50_000, "9" * 5000])
+def test_what_json_can_say_and_python_cannot_hold_is_set_aside(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text(f'{{"id": "1", "caption": "fat"}}\n{{"id": {odd}}}\n')
+    found = read_records(path)
+    assert [record.id for record in found.records] == ["1"]
+    assert [(row.line, row.reason) for row in found.rejected] == [(2, "not a JSON object")]
+    whole = tmp_path / "c.json"
+    whole.write_text(f'[{{"id": {odd}}}]')
+    with pytest.raises(CloverError, match=r"c\.json is not JSON") as said:
+        read_records(whole)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("image;caption, long", ["image", "caption, long"]),
+        ("image;caption;text, a, b, c", ["image", "caption", "text, a, b, c"]),
+        ("site, or none;Caption;stain", ["site, or none", "caption", "stain"]),
+        ("image,caption;long", ["image", "caption;long"]),
+        ("one;two,three", ["one;two", "three"]),
+    ],
+)
+def test_a_sign_inside_a_name_does_not_cut_a_table(
+    header: str, columns: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    sign = ";" if "".join(columns).count(";") < header.count(";") else ","
+    path.write_text(f"{header}\n{sign.join('abcdef'[: len(columns)])}\n")
+    (record,) = read_records(path).records
+    assert set(record.row()) == {"id", *columns}
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("t.parquet", r"a '\.parquet' file; here one file is read .* clover data import records"),
         ("t.csv.gz", r"a '\.gz' file; here one file is read .* clover data import records"),
         ("t.xlsx", r"no reader for '\.xlsx'; known: \.jsonl, .*\.csv, \.tsv$"),
+        ("a b.pkl", r"clover data import records '\S*/a b\.pkl' --out F\.jsonl$"),
         ("folder", r"is a folder; here one file is read .* clover data import records"),
     ],
 )

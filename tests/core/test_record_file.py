@@ -57,6 +57,10 @@ CHANGES: list[dict[str, Any]] = [
     {"id": "twice", "caption": "another"},
     {"caption": None, "Caption": "Fat", "Magnification": 3},
     {"answer": "some", "answer_type": None, "Answer_Type": "CLOSED"},
+    {"caption": None, "Caption": "Title", "text": "Fat"},
+    {"answer": None, "Answer": "no"},
+    {"answer": None, "Label": "tumour"},
+    {"answer_type": None, "Answer_Type": "x"},
     {"Group": 3, "GROUP": "case", "Label": 4},
     {"answer": None, "label": 3},
     {"caption": "Größe", "site": "in Windows-1252"},
@@ -119,10 +123,12 @@ def test_windows_1252_is_read_at_its_places(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
 def test_lines_without_places_of_their_own_are_refused(encoding: str, tmp_path: Path) -> None:
-    path = tmp_path / "c.jsonl"
+    path = tmp_path / "c d.jsonl"
     path.write_bytes((json.dumps({"id": "1", **GOOD}) + "\n").encode(encoding))
     for read in (open_records, lambda file: list(stream_records(file))):
-        with pytest.raises(CloverError, match=r"is UTF-.*save it as UTF-8: clover data import"):
+        with pytest.raises(
+            CloverError, match=r"is UTF-.*as UTF-8: clover data import records '\S*/c d"
+        ):
             read(path)
 
 

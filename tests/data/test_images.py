@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,23 @@ def test_a_flat_folder_of_two_names_is_given_to_neither(tmp_path: Path) -> None:
     found, summary = pictures(table(tmp_path / "t.jsonl", "a/1.png", "b/1.png", "a/2.png"), root)
     assert found == {"a/2.png": "flat/2.png"}
     assert summary.rejected == {"ambiguous image name": 2} and summary.num_records == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("packs", [files, packed])
+def test_names_from_other_machines_that_end_with_the_whole_path_are_one_picture(
+    packs: Callable[..., Path], order: int, tmp_path: Path
+) -> None:
+    root = packs(tmp_path / "r.zip", "images/0.png")
+    names = ["/mnt/a/images/0.png", "images/0.png", "C:\\x\\images\\0.png", "/home/b/images/0.png"]
+    for chosen in (names[::order], [names[0], names[3]][::order]):
+        found, summary = pictures(table(tmp_path / "t.jsonl", *chosen), root)
+        assert found == dict.fromkeys(chosen, "r.zip/images/0.png") and not summary.rejected
+    # Another folder's is still no stand-in, and a part of a folder's name is another folder.
+    chosen = ["/mnt/a/images/0.png", "/mnt/other/0.png", "/mnt/my-images/0.png"][::order]
+    found, _ = pictures(table(tmp_path / "t.jsonl", *chosen), root)
+    assert found.pop("/mnt/a/images/0.png") == "r.zip/images/0.png"
+    assert set(found.values()) <= {"none"}
 
 
 def embedded(path: Path, *cells: tuple[str | None, bytes]) -> Path:

@@ -17,6 +17,7 @@ import pytest
 from clover.cli import main
 from clover.core.errors import CloverError
 from clover.data.importer import import_file
+from clover.data.lines import text_files_of
 from clover.data.source.base import Options
 
 QUILT = ["caption", "image_path", "subset", "split", "pathology"]
@@ -237,6 +238,12 @@ def test_a_cut_text_is_set_aside_and_does_not_hide_the_form(tmp_path: Path) -> N
     assert summary.rejected == {"more cells than the header: quote texts that hold commas": 1}
     (aside,) = read(tmp_path / "out.jsonl.rejected.jsonl")
     assert aside["line"] == 2 and aside["content"][1:3] == ["What", " if any"]
+
+
+@pytest.mark.parametrize("name", ["X.PARQUET", "x.Pkl.GZ", "x.parquet"])
+def test_a_binary_file_is_not_looked_over_as_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\xff\n")
+    assert text_files_of(tmp_path / name) == []
 
 
 @pytest.mark.parametrize("ending", [".csv", ".csv.gz"])

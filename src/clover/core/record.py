@@ -8,12 +8,13 @@ column is kept.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -26,7 +27,8 @@ from clover.core.text_file import open_text
 AnswerType = Literal["open", "closed"]
 Needs = Literal["caption", "question", "any"]
 
-# What other people call our columns, in small letters or large. The first that is present is taken.
+# What other people call our columns. The first that is present is taken, and one in other capitals
+# only after all of them: replies that were paid for are found again by a record's id and words.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "id": ("question_id", "qid", "uuid"),
     "image": ("image_path", "path", "img", "file", "filename", "file_name", "image_file"),
@@ -78,7 +80,9 @@ class Record(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-NAMES = frozenset((*Record.model_fields, *(name for names in SYNONYMS.values() for name in names)))
+_OURS = tuple(Record.model_fields)
+NAMES = frozenset((*_OURS, *(name for names in SYNONYMS.values() for name in names)))
+"""Our columns and what other people call them."""
 
 
 @dataclass(frozen=True)
@@ -135,25 +139,30 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise _no_reader(path)
     try:
         if kind in {".csv", ".tsv"}:
-            yield from table_rows(path)
+            yield from table_rows(path, NAMES)
         elif kind == ".json":
-            with open_text(path) as handle:
-                rows = json.load(handle)
-            if not isinstance(rows, list):
-                raise CloverError(f"{path} is not a JSON list of records; use .jsonl or a list")
-            yield from enumerate(rows, start=1)
+            yield from enumerate(_json_list(path), start=1)
         else:
             with open_text(path) as handle:
                 for line, text in enumerate(handle, start=1):
                     if text.strip():
                         try:
                             yield line, json.loads(text)
-                        except json.JSONDecodeError:
+                        except (ValueError, RecursionError):
                             yield line, text[:200]
     except FileNotFoundError as error:
         raise CloverError(f"no file {path}") from error
-    except json.JSONDecodeError as error:
-        raise CloverError(f"{path} is not JSON: {error}") from error
+
+
+def _json_list(path: Path) -> list[Any]:
+    with open_text(path) as handle:
+        try:
+            rows = json.load(handle)
+        except (ValueError, RecursionError) as error:
+            raise CloverError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise CloverError(f"{path} is not a JSON list of records; use .jsonl or a list")
+    return rows
 
 
 def _begins_as_lines(path: Path) -> bool:
@@ -170,26 +179,31 @@ def _no_reader(path: Path) -> CloverError:
     what = "a folder" if path.is_dir() else f"a '{path.suffix}' file"
     return CloverError(
         f"{path} is {what}; here one file is read ({known}): "
-        f"clover data import records {path} --out F.jsonl"
+        f"clover data import records {shlex.quote(str(path))} --out F.jsonl"
     )
 
 
 @lru_cache(maxsize=256)
 def _stand_ins(columns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Return which columns of a row may hold each of ours, the first choice first."""
-    found = {
-        ours: tuple(
-            column
-            for name in (ours, *SYNONYMS.get(ours, ()))
-            for column in columns
-            if column != ours
-            and isinstance(column, str)
-            # A lone A is a choice of four, not an answer.
-            and (column == name or (len(name) > 1 and column.lower() == name))
-        )
-        for ours in Record.model_fields
-    }
+    found = {ours: (*_exact(ours, columns), *_variants(ours, columns)) for ours in _OURS}
     return {ours: others for ours, others in found.items() if others}
+
+
+def _exact(ours: str, columns: tuple[str, ...]) -> list[str]:
+    return [name for name in SYNONYMS.get(ours, ()) if name in columns]
+
+
+def _variants(ours: str, columns: tuple[str, ...]) -> list[str]:
+    """Return the columns that are a name of ours but for their capitals."""
+    # A Label may be a class and a lone A is a choice of four: neither is an answer.
+    names = (ours,) if ours == "answer" else (ours, *SYNONYMS.get(ours, ()))
+    return [
+        column
+        for name in names
+        for column in columns
+        if len(name) > 1 and isinstance(column, str) and column != name and column.lower() == name
+    ]
 
 
 def holds_other_case(columns: Iterable[str]) -> bool:
@@ -202,12 +216,18 @@ def _rename(row: dict[str, Any]) -> dict[str, Any]:
         if row.get(ours) in (None, ""):
             for other in others:
                 value = row.get(other)
-                # Group: 3 in capitals is somebody's own column, not our text.
-                is_ours = other in NAMES or ours == "id" or isinstance(value, str)
-                if value not in (None, "") and is_ours:
+                if value not in (None, "") and (other in NAMES or _is_ours(ours, value)):
                     row[ours] = row.pop(other)
                     break
     return {key: value for key, value in row.items() if value is not None and value != ""}
+
+
+def _is_ours(ours: str, value: Any) -> bool:
+    """Return whether a column in other capitals is ours by its value."""
+    if ours == "answer_type":
+        return isinstance(value, str) and value.lower() in get_args(AnswerType)
+    # Group: 3 in capitals is somebody's own column, not our text.
+    return ours == "id" or isinstance(value, str)
 
 
 def _problem(record: Record, needs: Needs) -> str | None:

@@ -320,7 +320,7 @@ def _check_encoding(path: Path, start: bytes) -> None:
     if encoding := encoding_of(start):
         raise CloverError(
             f"{path} is {encoding.upper()}; save it as UTF-8: "
-            f"clover data import records {path} --out F.jsonl"
+            f"clover data import records {shlex.quote(str(path))} --out F.jsonl"
         )
 
 

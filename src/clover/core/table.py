@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,18 @@ class Misfit:
     cells: list[str]
 
 
-def table_rows(path: Path) -> Iterator[tuple[int, Cells | Misfit]]:
+def table_rows(path: Path, known: Collection[str]) -> Iterator[tuple[int, Cells | Misfit]]:
     """Yield every row under the names of the header, counted from 2; what lacks is None.
 
-    Separated by what the file's ending says; where the header has no such sign, by a semicolon,
-    tab or comma, whichever it has. A column without a name is pandas' row number, and left out.
-    Empty cells beyond the header are a spreadsheet's; full ones are most often a text that was cut
-    at its commas, and the row is a `Misfit`.
+    Separated by that of comma, semicolon and tab which sets most known names of the header free;
+    of equals by what the file's ending says, or, where the header has none of it, by whichever it
+    has. A column without a name is pandas' row number, and left out. Empty cells beyond the header
+    are a spreadsheet's; full ones are most often a text that was cut at its commas, and the row is
+    a `Misfit`.
+
+    Args:
+        path: The file.
+        known: Names of columns in small letters; they tell a separator from a sign in a name.
 
     Raises:
         CloverError: the file is no table.
@@ -39,7 +44,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, Cells | Misfit]]:
     with open_text(path, newline="") as handle:
         first = next((line for line in handle if line.strip()), "")
         try:
-            separator = _separator(first, own)
+            separator = _separator(first, own, known)
             reason = f"more cells than the header: quote texts that hold {_SEPARATORS[separator]}"
             rows = csv.reader(itertools.chain([first], handle), delimiter=separator)
             header = [name.strip() for name in next(rows, [])]
@@ -54,10 +59,12 @@ def table_rows(path: Path) -> Iterator[tuple[int, Cells | Misfit]]:
             raise CloverError(f"{path} is not CSV ({error})") from error
 
 
-def _separator(header: str, own: str) -> str:
-    """Return the file's own separator, or the one that cuts its header where that does not."""
+def _separator(header: str, own: str, known: Collection[str]) -> str:
+    """Return what sets most known names free; else the file's own, or what cuts its header."""
 
-    def count(separator: str) -> int:
-        return len(next(csv.reader([header], delimiter=separator), []))
+    def fit(separator: str) -> tuple[int, bool, int]:
+        names = next(csv.reader([header], delimiter=separator), [])
+        num_known = sum(name.strip().lower() in known for name in names)
+        return num_known, separator == own and len(names) > 1, len(names)
 
-    return own if count(own) > 1 else max((own, *_SEPARATORS), key=count)
+    return max((own, *_SEPARATORS), key=fit)

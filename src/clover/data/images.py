@@ -180,7 +180,11 @@ class ImageFinder:
         Of slide_1/7.png and slide_2/7.png one may have lost its picture: the other's is not its.
         """
         key = f"{place.archive}:{place.name}"
-        is_guess = "/" in plain and not f"/{place.name}".endswith(f"/{plain.lstrip('/')}")
+        is_guess = (
+            "/" in plain
+            and not f"/{place.name}".endswith(f"/{plain.lstrip('/')}")
+            and not self._ends_with_all(plain, place)
+        )
         if is_guess:
             is_other = self._guesses.is_new(f"{key}\n{plain}") and not self._guessed.is_new(key)
             is_claimed = is_other or key in self._named
@@ -195,6 +199,18 @@ class ImageFinder:
             # A region of a slide stays named behind its path.
             return os.path.relpath(place.name, self._base) + name[len(plain) :]
         return self._unpack(place.archive, place.name)
+
+    def _ends_with_all(self, plain: str, place: _Place) -> bool:
+        """Return whether a name is a picture's whole path below its root, behind other folders.
+
+        So other machines call it. A path without a folder is too little: any slide has a 7.png.
+        """
+        if place.archive is None:
+            tops = [f"{folder.rstrip('/')}/" for folder in self._folders]
+            below = [place.name[len(top) :] for top in tops if place.name.startswith(top)]
+        else:
+            below = [place.name]
+        return any("/" in path and f"/{plain}".endswith(f"/{path}") for path in below)
 
     def _unpack(self, archive: int, member: str) -> str | None:
         # Never out of the folder, whatever a zip file calls its members.

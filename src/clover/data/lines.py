@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from clover.core.errors import CloverError
 from clover.core.parquet import parquet_rows
+from clover.core.record import NAMES
 from clover.core.table import table_rows
 from clover.core.text_file import open_text
 from clover.data.unpickle import read_pickle
@@ -66,7 +67,11 @@ def text_files_of(path: Path) -> list[Path]:
     Raises:
         CloverError: see `files_of`.
     """
-    return [file for file in files_of(path) if not _BINARY.intersection(file.suffixes[-2:])]
+    return [
+        file
+        for file in files_of(path)
+        if not _BINARY.intersection(suffix.lower() for suffix in file.suffixes[-2:])
+    ]
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -86,7 +91,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
-            yield from table_rows(path)
+            yield from table_rows(path, NAMES)
         elif kind in (".jsonl", ".ndjson"):
             yield from _json_lines(path)
         elif kind == ".json":
