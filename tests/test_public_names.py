@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import clover
-from conftest import ROOT
+
+ROOT = Path(__file__).parents[1]
 
 RIGHT = """
 import clover
