@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from clover.core.assets import expanded
 from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint, from_here
 from clover.core.lock import lock_path, read_lock
@@ -121,7 +122,7 @@ def family_files() -> dict[str, Path]:
 
 def _own_families() -> Path | None:
     own = os.environ.get("CLOVER_FAMILIES")
-    return Path(own).expanduser() if own else None
+    return expanded(own) if own else None
 
 
 def unknown_family(kind: str) -> str:

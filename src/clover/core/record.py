@@ -22,7 +22,7 @@ from clover.core.errors import CloverError, nearest
 from clover.core.files import write_jsonl
 from clover.core.run import uncollected
 from clover.core.table import Misfit, table_rows
-from clover.core.text_file import open_text
+from clover.core.text_file import json_lines, open_text
 
 AnswerType = Literal["open", "closed"]
 Needs = Literal["caption", "question", "any"]
@@ -143,13 +143,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         elif kind == ".json":
             yield from enumerate(_json_list(path), start=1)
         else:
-            with open_text(path) as handle:
-                for line, text in enumerate(handle, start=1):
-                    if text.strip():
-                        try:
-                            yield line, json.loads(text)
-                        except (ValueError, RecursionError):
-                            yield line, text[:200]
+            yield from json_lines(path)
     except FileNotFoundError as error:
         raise CloverError(f"no file {path}") from error
 

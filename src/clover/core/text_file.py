@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 WINDOWS = "clover-windows-1252"
 """The `errors` of a decoder of UTF-8 that reads as Windows-1252 the bytes that are no UTF-8.
@@ -58,6 +59,17 @@ def open_text(path: Path, *, newline: str | None = None) -> IO[str]:
 
 def _open(path: Path) -> io.BufferedReader | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield each line's number, from 1, and its value; the start of a line that is no JSON."""
+    with open_text(path) as handle:
+        for number, text in enumerate(handle, start=1):
+            if text.strip():
+                try:
+                    yield number, json.loads(text)
+                except (ValueError, RecursionError):
+                    yield number, text[:200]
 
 
 def windows_lines(files: Iterable[Path]) -> list[str]:

@@ -19,9 +19,9 @@ from clover.core.files import atomic_path, open_text
 from clover.core.known import Census
 from clover.core.record import Record, Rejection, lacking
 from clover.core.record_file import RECORD_SUFFIXES, files_of_records, stream_records
+from clover.core.tally import Tally
 from clover.core.terminal import progress
 from clover.core.text_file import windows_lines
-from clover.data.images import Tally
 from clover.slides.region import slide_of
 from clover.vision.leaks import Leak, Reference
 from clover.vision.pictures import look

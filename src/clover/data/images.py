@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from clover.core.errors import CloverError
 from clover.core.files import atomic_path
+from clover.core.tally import Tally
 
 _ENDINGS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"II*\x00": ".tif", b"MM\x00*": ".tif"}
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -33,25 +34,6 @@ class _Place(NamedTuple):
 
     archive: int | None
     name: str
-
-
-class Tally:
-    """Distinct names counted by 8 bytes each: a million images fit in well under 100 MB."""
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-
-    def is_new(self, name: str) -> bool:
-        """Return whether a name is here for the first time, and remember it."""
-        before = len(self._seen)
-        self._seen.add(_eight_bytes(name))
-        return len(self._seen) > before
-
-    def __contains__(self, name: str) -> bool:
-        return _eight_bytes(name) in self._seen
-
-    def __len__(self) -> int:
-        return len(self._seen)
 
 
 class ImageFinder:
@@ -275,7 +257,3 @@ def _checksum(path: Path) -> tuple[int, int]:
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _eight_bytes(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(errors="replace"), digest_size=8).digest())

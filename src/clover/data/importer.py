@@ -19,9 +19,10 @@ from clover.core.errors import CloverError
 from clover.core.files import atomic_path, check_out, open_text, write_jsonl
 from clover.core.known import Census
 from clover.core.record import Needs, Record, Rejection, lacking, read_row
+from clover.core.tally import Tally
 from clover.core.terminal import progress
 from clover.core.text_file import windows_lines
-from clover.data.images import Ambiguous, ImageFinder, Tally
+from clover.data.images import Ambiguous, ImageFinder
 from clover.data.lines import Line, read_lines, text_files_of
 from clover.data.source import AUTO, READERS, check_name, recognise
 from clover.data.source.base import Options, Subset

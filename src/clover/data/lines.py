@@ -16,7 +16,7 @@ from clover.core.errors import CloverError
 from clover.core.parquet import parquet_rows
 from clover.core.record import NAMES
 from clover.core.table import table_rows
-from clover.core.text_file import open_text
+from clover.core.text_file import json_lines, open_text
 from clover.data.unpickle import read_pickle
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".pkl", ".pickle")
@@ -93,7 +93,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         if kind in (".csv", ".tsv"):
             yield from table_rows(path, NAMES)
         elif kind in (".jsonl", ".ndjson"):
-            yield from _json_lines(path)
+            yield from json_lines(path)
         elif kind == ".json":
             yield from _json_list(path)
         elif kind == ".parquet":
@@ -104,16 +104,6 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise CloverError(f"{path}: no reader for '{kind}'; known: {', '.join(KINDS)}, .gz")
     except (gzip.BadGzipFile, EOFError) as error:
         raise CloverError(f"{path} is not whole gzip ({error})") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with open_text(path) as handle:
-        for number, text in enumerate(handle, start=1):
-            if text.strip():
-                try:
-                    yield number, json.loads(text)
-                except (ValueError, RecursionError):
-                    yield number, text[:200]
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
@@ -127,7 +117,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
         except RecursionError as error:
             raise CloverError(f"{path} is not JSON of rows: it is nested too deep") from error
     if value is None:
-        yield from _json_lines(path)
+        yield from json_lines(path)
     else:
         yield from enumerate(_as_list(path, value), start=1)
 

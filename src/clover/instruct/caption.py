@@ -6,7 +6,6 @@ In: any caption. Out: the cleaned text, or the reason why it is set aside.
 from __future__ import annotations
 
 import functools
-import hashlib
 import html
 import itertools
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from clover.core.files import write_jsonl
 from clover.core.image_names import Move, image_move
 from clover.core.record import Record, Rejection, numbered_records
+from clover.core.tally import Tally
 from clover.instruct.lists import load_yaml
 
 MAX_CHARACTERS = 8000
@@ -132,11 +132,11 @@ class Captions:
 
     def _items(self) -> Iterator[Record | Rejection]:
         count = 0
-        ids = _Ids()
+        ids = Tally()
         for line, item in numbered_records(Path(self.path), "caption"):
             if not self.is_clean and isinstance(item, Record):
                 item = self._cleaned(item, line)
-            yield ids.told_apart(item) if isinstance(item, Record) else item
+            yield _told_apart(item, ids) if isinstance(item, Record) else item
             count += isinstance(item, Record)
             if self.limit is not None and count >= self.limit:
                 return
@@ -151,29 +151,15 @@ class Captions:
         return item if text == raw else item.model_copy(update={"caption": text})
 
 
-class _Ids:
-    """Numbers an id that a file repeats ("1", "1~2"), as a mix does: instructions are named by it.
+def _told_apart(record: Record, ids: Tally) -> Record:
+    """Return a record under an id that no record before it bears.
 
-    Eight bytes of each id are remembered, since a file may hold a million.
+    A repeated one is numbered ("1", "1~2"), as a mix does: instructions are named by it.
     """
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-
-    def told_apart(self, record: Record) -> Record:
-        """Return a record under an id that no record before it bears."""
-        if self._is_new(record.id):
-            return record
-        numbered = (f"{record.id}~{number}" for number in itertools.count(2))
-        return record.model_copy(update={"id": next(filter(self._is_new, numbered))})
-
-    def _is_new(self, name: str) -> bool:
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        key = int.from_bytes(digest, "big")
-        if key in self._seen:
-            return False
-        self._seen.add(key)
-        return True
+    if ids.is_new(record.id):
+        return record
+    numbered = (f"{record.id}~{number}" for number in itertools.count(2))
+    return record.model_copy(update={"id": next(filter(ids.is_new, numbered))})
 
 
 def _shortened(item: Rejection) -> Rejection:

@@ -263,8 +263,10 @@ def filter_file(
     # here, before anything is asked and paid.
     costs = ledgers_of([file], out=out)
     records = read_records(file, needs="question")
-    found = _moved(records, out)
-    by_image = None if captions is None else _captions(captions, records, found, out)
+    found, has_moved = _moved(records, out)
+    by_image = None
+    if captions is not None:
+        by_image = _captions(captions, records, found, has_moved, out)
     reviewed = _verdicts(review) if review is not None else None
     kept, rejected = filter_records(
         found, captions=by_image, reviewed=reviewed, min_overlap=min_overlap
@@ -297,16 +299,21 @@ def filter_file(
         _report_blind(answers, out)
 
 
-def _moved(found: RecordSet, out: Path) -> list[Record]:
-    """Return records with their images named from the folder of the file they go to."""
+def _moved(found: RecordSet, out: Path) -> tuple[list[Record], bool]:
+    """Return records with their images named from the folder of the file they go to.
+
+    And whether they are: where no image lies beside its file, names stay.
+    """
     from clover.core.image_names import image_move
 
     move = image_move(found.records, source=found.path, out=out)
-    return found.records if move is None else [move(record) for record in found.records]
+    if move is None:
+        return found.records, False
+    return [move(record) for record in found.records], True
 
 
 def _captions(
-    path: Path, records: RecordSet, moved: Sequence[Record], out: Path
+    path: Path, records: RecordSet, moved: Sequence[Record], has_moved: bool, out: Path
 ) -> dict[str, list[str]]:
     """Return the captions of records by image, as `_moved` names them.
 
@@ -318,15 +325,13 @@ def _captions(
 
     # Captions that share an id count too: only their images matter here.
     known = [item for item in iterate_records(path, needs="caption") if isinstance(item, Record)]
-    move = image_move(known, source=path, out=out)
-    if move is not None and image_move(records.records, source=records.path, out=out) is not None:
-        named = zip(moved, moved, strict=True)
-        captions = captions_by_image(map(move, known))
-    else:
-        named = zip(moved, records.records, strict=True)
-        captions = captions_by_image(known)
+    move = image_move(known, source=path, out=out) if has_moved else None
+    called = records.records if move is None else moved
+    captions = captions_by_image(known if move is None else map(move, known))
     return {
-        new.image: captions[old.image] for new, old in named if new.image and old.image in captions
+        new.image: captions[old.image]
+        for new, old in zip(moved, called, strict=True)
+        if new.image and old.image in captions
     }
 
 
@@ -432,7 +437,7 @@ def mix(files: tuple[Path, ...], out: Path, share: tuple[str, ...], **options: o
         validation_share=float(str(options["val"])),
         balance=not options["no_balance"],
     )
-    sources = {name: _moved(found, out) for name, found in sets.items()}
+    sources = {name: _moved(found, out)[0] for name, found in sets.items()}
     names = first_names(
         pair
         for name, found in sets.items()

@@ -362,10 +362,9 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
             yield error
 
 
-def _rows_of(record: Record, job: Job) -> list[dict[str, Any]]:
+def _rows_of(record: Record, key: str, job: Job) -> list[dict[str, Any]]:
     """Return the instruction records of one caption from the ledger, in JSON-able form."""
-    request = build_request(job.prompt, record.caption or "", model=job.settings.model)
-    stored = job.ledger.reply(request.key)
+    stored = job.ledger.reply(key)
     if stored is None:
         return []
     rows: list[dict[str, Any]] = []
@@ -413,14 +412,15 @@ def write_output(source: Captions, *, out: Path, job: Job, seconds: float) -> Ge
     def rows() -> Iterator[dict[str, Any]]:
         for record in source:
             counts["asked"] += 1
-            pairs = _rows_of(record, job)
+            key = _key(record, job)
+            pairs = _rows_of(record, key, job)
             if pairs:
                 counts["done"] += 1
                 counts["pairs"] += len(pairs)
                 yield from pairs
-            elif _failure(record, job) is not None:
+            elif job.ledger.reason(key) is not None:
                 counts["failed"] += 1
-            elif job.ledger.is_in_batch(_key(record, job)):
+            elif job.ledger.is_in_batch(key):
                 counts["waiting"] += 1
 
     stream = rows()

@@ -19,7 +19,7 @@ import yaml
 
 from clover.core.assets import home, remembered_sha256
 from clover.core.errors import CloverError
-from clover.core.files import atomic_path, umask, write_json
+from clover.core.files import atomic_path, disk_refused, umask, write_json
 
 _NAMES = Path(__file__).with_name("gguf_names.yaml")
 _FORM = "2"
@@ -72,13 +72,13 @@ def dequantised_folder(path: Path) -> Path:
 
 
 def _cannot_write(folder: Path, error: OSError) -> CloverError:
-    remedy = "free some space and run the same command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = (
-            "the language model is unpacked there once: run `clover fetch RECIPE` as somebody who "
-            "may write there, or set CLOVER_HOME to a folder that you may write to"
-        )
-    return CloverError(f"cannot write {folder}: {error.strerror or error}; {remedy}")
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return disk_refused(folder, error)
+    return CloverError(
+        f"cannot write {folder}: {error.strerror or error}; the language model is unpacked "
+        "there once: run `clover fetch RECIPE` as somebody who may write there, or set CLOVER_HOME "
+        "to a folder that you may write to"
+    )
 
 
 def _write_folder(path: Path, folder: Path) -> None:

@@ -136,8 +136,6 @@ def tune(recipe_name: str | None, settings: tuple[str, ...], out: Path, **option
 
 
 def _few_shot(out: Path, options: dict[str, Any]) -> None:
-    from clover.core.files import held
-    from clover.core.run import LOCK
     from clover.tune.curve import curve_lines
     from clover.tune.labelled import QUESTION
     from clover.tune.shots import ShotJob, tune_shots
@@ -146,22 +144,24 @@ def _few_shot(out: Path, options: dict[str, Any]) -> None:
         if options[name] is None:
             raise click.UsageError(f"--shots needs {what}")
     shots = _numbers(options["shots"])
-    job = ShotJob(
-        options["start"],
-        options["data"],
-        out,
-        options["cache"],
-        shots,
-        seeds=options["seeds"],
-        validation=options["validation"],
-        images=options["images"],
-        question=options["question"] or QUESTION,
-        answers=_pairs("--answers", (options["answers"] or "").split(",")),
-        beside={name: Path(path) for name, path in _pairs("--beside", options["beside"]).items()},
-        allow_leaks=options["allow_leaks"],
+    result = tune_shots(
+        ShotJob(
+            options["start"],
+            options["data"],
+            out,
+            options["cache"],
+            shots,
+            seeds=options["seeds"],
+            validation=options["validation"],
+            images=options["images"],
+            question=options["question"] or QUESTION,
+            answers=_pairs("--answers", (options["answers"] or "").split(",")),
+            beside={
+                name: Path(path) for name, path in _pairs("--beside", options["beside"]).items()
+            },
+            allow_leaks=options["allow_leaks"],
+        )
     )
-    with held(out / LOCK, f"trains in {out}"):
-        result = tune_shots(job)
     click.echo(f"{result['question']}  answers: {', '.join(result['answers'])}")
     click.echo(f"{result['test_images']:,} test images, {options['seeds']} draws of each number")
     for line in curve_lines(result):

@@ -18,8 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 from clover.core.errors import CloverError
-from clover.core.files import fingerprint, growing, sha256_file, whole_lines, write_json, write_text
+from clover.core.files import (
+    fingerprint,
+    growing,
+    held,
+    sha256_file,
+    whole_lines,
+    write_json,
+    write_text,
+)
 from clover.core.record import Record, write_records
+from clover.core.run import LOCK
 from clover.core.terminal import progress
 from clover.model import Clover, build_bridge, load, load_bridge, read_config, recipe_of
 from clover.tune.curve import chart, summarise
@@ -92,8 +101,14 @@ def tune_shots(job: ShotJob) -> dict[str, Any]:
         What `shots.json` holds.
 
     Raises:
-        CloverError: data that cannot be used, too few images of a class, or leaks.
+        CloverError: data that cannot be used, too few images of a class, or leaks; or another
+            process trains in `job.out`.
     """
+    with held(job.out / LOCK, f"trains in {job.out}"):
+        return _tune_shots(job)
+
+
+def _tune_shots(job: ShotJob) -> dict[str, Any]:
     model = load(job.model)
     pool, test = _labelled(job, model)
     trial = _Trial(job, model, pool, test)

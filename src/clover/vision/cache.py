@@ -171,28 +171,29 @@ class FeatureCache:
             CloverError: a shard has flipped bits; it is set aside and named.
             KeyError: an image is not in the cache.
         """
-        return torch.stack([shard.read(row) for shard, row in self._find(digests, views)])
+        return torch.stack(
+            [self._shards[shard].read(row) for shard, row in self._find(digests, views)]
+        )
 
     def announce(self, digests: Sequence[str], views: Sequence[int] | None = None) -> None:
         """Say that `get` will soon be asked for these: the disk is read beside other work."""
-        rows: dict[int, list[int]] = defaultdict(list)
-        shards = {}
+        rows_of: dict[int, list[int]] = defaultdict(list)
         for shard, row in self._find(digests, views):
-            shards[id(shard)] = shard
-            rows[id(shard)].append(row)
-        for key, shard in shards.items():
-            shard.announce(rows[key])
+            rows_of[shard].append(row)
+        for shard, rows in rows_of.items():
+            self._shards[shard].announce(rows)
 
     def _find(
         self, digests: Sequence[str], views: Sequence[int] | None
-    ) -> Iterator[tuple[Shard, int]]:
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the number of each image's shard, and its row."""
         chosen = views if views is not None else [0] * len(digests)
         keys = [self._key(*pair) for pair in zip(digests, chosen, strict=True)]
         shards, rows = self._places.find(_packed(keys, self._view_kind)[0])
         for key, shard, row in zip(keys, shards.tolist(), rows.tolist(), strict=True):
             if shard < 0:
                 raise KeyError(key)
-            yield self._shards[shard], row
+            yield shard, row
 
     def fill(self, images: Mapping[str, Path]) -> list[Rejection]:
         """Encode the images that are missing; images that others encode are waited for.
