@@ -1,4 +1,7 @@
-"""The Q-Former with torch's own operations, as a peer computes it: no operation of ours is left."""
+"""The Q-Former with torch's own operations, as a peer computes it: no operation of ours is left.
+
+An encoder of ours too: its products are then those that torch itself chooses.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from unittest import mock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clover.core import linear
 from clover.qformer import attention, model
 
 
@@ -39,5 +43,6 @@ def torch_operations() -> Iterator[None]:
         mock.patch.object(attention, "attend", attend),
         mock.patch.object(attention, "as_multiplied", lambda x: x),
         mock.patch.object(model, "project_images", project_images),
+        mock.patch.object(linear, "is_onednn_faster", lambda: False),
     ):
         yield

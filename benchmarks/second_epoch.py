@@ -4,11 +4,11 @@
     python -m benchmarks.second_epoch --into parts/ --only "encoder bfloat16"
 
 The peer keeps nothing: for each batch of 8 it decodes the images, runs EVA-CLIP ViT-g/14 (39
-blocks, 224 px, random weights; our network, which is no slower than transformers') and makes the
-naive step (`benchmarks.train_step`: four separate passes). Ours reads the batch from the feature
-cache, checks it, and makes our step. Both sides in float32, ours also in bfloat16 where the
-processor multiplies that fast; then the encoder's bfloat16 is printed too, for a peer that has it
-but for its step.
+blocks, 224 px, random weights; our network, which is no slower than transformers', by torch's own
+operations) and makes the naive step (`benchmarks.train_step`: four separate passes). Ours reads the
+batch from the feature cache, checks it, and makes our step. Both sides in float32, ours also in
+bfloat16 where the processor multiplies that fast; then the encoder's bfloat16 is printed too, for a
+peer that has it but for its step.
 
 Time is processor time, of one process each: the core may be shared. Reading is of pages that the
 system holds; what a disk adds, it does not count as processor time. With `--into` each part is kept
@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 from benchmarks.figure import print_figure
+from benchmarks.naive import torch_operations
 from benchmarks.train_step import BATCH, PLACES, SIZES, stage_1
 from clover.core.config import EncoderConfig, QFormerConfig
 from clover.core.files import read_json, write_json
@@ -82,7 +83,8 @@ def encode(numbers: str, size: str, images: int, runs: int) -> float:
 
     def run() -> None:
         pixels = [encoder.prepare(Image.open(io.BytesIO(file.getvalue()))) for _ in range(images)]
-        encoder.encode(torch.stack(pixels))
+        with torch_operations():
+            encoder.encode(torch.stack(pixels))
 
     return _median(run, runs) / images
 

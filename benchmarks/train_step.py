@@ -4,7 +4,8 @@ Stage 1: 12 layers of 768, 32 queries, 257 x 1408 features, 8 pairs, text at 32 
 runs four separate passes (`benchmarks.step.separate_passes`: image keys projected for each, every
 row and every logit computed).
 Stage 2: a language model of SmolLM2-135M's shape, 8 instructions of 24 tokens, answers of natural
-length about 48; the peer pads to the longest row and scores the vocabulary at every place.
+length about 48; the peer pads to the longest row and scores the vocabulary at every place. Of the
+word embedding ours trains the rows that a data set's questions hold, as `clover tune` does.
 A step is forward, backward, clipping and AdamW, with the published dropout of 0.1.
 
 Time is processor time (medians): the core may be shared. The floor replays every matrix product of
@@ -20,6 +21,7 @@ are there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ from clover.align.apart import backward_apart
 from clover.align.losses import LossSettings
 from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
 from clover.core.files import read_json, write_json
+from clover.core.linear import multiply
 from clover.core.memory import keep_freed_memory
 from clover.core.run import peak_memory_gib
 from clover.language.decoder_only import DecoderOnly
@@ -51,12 +55,15 @@ from clover.language.prompt import Prompt
 from clover.plan.step import NoText
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
+from clover.qformer.used_words import only_words
 from clover.training.device import Device, choose_device, multiplies_bfloat16_fast
 from clover.training.loop import apply_gradients, make_optimizer
 
 Step = Callable[[], object]
 BATCH, PLACES, TEXT, DECODE_START = 8, 257, 32, 30522
 INSTRUCTION = 24
+WORDS = 10_000
+"""Drawn for the questions of a data set: some 8,500 different ones of the vocabulary."""
 ANSWERS = (12, 20, 31, 40, 48, 60, 75, 98)  # mean 48: as long and as uneven as generated answers
 SIZES = {
     "published": {},
@@ -97,10 +104,11 @@ def stage_1(size: str, device: Device) -> tuple[Step, Step]:
 
 
 def stage_2(size: str, device: Device) -> tuple[Step, Step]:
-    """Return our step and the peer's."""
+    """Return our step and the peer's; a process makes steps of one of them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    stack = contextlib.ExitStack()  # open for as long as the process lives
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     published = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     config = LlamaConfig(
@@ -119,26 +127,34 @@ def stage_2(size: str, device: Device) -> tuple[Step, Step]:
     question = torch.randint(1000, 30000, (BATCH, INSTRUCTION))
     instructions = torch.randint(0, 49152, (BATCH, INSTRUCTION)).tolist()
     answers = [torch.randint(0, 49152, (length,)).tolist() for length in ANSWERS]
-    optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
-    language: DecoderOnly | None = None
+
+    # Our attention registers itself with the model, and `clover tune` trains the words alone that
+    # its questions hold: neither may be there when the peer makes its step.
+    @cache
+    def our_side() -> tuple[DecoderOnly, torch.optim.Optimizer]:
+        held = torch.cat([question.flatten(), torch.randint(1000, 30000, (WORDS,))])
+        stack.enter_context(only_words(bridge.qformer, held.unique()))
+        prompt = Prompt.from_config(PromptConfig())
+        language = DecoderOnly(model, NoText(), prompt=prompt, config=LanguageConfig())
+        return language, make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
+
+    @cache
+    def peer_optimizer() -> torch.optim.Optimizer:
+        return make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
 
     def prefix() -> Tensor:
         image = bridge.read_image(features)
         return bridge.visual_prefix(image, question, torch.ones_like(question))
 
     def ours() -> None:
-        nonlocal language
-        if language is None:
-            # Our attention registers itself with the model: only after the peer's first step.
-            language = DecoderOnly(
-                model, NoText(), prompt=Prompt.from_config(PromptConfig()), config=LanguageConfig()
-            )
+        language, optimizer = our_side()
         with device.autocast():
             total, count = language.loss_from_ids(prefix(), instructions, answers)
         (total / count).backward()  # type: ignore[no-untyped-call]
         _finish(bridge, optimizer, is_ours=True)
 
     def peer() -> None:
+        optimizer = peer_optimizer()
         with torch_operations():
             visual = prefix()
         width = INSTRUCTION + max(ANSWERS)
@@ -188,6 +204,10 @@ class _Products(TorchDispatchMode):  # type: ignore[misc]
                 if torch.is_tensor(item)
             ]
             self.found[name, tuple(tensors[-2:])] += 1
+        elif name == "mkldnn::_linear_pointwise":
+            left, right = args[0].flatten(0, -2), args[1].t()
+            pair = tuple((tuple(item.shape), item.stride(), item.dtype) for item in (left, right))
+            self.found[name, pair] += 1
         elif "scaled_dot_product" in name:
             shapes = [
                 tuple(item.shape) for item in args if torch.is_tensor(item) and item.ndim == 4
@@ -201,18 +221,18 @@ def floor(step: Step) -> tuple[float, float]:
     with _Products() as products:
         step()
     total = work = 0.0
-    for (_, tensors), times in products.found.items():
+    for (name, tensors), times in products.found.items():
         if len(tensors) != 2:
             continue  # fused attention: a few per cent, and left out of the floor
         left, right = (
             torch.empty_strided(shape, stride, dtype=dtype).normal_()
             for shape, stride, dtype in tensors
         )
-        product: Callable[[Tensor, Tensor], Tensor] = torch.bmm if left.ndim == 3 else torch.mm
+        product: Callable[..., Tensor] = torch.bmm if left.ndim == 3 else torch.mm
         out = product(left, right)
-
-        def run(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> None:
-            (torch.bmm if left.ndim == 3 else torch.mm)(left, right, out=out)
+        run: Callable[[], object] = partial(product, left, right, out=out)
+        if name == "mkldnn::_linear_pointwise":
+            run = partial(multiply, left, right)
 
         total += times * min(_processor_each(run) for _ in range(3))
         work += times * 2 * out.numel() * left.shape[-1] / 1e9

@@ -16,6 +16,7 @@ from clover.core.assets import parse
 from clover.core.config import EncoderConfig, PromptConfig, Recipe
 from clover.core.errors import CloverError
 from clover.core.files import read_json
+from clover.core.linear import is_linear
 from clover.language.decoder_only import DecoderOnly
 from clover.language.encoder_decoder import EncoderDecoder
 from clover.language.prompt import Prompt
@@ -109,7 +110,7 @@ def encoder_size(config: EncoderConfig, *, batch: int) -> EncoderSize:
 
 def _saved(network: nn.Module) -> int:
     """Return the bytes that one byte a weight saves in a network's linear layers."""
-    layers = (item for item in network.modules() if type(item) is nn.Linear)
+    layers = filter(is_linear, network.modules())
     return sum(3 * item.weight.numel() for item in layers)
 
 

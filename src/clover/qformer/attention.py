@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clover.core.attend import attend
 from clover.core.dropout import add_dropped
+from clover.core.linear import Linear
 from clover.core.number_format import as_multiplied
 
 KeyValue = tuple[Tensor, Tensor]
@@ -31,10 +32,10 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(key_width, width)
-        self.value = nn.Linear(key_width, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(key_width, width)
+        self.value = Linear(key_width, width)
+        self.output = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def split(self, x: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.keeps_gelu = keeps_gelu
         self.dropout = dropout
-        self.inner = nn.Linear(width, inner)
-        self.outer = nn.Linear(inner, width)
+        self.inner = Linear(width, inner)
+        self.outer = Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:

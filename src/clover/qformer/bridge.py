@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from clover.core.config import QFormerConfig
 from clover.core.errors import CloverError
+from clover.core.linear import Linear
 from clover.qformer.model import ImageKeys, LanguageHead, QFormer
 
 
@@ -23,8 +24,8 @@ class AlignmentHeads(nn.Module):
     def __init__(self, config: QFormerConfig, *, temperature: float = 0.07) -> None:
         super().__init__()
         width, size = config.hidden_size, config.embedding_size
-        self.vision_projection = nn.Linear(width, size)
-        self.text_projection = nn.Linear(width, size)
+        self.vision_projection = Linear(width, size)
+        self.text_projection = Linear(width, size)
         self.matching = nn.Linear(width, 2)
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.language = LanguageHead(config)
@@ -68,7 +69,7 @@ class Bridge(nn.Module):
         self.qformer.word_embedding.requires_grad_(config.train_word_embedding)
         self.heads = AlignmentHeads(config, temperature=temperature) if has_alignment else None
         self.projection = (
-            nn.Linear(config.hidden_size, language_width) if language_width is not None else None
+            Linear(config.hidden_size, language_width) if language_width is not None else None
         )
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:

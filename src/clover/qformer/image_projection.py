@@ -16,6 +16,7 @@ Axes: N image tokens, E encoder width, D width of a projection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from clover.core.linear import linear, multiply
 from clover.core.number_format import as_multiplied, number_format, without_autocast
 
 _LEAST = 1e-6  # a LayerNorm's weight so small that dividing by it would be worthless
@@ -42,7 +44,7 @@ class _Project(Function):
         with without_autocast(features.device):
             x = F.layer_norm(features, features.shape[-1:], gain, shift, eps).to(dtype)
             outputs = [
-                F.linear(x, weight.to(dtype), bias.to(dtype))
+                linear(x, weight.to(dtype), bias.to(dtype))
                 for weight, bias in zip(parameters[::2], parameters[1::2], strict=True)
             ]
         context.save_for_backward(x, features, gain, shift, *parameters[::2])
@@ -63,13 +65,13 @@ class _Project(Function):
         with without_autocast(x.device):
             for weight, grad in zip(weights, grads, strict=True):
                 flat = grad.flatten(0, -2)
-                of_weight = (flat.t() @ rows).to(weight.dtype)  # [D, E]
+                of_weight = multiply(flat.t(), rows).to(weight.dtype)  # [D, E]
                 of_bias = flat.sum(dim=0, dtype=weight.dtype)
                 of_shift += of_bias @ weight
                 if of_x is None:
                     of_gain += (of_weight * weight).sum(dim=0)  # einsum: D dot products apart
                 else:
-                    of_x += flat.to(weight.dtype) @ weight
+                    of_x += multiply(flat.to(weight.dtype), weight)
                 found += [of_weight, of_bias]
             if of_x is None:
                 of_gain = (of_gain - shift * of_shift) / gain
@@ -79,7 +81,9 @@ class _Project(Function):
         return None, of_gain, of_shift, None, None, *found
 
 
-def project_images(features: Tensor, norm: nn.LayerNorm, layers: list[nn.Linear]) -> list[Tensor]:
+def project_images(
+    features: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Linear]
+) -> list[Tensor]:
     """Return each projection of the normalised features.
 
     Args:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clover.core.config import QFormerConfig
 from clover.core.errors import CloverError
+from clover.core.linear import Linear, linear
 from clover.qformer.attention import Attention, FeedForward, KeyValue, join_keys
 from clover.qformer.image_projection import project_images
 
@@ -129,7 +130,7 @@ class LanguageHead(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -140,7 +141,7 @@ class LanguageHead(nn.Module):
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
         """[..., D] and the word embedding [V, D] -> logits [..., V]."""
-        return F.linear(self.transform(hidden), word_embedding, self.bias)
+        return linear(self.transform(hidden), word_embedding, self.bias)
 
 
 class QFormer(nn.Module):
@@ -202,12 +203,13 @@ class QFormer(nn.Module):
         ]
         linear = [part for attention in crossing for part in (attention.key, attention.value)]
         found = iter(project_images(features, norm, linear))
-        return ImageKeys(
-            tuple(
-                (attention.split(next(found)), attention.split(next(found)))
-                for attention in crossing
-            )
-        )
+
+        def split(attention: Attention) -> Tensor:
+            heads = attention.split(next(found))
+            # Head by head, as a processor multiplies them: each pass would copy them so for itself.
+            return heads.contiguous() if heads.device.type == "cpu" else heads
+
+        return ImageKeys(tuple((split(attention), split(attention)) for attention in crossing))
 
     def encode_queries(self, image: ImageKeys) -> QueryPass:
         """Let the queries read the image; text takes no part."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from clover.core.linear import linear, multiply
+
 _ROWS = 128  # rows a block: 128 x 30523 float32 logits are 15 MB, which stays near the cache
 
 
@@ -37,7 +39,7 @@ class _SmoothedCrossEntropy(Function):
         for start in range(0, count, _ROWS):
             part = slice(start, start + _ROWS)
             rows, wanted = hidden[part], target[part, None]
-            logits = torch.addmm(bias, rows, weight.t())  # [rows, V]
+            logits = linear(rows, weight, bias)  # [rows, V]
             scale = logits.float().logsumexp(dim=1)
             right = logits.gather(1, wanted).squeeze(1).float()
             # (1 - s) * (scale - right) + s * mean over words of (scale - logit)
@@ -48,7 +50,7 @@ class _SmoothedCrossEntropy(Function):
             if smoothing:
                 slope.sub_(smoothing / words)
             slope.scatter_add_(1, wanted, slope.new_full(wanted.shape, smoothing - 1))
-            grad_hidden[part] = slope @ weight
+            grad_hidden[part] = multiply(slope, weight)
             grad_weight.addmm_(slope.t(), rows)
             grad_bias += slope.sum(dim=0)
         context.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -75,7 +77,7 @@ def vocabulary_loss(
         smoothing: Share of the target spread over the whole vocabulary.
     """
     if len(hidden) == 0 or not torch.is_grad_enabled():
-        logits = F.linear(hidden, weight, bias).float()
+        logits = linear(hidden, weight, bias).float()
         return F.cross_entropy(logits, target, label_smoothing=smoothing)
     loss: Tensor = _SmoothedCrossEntropy.apply(
         hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), target, smoothing

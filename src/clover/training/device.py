@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import cache
 from typing import get_args
 
 import torch
 
 from clover.core.config import Precision
 from clover.core.errors import CloverError
+from clover.core.processor import features
 
 
-@cache
 def multiplies_bfloat16_fast() -> bool:
     """Return whether this processor has bfloat16 matrix instructions (AMX or AVX-512 BF16).
 
     Without them bfloat16 is emulated: a third of float32's speed on the Ice Lake processor it was
     measured on (docs/benchmarks.md), so it must not be the default there.
     """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
-            flags = next((line for line in handle if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return False
-    return any(flag in flags.split() for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+    return not features().isdisjoint(("amx_bf16", "avx512_bf16", "bf16"))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clover.core.errors import CloverError
+from clover.core.linear import is_linear
 
 _LEVELS = 63
 
@@ -93,7 +94,7 @@ def quantise(network: nn.Module, device: torch.device) -> int:
     count = 0
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if is_linear(child):
                 setattr(parent, name, Int8Linear(child))
                 count += 1
     return count

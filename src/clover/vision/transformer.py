@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clover.core.linear import Linear
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -47,11 +49,11 @@ class Block(nn.Module):
         self.num_heads = shape.num_heads
         self.is_quick = shape.activation == "quick_gelu"
         self.norm1 = nn.LayerNorm(shape.width, eps=shape.eps)
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
-        self.projection = nn.Linear(shape.width, shape.width)
+        self.qkv = Linear(shape.width, 3 * shape.width)
+        self.projection = Linear(shape.width, shape.width)
         self.norm2 = nn.LayerNorm(shape.width, eps=shape.eps)
-        self.inner = nn.Linear(shape.width, shape.inner)
-        self.outer = nn.Linear(shape.inner, shape.width)
+        self.inner = Linear(shape.width, shape.inner)
+        self.outer = Linear(shape.inner, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, P, E] -> [B, P, E]."""
