@@ -194,3 +194,11 @@ def test_a_view_is_repeated_by_its_seed_and_blip2_has_no_randaugment() -> None:
     cropped = processor(picture().crop(box).resize((24, 24), Image.Resampling.BICUBIC))
     found = plain(picture(), random)
     assert torch.equal(found, cropped) or torch.equal(found, cropped.flip(-1))
+
+
+def test_numpy_normalises_to_the_bits_that_torch_does() -> None:
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    processor = ImageProcessor(16)
+    mean, std = (torch.tensor(item).view(3, 1, 1) for item in (processor.mean, processor.std))
+    pixels = torch.from_numpy(levels).permute(2, 0, 1).float() / 255
+    assert torch.equal(processor(Image.fromarray(levels)), (pixels - mean) / std)

@@ -23,6 +23,7 @@ from clover.core.config import Recipe
 from clover.core.files import fingerprint, read_json, sha256_file, write_json
 from clover.core.record import read_records, write_records, write_rejected
 from clover.core.run import RunFolder
+from clover.core.threads import in_passing_thread
 from clover.demo.table import demo_table
 from clover.evaluate.run import BASIC, evaluate_folder
 from clover.phantom.write import make_phantom
@@ -168,7 +169,9 @@ def _generate(demo: Demo, run: RunFolder) -> list[Any]:
     folder, captions = demo.instructions, demo.train / "captions.jsonl"
     device = choose_device(demo.recipe.device, demo.recipe.precision)
     with run.timed("instruct generate") as bill:
-        model = load_frozen_language(demo.recipe.language, demo.recipe.prompt, device)
+        model = in_passing_thread(
+            load_frozen_language, demo.recipe.language, demo.recipe.prompt, device
+        )
         with serve_language_model(model, "local") as endpoint:  # type: ignore[arg-type]
             summary = generate_from(
                 # Images keep their names, which start from data.images as in all files here.

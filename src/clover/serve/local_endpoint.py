@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 
 from clover.core.errors import CloverError
+from clover.core.threads import in_passing_thread
 from clover.language.decoder_only import DecoderOnly
 from clover.serve.app import create_app
 from clover.serve.engine import Engine
@@ -75,8 +76,12 @@ def main() -> None:
     try:
         recipe = load_recipe(options.recipe)
         device = choose_device(recipe.device, recipe.precision)
-        model = load_language_model(
-            recipe.language, recipe.prompt, device=device.device, dtype=device.dtype
+        model = in_passing_thread(
+            load_language_model,
+            recipe.language,
+            recipe.prompt,
+            device=device.device,
+            dtype=device.dtype,
         )
         if not isinstance(model, DecoderOnly):
             raise CloverError(f"{model.id} does not chat; name a recipe with a decoder_only model")

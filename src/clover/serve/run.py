@@ -15,6 +15,7 @@ import torch
 
 from clover.core.config import Recipe
 from clover.core.errors import CloverError
+from clover.core.threads import in_passing_thread
 from clover.language.frozen import FrozenLanguage
 from clover.model import NOTICE, Clover, load, read_config, recipe_of
 from clover.serve.app import create_app
@@ -60,11 +61,8 @@ def run(
     recipes = {path: recipe_of(read_config(path), path) for _, path in named}
     if precision == "auto":
         _check_formats(recipes, device)
-    served = load_served(named, device=device, precision=precision)
-    if align is not None:
-        first = served[0]
-        assert first.clover is not None, "it was loaded from a model folder"
-        served[0] = replace(first, alignment=first.clover.attach_alignment(align))
+    # The engine's thread computes from here on, and this one no more.
+    served = in_passing_thread(load_served, named, align, device=device, precision=precision)
     engine = Engine(served, settings)
     try:
         app = create_app(engine, settings, routers=[page_router(folder)])
@@ -82,9 +80,13 @@ def run(
 
 
 def load_served(
-    named: Sequence[tuple[str | None, Path]], *, device: str = "auto", precision: str = "auto"
+    named: Sequence[tuple[str | None, Path]],
+    align: Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
 ) -> list[Served]:
-    """Load model folders; what is frozen and the same is loaded once.
+    """Load model folders; what is frozen and the same is loaded once. `align` is as in `run`.
 
     Raises:
         CloverError: see `clover.model.load`.
@@ -97,6 +99,9 @@ def load_served(
         assert isinstance(model.language, FrozenLanguage), "load gives no other"
         # Of a folder that holds its own stage 1, embeddings are served as they are compared.
         served.append(Served(name or model.name, model.language, model, model.aligned))
+    if align is not None:
+        assert first is not None, "a server has a model"
+        served[0] = replace(served[0], alignment=first.attach_alignment(align))
     return served
 
 

@@ -22,6 +22,7 @@ from clover.core.errors import CloverError, nearest
 from clover.core.files import fingerprint
 from clover.core.transparency import rgb_on_white
 from clover.vision.fold import drop_unread_stages, fold_batch_norms
+from clover.vision.image_processor import ImageProcessor
 
 _LOG = logging.getLogger(__name__)
 _PIXELS_A_PASS = 4 * 224 * 224
@@ -108,8 +109,7 @@ class FeatureMapEncoder:
         self.microns_per_pixel = config.microns_per_pixel
         self._size, self._grid = config.image_size, config.grid
         data = network.default_cfg
-        self._mean = torch.tensor(data["mean"]).view(3, 1, 1)
-        self._std = torch.tensor(data["std"]).view(3, 1, 1)
+        self._process = ImageProcessor(config.image_size, tuple(data["mean"]), tuple(data["std"]))
         with torch.no_grad():
             maps = self.network(example)
         for level, found in enumerate(maps):
@@ -125,11 +125,7 @@ class FeatureMapEncoder:
 
     def prepare(self, image: Image.Image) -> Tensor:
         """Return one image as the network wants it [3, S, S]."""
-        image = rgb_on_white(image)
-        if image.size != (self._size, self._size):
-            image = image.resize((self._size, self._size), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        return (pixels - self._mean) / self._std
+        return self._process(image)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

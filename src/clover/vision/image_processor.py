@@ -50,10 +50,16 @@ class ImageProcessor:
         return self.normalise(image)
 
     def normalise(self, image: Image.Image) -> Tensor:
-        """Return an RGB image as numbers [3, S, S]."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
-        return (pixels - mean) / std
+        """Return an RGB image as numbers [3, S, S].
+
+        By numpy, which has no threads of its own: images are read in many threads, and torch would
+        give each of them a second one (`core.threads`).
+        """
+        pixels = np.array(image).astype(np.float32)
+        pixels /= np.float32(255)
+        pixels -= np.array(self.mean, dtype=np.float32)
+        pixels /= np.array(self.std, dtype=np.float32)
+        return torch.from_numpy(pixels.transpose(2, 0, 1))
 
 
 @dataclass(frozen=True)
