@@ -1,23 +1,23 @@
-"""A question that few images ask, scored on all of them: the whole recipe, K times over the groups.
+"""Questions that few images ask, scored on all of them: the whole recipe, K times over the groups.
 
 A validation file with 36 answers to a question has an interval of thirty points. Here the groups
-(slides, patients) whose images are asked it are dealt into K folds. For each, both stages learn
-from all else of the training files and from the other folds, and answer what is held out. So each
-answer is given once, by a model that saw nothing of its group, beside the linear probe and the
-colours of the same training images.
+(slides, patients) whose images are asked any of the questions are dealt into K folds. For each,
+both stages learn from all else of the training files and from the other folds, and answer what is
+held out. So each answer is given once, by a model that saw nothing of its group, beside the linear
+probe and the colours of the same training images, and beside the same model without the image.
 
-    python -m benchmarks.crossvalidate DATA --into DIR \
-        --question "Which type of cell is most common?" --recipe histology
+    python -m benchmarks.crossvalidate DATA --into DIR --recipe histology \
+        --question "Which type of cell is most common?" --question "Are fibroblasts present?"
 
 DATA holds captions_train.jsonl, captions_val.jsonl, vqa_train.jsonl and vqa_val.jsonl; records of
-the validation files whose group is not asked the question are left out. Every command goes on where
-it was stopped.
+the validation files whose group is asked none of the questions are left out. Every command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import click
@@ -30,14 +30,15 @@ from clover.core.record import Record, read_records, write_records
 from clover.evaluate.item import Problems, read_rows
 from clover.evaluate.run import evaluate_folder
 from clover.evaluate.score import compare_files, read_sheet, score_sheet
+from clover.evaluate.view import find_controls
 from clover.tune.run import tune
 
 OURS = "predictions"
-PEERS = ("probe", "colour")
+PEERS = ("probe", "colour", "blind")
 KINDS = {"captions": "captions", "questions": "vqa"}
 
 
-def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Record]]]:
+def folds(data: Path, questions: Collection[str], count: int) -> Iterator[dict[str, list[Record]]]:
     """Yield each fold's records: captions and questions to learn from, and the test."""
     train, held_out = (
         {name: read_records(data / f"{kind}_{split}.jsonl").records for name, kind in KINDS.items()}
@@ -46,12 +47,11 @@ def folds(data: Path, question: str, count: int) -> Iterator[dict[str, list[Reco
     asked = [
         record
         for record in train["questions"] + held_out["questions"]
-        if record.question == question
+        if record.question in questions
     ]
-    if not asked:
-        raise click.ClickException(f"no record of {data} asks '{question}'")
-    if any((record.answer or "").lower() in ("yes", "no") for record in asked):
-        raise click.ClickException(f"'{question}' is a yes/no question; this scores exact answers")
+    for question in questions:
+        if not any(record.question == question for record in asked):
+            raise click.ClickException(f"no record of {data} asks '{question}'")
     groups = sorted({_group(record) for record in asked})
     if count > len(groups):
         raise click.ClickException(f"--folds {count}: there are {len(groups)} groups")
@@ -93,58 +93,78 @@ def train_and_answer(folder: Path, recipe: Recipe, cache: Path) -> None:
         cache=cache,
         images=recipe.data.images,
         train=questions,
+        controls=find_controls("blind"),
     )
 
 
-def collect(folders: list[Path], name: str, out: Path) -> None:
-    """Write the answers of all folds as one file, whose intervals draw whole groups."""
+def collect(folders: list[Path], name: str, question: str, out: Path) -> None:
+    """Write the answers of all folds to a question as one file; its intervals draw groups."""
     write_jsonl(
         out,
         (
             {**row, "image": row.get("group") or row["image"]}
             for folder in folders
             for row in read_rows(folder / "evaluation" / f"{name}.jsonl", Problems())
-            if "header" not in row
+            if "header" not in row and row["question"] == question
         ),
     )
 
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--question", required=True, help="The question, as the records word it.")
+@click.option(
+    "--question",
+    "questions",
+    required=True,
+    multiple=True,
+    help="A question, as the records word it; may be given several times.",
+)
 @click.option("--recipe", "named", default="histology", show_default=True)
 @click.option("--set", "changes", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option("--folds", "count", type=click.IntRange(2), default=5, show_default=True)
 @click.option("--into", type=click.Path(path_type=Path), required=True)
 def main(
-    data: Path, question: str, named: str, changes: tuple[str, ...], count: int, into: Path
+    data: Path,
+    questions: tuple[str, ...],
+    named: str,
+    changes: tuple[str, ...],
+    count: int,
+    into: Path,
 ) -> None:
-    """Print the share of exact answers, ours beside the probe's and the colours'."""
+    """Print the share of right answers, ours beside the probe's, the colours' and the blind."""
     recipe = load_recipe(named, changes)
     recipe = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"images": data.resolve()})}
     )
     folders = []
-    for number, records in enumerate(folds(data, question, count)):
+    for number, records in enumerate(folds(data, questions, count)):
         folder = into / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in records.items():
             write_records(folder / f"{name}.jsonl", rows)
         train_and_answer(folder, recipe, into / "features")
         folders.append(folder)
+    for number, question in enumerate(questions):
+        compare(folders, question, into / f"question-{number}")
+
+
+def compare(folders: list[Path], question: str, into: Path) -> None:
+    """Print one question's figures."""
+    into.mkdir(exist_ok=True)
     for name in (OURS, *PEERS):
-        collect(folders, name, into / f"{name}.jsonl")
+        collect(folders, name, question, into / f"{name}.jsonl")
     rated = read_sheet(into / f"{OURS}.jsonl")
-    ours = score_sheet(*rated, draws=1000, seed=0)["strict"]["open_exact"]
+    scores = score_sheet(*rated, draws=1000, seed=0)["strict"]
+    by = "closed" if scores["closed"]["n"] else "open_exact"
     for peer in PEERS:
         second = read_sheet(into / f"{peer}.jsonl")
-        difference = compare_files(rated, second, draws=1000, seed=0)["strict"]["open_exact"]
+        difference = compare_files(rated, second, draws=1000, seed=0)["strict"][by]
         print_figure(
             f"{question} ours, beside {peer}",
-            ours["value"],
-            "% exact",
-            n=ours["n"],
-            interval=[ours["low"], ours["high"]],
+            scores[by]["value"],
+            f"%, {by}",
+            n=scores[by]["n"],
+            interval=[scores[by]["low"], scores[by]["high"]],
             **{f"minus_{peer}": difference["difference"]},
             difference_interval=[difference["low"], difference["high"]],
         )

@@ -11,7 +11,15 @@ from test_everyone import CONFIG, PAIRS, WORDS, batch, gradients_of, negatives, 
 from torch import Tensor
 
 from clover.align.apart import backward_apart
-from clover.align.losses import ALL_LOSSES, LossSettings, alignment_losses
+from clover.align.losses import (
+    ALL_LOSSES,
+    LossSettings,
+    alignment_losses,
+    larger_matching_parts,
+    match_logits,
+    pair_logits,
+)
+from clover.align.match import matching_loss, matching_share
 from clover.qformer.bridge import Bridge
 from clover.qformer.tokenizer import Tokens
 from clover.training import processes
@@ -73,3 +81,22 @@ def test_losses_are_those_of_the_sum() -> None:
     found = backward_apart(bridge, features, text, how, **told)
     for name, value in whole.parts.items():
         torch.testing.assert_close(found.parts[name], value.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_larger_parts_hold_the_same_pairs() -> None:
+    torch.manual_seed(0)
+    bridge = Bridge(CONFIG, has_alignment=True).eval()
+    features, ids, mask = batch()
+    text, chosen = Tokens(ids, mask), negatives()
+    image = bridge.read_image(features)
+    whole = match_logits(bridge, image, text, chosen)  # own, negative images, negative texts
+    first, second = larger_matching_parts(image, text, chosen)
+    both = pair_logits(bridge, first).view(PAIRS, 2, 2)
+    torch.testing.assert_close(both[:, 0], whole[:PAIRS])
+    torch.testing.assert_close(both[:, 1], whole[2 * PAIRS :])
+    torch.testing.assert_close(pair_logits(bridge, second), whole[PAIRS : 2 * PAIRS])
+    shares = [
+        matching_share(pair_logits(bridge, part), part.is_match, pairs=3 * PAIRS)
+        for part in (first, second)
+    ]
+    torch.testing.assert_close(sum(shares), matching_loss(whole))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from clover.core.dropout import add_dropped, keep_mask
+from clover.core.dropout import add_dropped, keep_mask, kept
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.3, 0.9])
@@ -68,3 +68,17 @@ def test_the_sum_and_its_gradients_are_those_of_the_mask(dtype: torch.dtype) -> 
 def test_nothing_is_dropped_outside_training() -> None:
     x, update = torch.randn(3), torch.randn(3)
     assert torch.equal(add_dropped(x, update, 0.0), x + update)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_is_what_where_gives(dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    x = torch.randn(6, 7).to(dtype)
+    x[0] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, -3.0]).to(dtype)
+    keep = torch.rand(7, 6) < 0.5
+    for values, mask in ((x, keep.t()), (x.t(), keep), (x[:, 1:5], keep.t()[:, 1:5])):
+        expected = torch.where(mask, values, values.new_zeros(()))
+        found = kept(values, mask)
+        assert found.dtype == dtype
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -2,10 +2,10 @@
 
 Contrast and caption share the queries' pass and go backward first. Matching runs three pairs for
 each one of the batch, two thirds of a step's activations. It shares nothing with them but the image
-keys and the weights, and its loss is a mean over pairs: they follow a third at a time or less, each
-forward and backward before the next begins. Last come the image projections, with the sum of all
-passes' gradients of their keys. Sums of gradients are what autograd makes of one backward, in
-another order.
+keys and the weights, and its loss is a mean over pairs: they follow a third at a time or less (two
+thirds in half precision on a CPU), each forward and backward before the next begins. Last come the
+image projections, with the sum of all passes' gradients of their keys. Sums of gradients are what
+autograd makes of one backward, in another order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from clover.align.losses import (
     Everyone,
     LossSettings,
     compare,
+    larger_matching_parts,
     matching_parts,
     pair_logits,
 )
@@ -75,10 +76,16 @@ def backward_apart(
             assert negatives is not None, "drawn above"
             found["match"] = torch.zeros((), device=features.device)
             pairs = 3 * len(text.ids)
-            for place, part in enumerate(matching_parts(bridge, keys, text, negatives, everyone)):
-                logits = pair_logits(bridge, *part)
-                is_match = torch.full((len(logits),), place == 0, device=logits.device)
-                share = matching_share(logits, is_match, pairs=pairs)
+            # On a processor in half precision what a part holds until it has gone back is half as
+            # large, and products are so fast that reading the weights again for each part is felt.
+            is_half = features.device.type == "cpu" and keys.layers[0][0].element_size() < 4
+            if is_half and everyone is None:
+                parts_of = larger_matching_parts(keys, text, negatives)
+            else:
+                parts_of = matching_parts(bridge, keys, text, negatives, everyone)
+            for part in parts_of:
+                logits = pair_logits(bridge, part)
+                share = matching_share(logits, part.is_match, pairs=pairs)
                 _backward(share * scale)
                 found["match"] += share.detach()
                 del part, logits, share

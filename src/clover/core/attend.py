@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from clover.core.dropout import keep_mask
+from clover.core.dropout import keep_mask, kept
 from clover.core.number_format import without_autocast
 
 
@@ -43,7 +43,7 @@ class _Attend(Function):
             keep, factor, used = None, 1.0, weights
             if probability:
                 keep, factor = keep_mask(weights.shape, probability)
-                used = torch.where(keep, weights, weights.new_zeros(()))
+                used = kept(weights, keep)
             read = torch.bmm(used, value)
             if keep is not None:
                 read.mul_(factor)
@@ -63,11 +63,11 @@ class _Attend(Function):
             used = weights
             if keep is not None:
                 slope = slope * context.factor
-                used = torch.where(keep, weights, weights.new_zeros(()))
+                used = kept(weights, keep)
             of_value = torch.bmm(used.transpose(1, 2), slope)
             of_weights = torch.bmm(slope, value.transpose(1, 2))
             if keep is not None:
-                of_weights = torch.where(keep, of_weights, of_weights.new_zeros(()))
+                of_weights = kept(of_weights, keep)
             of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             of_query = torch.bmm(of_scores, key).mul_(context.scale)
             of_key = torch.bmm(of_scores.transpose(1, 2), asked)

@@ -33,7 +33,25 @@ def keep_mask(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
     count = shape.numel()
     numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     cut = numbers.view(torch.int16)[:count]
-    return (cut >= dropped - _LEVELS // 2).view(shape), _LEVELS / (_LEVELS - dropped)
+    keep = torch.empty(count, dtype=torch.int8)  # into booleans it takes four times as long
+    torch.ge(cut, dropped - _LEVELS // 2, out=keep)
+    return keep.view(torch.bool).view(shape), _LEVELS / (_LEVELS - dropped)
+
+
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def kept(x: Tensor, keep: Tensor) -> Tensor:
+    """Return `x` with zeros where `keep` is not: what `torch.where` gives, in a tenth of its time.
+
+    A number's bits times one are itself, and times nothing are zero, whatever it was.
+
+    Args:
+        x: Any shape.
+        keep: Booleans of that shape.
+    """
+    whole = _WHOLE[x.element_size()]
+    return (x.view(whole) * keep.view(torch.int8).to(whole)).view(x.dtype)
 
 
 class _AddDropped(Function):
@@ -44,14 +62,13 @@ class _AddDropped(Function):
         keep, factor = keep_mask(update.shape, probability)
         context.save_for_backward(keep)
         context.factor, context.update_type = factor, update.dtype
-        kept = torch.where(keep, update, update.new_zeros(()))
-        return kept.to(x.dtype).mul_(factor).add_(x)
+        return kept(update, keep).to(x.dtype).mul_(factor).add_(x)
 
     @staticmethod
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = context.saved_tensors
         lower = grad.to(context.update_type)
-        return grad, torch.where(keep, lower, lower.new_zeros(())).mul_(context.factor), None
+        return grad, kept(lower, keep).mul_(context.factor), None
 
 
 def add_dropped(x: Tensor, update: Tensor, probability: float) -> Tensor:
