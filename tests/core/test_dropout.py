@@ -14,7 +14,7 @@ from clover.core.dropout import add_dropped, keep_mask, kept
 def test_the_share_kept_is_that_asked_for(probability: float) -> None:
     torch.manual_seed(0)
     keep, factor = keep_mask(torch.Size((999, 1003)), probability)
-    assert keep.shape == (999, 1003) and keep.dtype == torch.bool
+    assert keep.shape == (999, 1003) and set(keep.unique().tolist()) == {0, 1}
     count = keep.numel()
     share = 1 / factor
     assert abs(share - (1 - probability)) <= 2**-17
@@ -70,6 +70,15 @@ def test_nothing_is_dropped_outside_training() -> None:
     assert torch.equal(add_dropped(x, update, 0.0), x + update)
 
 
+def test_the_mask_is_the_same_for_numbers_of_any_size() -> None:
+    masks = []
+    for itemsize in (1, 2, 4):
+        torch.manual_seed(4)
+        masks.append(keep_mask(torch.Size((5, 7)), 0.4, itemsize=itemsize)[0])
+    assert all(torch.equal(mask.bool(), masks[0].bool()) for mask in masks)
+    assert masks[1].dtype == torch.int16 and masks[2].dtype == torch.int8
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_kept_is_what_where_gives(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
@@ -78,7 +87,7 @@ def test_what_is_kept_is_what_where_gives(dtype: torch.dtype) -> None:
     keep = torch.rand(7, 6) < 0.5
     for values, mask in ((x, keep.t()), (x.t(), keep), (x[:, 1:5], keep.t()[:, 1:5])):
         expected = torch.where(mask, values, values.new_zeros(()))
-        found = kept(values, mask)
+        found = kept(values, mask.to(torch.int8))
         assert found.dtype == dtype
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())

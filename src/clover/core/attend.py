@@ -42,7 +42,9 @@ class _Attend(Function):
             weights = scores.softmax(dim=-1)
             keep, factor, used = None, 1.0, weights
             if probability:
-                keep, factor = keep_mask(weights.shape, probability)
+                keep, factor = keep_mask(
+                    weights.shape, probability, itemsize=weights.element_size()
+                )
                 used = kept(weights, keep)
             read = torch.bmm(used, value)
             if keep is not None:

@@ -4,7 +4,7 @@ torch draws one random number an element and spends several nanoseconds on it; a
 the published size needs ninety million. Here a number of 64 bits is cut into four of 16, each
 compared with a threshold: the share that is kept is exact to 2**-16 and what is kept is divided by
 just that share, so that the mean is right. The numbers are those of torch's own generator, so a
-checkpoint's random state resumes them bit for bit. Masks take a byte an element, not four.
+checkpoint's random state resumes them bit for bit. Masks take one byte an element or two, not four.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from torch.nn import functional as F
 _LEVELS = 1 << 16
 
 
-def keep_mask(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
+def keep_mask(shape: torch.Size, probability: float, *, itemsize: int = 1) -> tuple[Tensor, float]:
     """Return which elements stay, drawn independently, and the factor that makes up for the rest.
 
     Args:
         shape: Of the mask.
         probability: Share of elements that are dropped, below 1; rounded to a multiple of 2**-16.
+        itemsize: Bytes of the numbers it is for.
 
     Returns:
-        Booleans on the CPU, and one over the share kept.
+        Ones and zeros on the CPU, integers of two bytes for numbers of two and of one for others;
+        and one over the share kept.
     """
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     count = shape.numel()
     numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     cut = numbers.view(torch.int16)[:count]
-    keep = torch.empty(count, dtype=torch.int8)  # into booleans it takes four times as long
+    # Compared into booleans it would take four times as long.
+    keep = cut if itemsize == 2 else torch.empty(count, dtype=torch.int8)
     torch.ge(cut, dropped - _LEVELS // 2, out=keep)
-    return keep.view(torch.bool).view(shape), _LEVELS / (_LEVELS - dropped)
+    return keep.view(shape), _LEVELS / (_LEVELS - dropped)
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,10 +51,10 @@ def kept(x: Tensor, keep: Tensor) -> Tensor:
 
     Args:
         x: Any shape.
-        keep: Booleans of that shape.
+        keep: Ones and zeros of that shape, integers.
     """
     whole = _WHOLE[x.element_size()]
-    return (x.view(whole) * keep.view(torch.int8).to(whole)).view(x.dtype)
+    return (x.view(whole) * keep.to(whole)).view(x.dtype)
 
 
 class _AddDropped(Function):
@@ -59,7 +62,7 @@ class _AddDropped(Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, update: Tensor, probability: float) -> Tensor:
-        keep, factor = keep_mask(update.shape, probability)
+        keep, factor = keep_mask(update.shape, probability, itemsize=update.element_size())
         context.save_for_backward(keep)
         context.factor, context.update_type = factor, update.dtype
         return kept(update, keep).to(x.dtype).mul_(factor).add_(x)
