@@ -1,4 +1,5 @@
-"""The Q-Former with torch's own operations, as a peer computes it: no operation of ours is left.
+"""The Q-Former with torch's own operations, as a peer computes it: no operation of ours is left
+but a copy of the image keys, head by head.
 
 An encoder of ours too: its products are then those that torch itself chooses.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -48,7 +50,10 @@ def test_no_gradient_is_computed_that_nobody_wants(by_onednn: bool) -> None:
     layer = Linear(6, 4)
     layer.weight.requires_grad_(False)
     x = torch.randn(5, 6, requires_grad=True)
-    layer(x).sum().backward()
+    total = layer(x).sum()
+    with mock.patch.object(ours, "_by_onednn", wraps=ours._by_onednn) as products:
+        total.backward()
+    assert products.call_count == (1 if by_onednn else 0)  # that of x; the bias's is a sum
     assert layer.weight.grad is None
     torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(5, 6))
     assert layer.bias.grad is not None
@@ -79,13 +84,13 @@ def test_other_number_formats_stay_torchs(by_onednn: bool) -> None:
 @pytest.mark.parametrize(
     ("maker", "flags", "wanted"),
     [
-        ("AuthenticAMD", "avx2 avx512f", True),
-        ("AuthenticAMD", "avx2", False),
-        ("GenuineIntel", "avx2 avx512f amx_bf16", False),
+        ("AuthenticAMD", "avx2 avx512f avx512_vp2intersect", True),
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_vp2intersect amx_bf16", False),
         ("", "", False),
     ],
 )
-def test_onednn_is_for_amd_with_avx512(
+def test_onednn_is_for_amd_from_zen_5_on(
     maker: str, flags: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processor, "vendor", lambda: maker)
@@ -95,13 +100,22 @@ def test_onednn_is_for_amd_with_avx512(
 
 
 def test_whoever_asks_first_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(processor, "features", lambda: frozenset(["avx512_vp2intersect"]))
     with torch.device("meta"):
         counting = ours.is_onednn_faster.__wrapped__()
-    assert counting == ours.is_onednn_faster.__wrapped__()
-    monkeypatch.setattr(processor, "vendor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(processor, "features", lambda: frozenset(["avx512f"]))
+    assert counting == ours.is_onednn_faster.__wrapped__() == torch._C._has_mkldnn
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not ours.is_onednn_faster.__wrapped__()
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # which torch says when the switch goes back
+def test_torchs_own_switch_and_its_own_words_are_kept(by_onednn: bool) -> None:
+    layer, x = Linear(6, 4), torch.randn(5, 6)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not type(layer(x).grad_fn).__name__.startswith("_Linear")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(5, 7))
 
 
 def test_what_counts_as_a_linear_layer() -> None:

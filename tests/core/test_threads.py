@@ -63,3 +63,17 @@ def test_helper_threads_end_with_it(how: str) -> None:
     before, inside, after = map(int, done.stdout.split())
     assert inside >= before + 2  # else nothing was computed in parallel
     assert (after == before) if how == "passing" else (after == inside)
+
+
+def test_an_interrupt_does_not_wait_for_it() -> None:
+    code = """
+import os, signal, threading, time
+from clover.core.threads import in_passing_thread
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    in_passing_thread(time.sleep, 600)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")

@@ -3,9 +3,9 @@
 Contrast and caption share the queries' pass and go backward first. Matching runs three pairs for
 each one of the batch, two thirds of a step's activations. It shares nothing with them but the image
 keys and the weights, and its loss is a mean over pairs: they follow a third at a time or less (two
-thirds in half precision on a CPU), each forward and backward before the next begins. Last come the
-image projections, with the sum of all passes' gradients of their keys. Sums of gradients are what
-autograd makes of one backward, in another order.
+thirds in half precision on a CPU, in one process), each forward and backward before the next
+begins. Last come the image projections, with the sum of all passes' gradients of their keys. Sums
+of gradients are what autograd makes of one backward, in another order.
 """
 
 from __future__ import annotations

@@ -232,11 +232,14 @@ def matching_parts(
     yield MatchingPart(image, text, _all_match(text.ids, is_match=True))
     ids, masks = text.ids.chunk(2), text.mask.chunk(2)
     for chosen, *own in zip(negatives.image_for_text.chunk(2), ids, masks, strict=True):
-        if everyone is None:
-            keys = image.select(chosen)
-        else:
-            keys = bridge.read_image(everyone.features[chosen])
-        yield MatchingPart(keys, Tokens(*own), _all_match(own[0], is_match=False))
+        # Without a name here: a generator would hold it while the next part is read.
+        yield MatchingPart(
+            image.select(chosen)
+            if everyone is None
+            else bridge.read_image(everyone.features[chosen]),
+            Tokens(*own),
+            _all_match(own[0], is_match=False),
+        )
     texts, rows = text if everyone is None else everyone.text, negatives.text_for_image
     others = Tokens(texts.ids[rows], texts.mask[rows])
     yield MatchingPart(image, others, _all_match(others.ids, is_match=False))

@@ -2,7 +2,7 @@
 
 torch has no fused kernel for attention with dropout on the CPU, and its fused backward without
 dropout is slower there than three batched products. This keeps, of what is as large as the scores,
-the probabilities in the products' own format and a mask of one byte an element.
+the probabilities in the products' own format and a mask of one byte an element, or two.
 
 Axes: B batch, H heads, R rows that ask, K keys, D width of a head.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from clover.core.dropout import keep_mask, kept
@@ -55,6 +56,7 @@ class _Attend(Function):
         return read.view(batch, heads, rows, width).transpose(1, 2).reshape(batch, rows, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         asked, key, value, weights, keep = context.saved_tensors
         _, rows, width = asked.shape

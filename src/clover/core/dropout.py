@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _LEVELS = 1 << 16
@@ -47,7 +48,8 @@ _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def kept(x: Tensor, keep: Tensor) -> Tensor:
     """Return `x` with zeros where `keep` is not: what `torch.where` gives, in a tenth of its time.
 
-    A number's bits times one are itself, and times nothing are zero, whatever it was.
+    A number's bits times one are itself, and times nothing are zero, whatever it was. No gradient
+    flows through it.
 
     Args:
         x: Any shape.
@@ -68,6 +70,7 @@ class _AddDropped(Function):
         return kept(update, keep).to(x.dtype).mul_(factor).add_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (keep,) = context.saved_tensors
         lower = grad.to(context.update_type)

@@ -1,9 +1,10 @@
 """Linear layers whose float32 products take the faster of the two libraries torch brings.
 
-On a CPU torch multiplies float32 by MKL, which leaves the 512-bit units of AMD's processors idle:
-207 to 226 GFLOP/s on two cores of a fifth-generation EPYC where oneDNN, which torch takes for
-bfloat16, makes 360 to 490 of the same shapes (docs/training.md). The choice hangs on the processor
-alone, so that a run that goes on elsewhere on the same kind of machine meets the same numbers.
+On a CPU torch multiplies float32 by MKL, which leaves half of AMD's 512-bit units idle: 207 to 226
+GFLOP/s on two cores of a fifth-generation EPYC (Zen 5) where oneDNN, which torch takes for
+bfloat16, makes 360 to 490 of the same shapes (docs/training.md). Zen 4 computes 256 bits at a time
+and gains little. The choice hangs on the processor and torch's own switch for oneDNN alone, so that
+a run that goes on on another machine of the kind meets the same numbers.
 
 Axes: N rows, K inputs, M outputs.
 """
@@ -25,8 +26,9 @@ from clover.core.number_format import number_format
 
 @cache
 def is_onednn_faster() -> bool:
-    """Return whether float32 products are oneDNN's here: on AMD processors with AVX-512."""
-    is_amd = processor.vendor() == "AuthenticAMD" and "avx512f" in processor.features()
+    """Return whether float32 products are oneDNN's here: on AMD processors from Zen 5 on."""
+    # AVX-512 came to AMD with Zen 4; this of its instructions, and the full width, with Zen 5.
+    is_amd = processor.vendor() == "AuthenticAMD" and "avx512_vp2intersect" in processor.features()
     # Nothing is computed to find out: whoever asks first may be counting operations.
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return is_amd and has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -35,9 +37,9 @@ def is_onednn_faster() -> bool:
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return `left @ right` ([N, K] and [K, M] -> [N, M]), without gradient.
 
-    Both are of one number format, any strides.
+    Both are of one number format and no broadcast views.
     """
-    if _is_for_onednn(left):
+    if _is_for_onednn(left, right.shape[0]):
         return _by_onednn(left, right.t())
     return left @ right
 
@@ -53,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., M].
     """
-    if not _is_for_onednn(x) or weight.dtype != torch.float32:
+    if not _is_for_onednn(x, weight.shape[-1]) or weight.dtype != torch.float32:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _by_onednn(x, weight, bias)
@@ -98,13 +100,15 @@ class _Linear(Function):
         return of_x, of_weight, of_bias
 
 
-def _is_for_onednn(x: Tensor) -> bool:
+def _is_for_onednn(x: Tensor, width: int) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0
+        and x.shape[-1] == width  # else torch says which shapes do not fit
         and number_format(x) == torch.float32
         and is_onednn_faster()
+        and torch._C._get_mkldnn_enabled()  # `torch.backends.mkldnn.flags(enabled=False)`
     )
 
 

@@ -20,7 +20,8 @@ def in_passing_thread(function: Callable[..., Result], *args: Any, **kwargs: Any
     """Run a function in a thread that ends with it, and its helper threads too.
 
     For what computes before another thread does all the computing. Returns what the function
-    returns and raises what it raises; an interrupt (Ctrl-C) does not wait for it.
+    returns and raises what it raises; an interrupt (Ctrl-C) does not wait for it. The function sees
+    the caller's context variables, but not torch's own state of a thread (no_grad, autocast).
     """
     found: list[Result] = []
     failed: list[BaseException] = []
@@ -33,7 +34,8 @@ def in_passing_thread(function: Callable[..., Result], *args: Any, **kwargs: Any
 
     thread = threading.Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():
+        thread.join(timeout=0.2)  # without a limit, Windows would not hear Ctrl-C
     if failed:
         raise failed[0]
     return found[0]

@@ -201,8 +201,8 @@ class QFormer(nn.Module):
             for layer in self.layers
             if isinstance(layer, Layer) and layer.cross_attention is not None
         ]
-        linear = [part for attention in crossing for part in (attention.key, attention.value)]
-        found = iter(project_images(features, norm, linear))
+        projections = [part for attention in crossing for part in (attention.key, attention.value)]
+        found = iter(project_images(features, norm, projections))
 
         def split(attention: Attention) -> Tensor:
             heads = attention.split(next(found))

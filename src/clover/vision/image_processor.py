@@ -53,7 +53,7 @@ class ImageProcessor:
         """Return an RGB image as numbers [3, S, S].
 
         By numpy, which has no threads of its own: images are read in many threads, and torch would
-        give each of them a second one (`core.threads`).
+        give each of them helpers (`core.threads`).
         """
         pixels = np.array(image).astype(np.float32)
         pixels /= np.float32(255)
