@@ -69,6 +69,7 @@ def test_an_interrupt_does_not_wait_for_it() -> None:
     code = """
 import os, signal, threading, time
 from clover.core.threads import in_passing_thread
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who is started by nohup has none
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     in_passing_thread(time.sleep, 600)
