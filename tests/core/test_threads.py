@@ -65,16 +65,24 @@ def test_helper_threads_end_with_it(how: str) -> None:
     assert (after == before) if how == "passing" else (after == inside)
 
 
-def test_an_interrupt_does_not_wait_for_it() -> None:
+def test_an_interrupt_ends_the_function_and_lets_go_of_what_it_holds() -> None:
     code = """
 import os, signal, threading, time
 from clover.core.threads import in_passing_thread
+
+def work():
+    try:
+        while True:
+            time.sleep(0.01)
+    finally:
+        print("let go", flush=True)
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who is started by nohup has none
 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
-    in_passing_thread(time.sleep, 600)
+    in_passing_thread(work)
 except KeyboardInterrupt:
-    print("interrupted")
+    print("interrupted", threading.active_count())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (0, "interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "let go\ninterrupted 1\n", "")

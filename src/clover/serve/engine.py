@@ -118,7 +118,11 @@ class Engine:
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="clover-engine", daemon=True)
         self._thread.start()
-        self.call(self._read_constants).result()
+        try:
+            self.call(self._read_constants).result()
+        except BaseException:
+            self.close()  # or Python would end with a thread inside torch, after Ctrl-C: by a crash
+            raise
 
     # -- from any thread ------------------------------------------------------------------
 
