@@ -245,9 +245,8 @@ def one_stream(model: clover.Clover, path: Path) -> None:
         return int(out.shape[1])
 
     def theirs() -> int:
-        return engine.call(
-            generate
-        ).result()  # in the same thread: no side's helpers are in the way
+        # In the same thread, so that no side's helpers are in the other's way.
+        return engine.call(generate).result()
 
     def ours() -> int:
         return written(engine, model, path, question, length)

@@ -101,13 +101,14 @@ class _Linear(Function):
 
 
 def _is_for_onednn(x: Tensor, width: int) -> bool:
+    # The processor first: on all others a layer has nothing more to look at.
     return (
-        x.device.type == "cpu"
+        is_onednn_faster()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0
         and x.shape[-1] == width  # else torch says which shapes do not fit
         and number_format(x) == torch.float32
-        and is_onednn_faster()
         and torch._C._get_mkldnn_enabled()  # `torch.backends.mkldnn.flags(enabled=False)`
     )
 
