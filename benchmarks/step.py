@@ -46,7 +46,7 @@ def separate_passes(
         heads.embed_image(image_pass.hidden), heads.embed_text(rows[:, 0]), heads.temperature
     )
     negatives = sample_negatives(similar)
-    own = torch.arange(len(features))
+    own = torch.arange(len(features), device=features.device)
     images = torch.cat([own, negatives.image_for_text, own])
     texts = torch.cat([own, own, negatives.text_for_image])
     pair = qformer.encode_pair(

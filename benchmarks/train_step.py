@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,9 @@ from clover.core.config import LanguageConfig, PromptConfig, QFormerConfig
 from clover.core.files import read_json, write_json
 from clover.core.linear import multiply
 from clover.core.memory import keep_freed_memory
+from clover.core.number_format import without_autocast
 from clover.core.run import peak_memory_gib
-from clover.language.decoder_only import DecoderOnly
+from clover.language.decoder_only import AnswerBatch, DecoderOnly
 from clover.language.prompt import Prompt
 from clover.plan.step import NoText
 from clover.qformer.bridge import Bridge
@@ -58,6 +59,7 @@ from clover.qformer.tokenizer import Tokens
 from clover.qformer.used_words import only_words
 from clover.training.device import Device, choose_device, multiplies_bfloat16_fast
 from clover.training.loop import apply_gradients, make_optimizer
+from clover.training.replay import Replay
 
 Step = Callable[[], object]
 BATCH, PLACES, TEXT, DECODE_START = 8, 257, 32, 30522
@@ -71,68 +73,108 @@ SIZES = {
 }
 
 
-def _finish(bridge: Bridge, optimizer: torch.optim.Optimizer, *, is_ours: bool) -> None:
+def _finish(
+    bridge: Bridge, optimizer: torch.optim.Optimizer, *, is_ours: bool, device: Device
+) -> None:
     if is_ours:
-        apply_gradients(optimizer, torch.tensor(1.0), clip_norm=1.0)
+        apply_gradients(optimizer, torch.ones((), device=device.device), clip_norm=1.0)
     else:
         torch.nn.utils.clip_grad_norm_(bridge.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def stage_1(size: str, device: Device) -> tuple[Step, Step]:
-    """Return our step and the peer's."""
+def stage_1(
+    size: str, device: Device, batch: int = BATCH, *, compiled: bool = False
+) -> tuple[Step, Step]:
+    """Return our step and the peer's; `compiled` is ours with compiled layers."""
     torch.manual_seed(0)
-    bridge = Bridge(QFormerConfig(**SIZES[size]), has_alignment=True)  # type: ignore[arg-type]
-    features = torch.randn(BATCH, PLACES, bridge.config.encoder_width)
-    # Captions are longer than the limit: all 32 places are tokens, and padding saves us nothing.
-    ids = torch.randint(1000, 30000, (BATCH, TEXT))
+    with device.device:
+        bridge = Bridge(QFormerConfig(**SIZES[size]), has_alignment=True)  # type: ignore[arg-type]
+        features = torch.randn(batch, PLACES, bridge.config.encoder_width)
+        # Captions are longer than the limit: all 32 places are tokens, padding saves us nothing.
+        ids = torch.randint(1000, 30000, (batch, TEXT))
+    if compiled:
+        bridge.qformer.compile_layers()
     text = Tokens(ids, torch.ones_like(ids))
     optimizer = make_optimizer(bridge, learning_rate=1e-5, weight_decay=0.05)
 
+    def losses(features: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        settings = LossSettings(DECODE_START)
+        return backward_apart(bridge, features, Tokens(ids, mask), settings).parts
+
+    run = Replay(losses) if device.device.type == "cuda" else losses
+
     def ours() -> None:
         with device.autocast():
-            backward_apart(bridge, features, text, LossSettings(DECODE_START))
-        _finish(bridge, optimizer, is_ours=True)
+            run(features, text.ids, text.mask)
+        _finish(bridge, optimizer, is_ours=True, device=device)
 
     def peer() -> None:
         with torch_operations():
             separate_passes(bridge, features, text, DECODE_START, keep_gradients=True)
-        _finish(bridge, optimizer, is_ours=False)
+        _finish(bridge, optimizer, is_ours=False, device=device)
 
     return ours, peer
 
 
-def stage_2(size: str, device: Device) -> tuple[Step, Step]:
-    """Return our step and the peer's; a process makes steps of one of them."""
+DECODERS = {
+    "small": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152,
+              "tie_word_embeddings": True},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+             "tie_word_embeddings": True},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32001,
+           "tie_word_embeddings": False},
+}  # fmt: skip
+"""Llama's shape: one that only shows that it runs, SmolLM2-135M's, Vicuna-7B's."""
+
+
+def stage_2(
+    size: str,
+    device: Device,
+    batch: int = BATCH,
+    decoder: str | None = None,
+    *,
+    compiled: bool = False,
+) -> tuple[Step, Step]:
+    """Return our step and the peer's; a process makes steps of one of them.
+
+    Args:
+        size: Of the bridge, and where no decoder is named of the language model.
+        device: Where, and in which format.
+        batch: Instructions; answers' lengths are repeated.
+        decoder: One of `DECODERS`.
+        compiled: Ours with the bridge's layers compiled.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     stack = contextlib.ExitStack()  # open for as long as the process lives
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    published = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    config = LlamaConfig(
-        **(published if size == "published" else shape),
-        num_attention_heads=9 if size == "published" else 4,
-        num_key_value_heads=3 if size == "published" else 2,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False).to(device.dtype)
-    bridge = Bridge(
-        QFormerConfig(**SIZES[size]),  # type: ignore[arg-type]
-        language_width=config.hidden_size,
-    )
-    features = torch.randn(BATCH, PLACES, bridge.config.encoder_width)
-    question = torch.randint(1000, 30000, (BATCH, INSTRUCTION))
-    instructions = torch.randint(0, 49152, (BATCH, INSTRUCTION)).tolist()
-    answers = [torch.randint(0, 49152, (length,)).tolist() for length in ANSWERS]
+    config = LlamaConfig(**DECODERS[decoder or ("small" if size == "small" else "135m")])  # type: ignore[arg-type]
+    words = config.vocab_size
+    lengths = [ANSWERS[row % len(ANSWERS)] for row in range(batch)]
+    with device.device, _format(device.dtype):
+        model = LlamaForCausalLM(config).eval().requires_grad_(False).to(device.dtype)
+    with device.device:
+        bridge = Bridge(
+            QFormerConfig(**SIZES[size]),  # type: ignore[arg-type]
+            language_width=config.hidden_size,
+        )
+        if compiled:
+            bridge.qformer.compile_layers()
+        features = torch.randn(batch, PLACES, bridge.config.encoder_width)
+        question = torch.randint(1000, 30000, (batch, INSTRUCTION))
+    instructions = torch.randint(0, words, (batch, INSTRUCTION)).tolist()
+    answers = [torch.randint(0, words, (length,)).tolist() for length in lengths]
 
     # Our attention registers itself with the model, and `clover tune` trains the words alone that
     # its questions hold: neither may be there when the peer makes its step.
     @cache
     def our_side() -> tuple[DecoderOnly, torch.optim.Optimizer]:
-        held = torch.cat([question.flatten(), torch.randint(1000, 30000, (WORDS,))])
+        held = torch.cat([question.flatten().cpu(), torch.randint(1000, 30000, (WORDS,))])
         stack.enter_context(only_words(bridge.qformer, held.unique()))
         prompt = Prompt.from_config(PromptConfig())
         language = DecoderOnly(model, NoText(), prompt=prompt, config=LanguageConfig())
@@ -151,28 +193,60 @@ def stage_2(size: str, device: Device) -> tuple[Step, Step]:
         with device.autocast():
             total, count = language.loss_from_ids(prefix(), instructions, answers)
         (total / count).backward()  # type: ignore[no-untyped-call]
-        _finish(bridge, optimizer, is_ours=True)
+        _finish(bridge, optimizer, is_ours=True, device=device)
+
+    said = DecoderOnly.answer_batch_from_ids(
+        instructions, answers, num_queries=bridge.config.num_queries
+    )
+    inputs = [device.put(item) for item in (said.ids, said.places, said.labels)]
+
+    def loss(ids: Tensor, places: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        language, _ = our_side()
+        total = language.loss_of_batch(prefix(), AnswerBatch(ids, places, labels, said.count))
+        with without_autocast(total.device):
+            (total / said.count).backward()  # type: ignore[no-untyped-call]
+        return {"total": total.detach()}
+
+    replay = Replay(loss)
+
+    def ours_on_a_gpu() -> None:
+        _, optimizer = our_side()
+        with device.autocast():
+            replay(*inputs)
+        _finish(bridge, optimizer, is_ours=True, device=device)
 
     def peer() -> None:
         optimizer = peer_optimizer()
         with torch_operations():
             visual = prefix()
-        width = INSTRUCTION + max(ANSWERS)
-        ids = torch.zeros(BATCH, width, dtype=torch.long)
-        labels = torch.full((BATCH, visual.shape[1] + width), -100)
+        width = INSTRUCTION + max(lengths)
+        ids = torch.zeros(batch, width, dtype=torch.long)
+        labels = torch.full((batch, visual.shape[1] + width), -100)
         mask = torch.zeros_like(labels)
         for row, (asked, said) in enumerate(zip(instructions, answers, strict=True)):
             ids[row, : len(asked) + len(said)] = torch.tensor(asked + said)
             start = visual.shape[1] + len(asked)
             labels[row, start : start + len(said)] = torch.tensor(said)
             mask[row, : start + len(said)] = 1
-        embeds = torch.cat([visual, model.get_input_embeddings()(ids)], dim=1)
+        ids, labels, mask = (item.to(device.device) for item in (ids, labels, mask))
+        embeds = torch.cat([visual.to(model.dtype), model.get_input_embeddings()(ids)], dim=1)
         logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits.float()
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        _finish(bridge, optimizer, is_ours=False)
+        mean = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        mean.backward()  # type: ignore[no-untyped-call]
+        _finish(bridge, optimizer, is_ours=False, device=device)
 
-    return ours, peer
+    return (ours_on_a_gpu if device.device.type == "cuda" else ours), peer
+
+
+@contextlib.contextmanager
+def _format(dtype: torch.dtype) -> Iterator[None]:
+    """Within the block, make new parameters in this format: 7B of float32 would be 28 GB first."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 PARTS = ("ours", "peer", "floor")

@@ -42,7 +42,7 @@ from clover.training.sampler import Sampler
 from clover.vision.cache import FeatureCache
 from clover.vision.dataset import FeatureSet, load_feature_set
 from clover.vision.encoder import TinyEncoder
-from clover.vision.storage import pack
+from clover.vision.storage import Storage, pack
 
 _CAPTION = (
     "H&E-stained section of colon, case {}: crowded crypts with enlarged nuclei and necrosis."
@@ -52,10 +52,12 @@ _SHAPES = {"demo": (32, 196, 272), "published": (8, 257, 1408), "small": (4, 5, 
 """Pairs a batch, tokens an image, width."""
 
 
-def prepare(folder: Path, images: int, places: int, width: int) -> FeatureSet:
+def prepare(
+    folder: Path, images: int, places: int, width: int, *, storage: Storage = "float16"
+) -> FeatureSet:
     """Write pairs and their features; return them opened, with no page of a shard in memory."""
     encoder = TinyEncoder(EncoderConfig(kind="tiny"))
-    cache = FeatureCache(folder / "cache", encoder)
+    cache = FeatureCache(folder / "cache", encoder, storage=storage)
     keys = []
     with (folder / "captions.jsonl").open("w", encoding="utf-8") as out:
         for index in range(images):
@@ -66,13 +68,17 @@ def prepare(folder: Path, images: int, places: int, width: int) -> FeatureSet:
             out.write(json.dumps(row) + "\n")
     for start in range(0, images, _SHARD):
         part = keys[start : start + _SHARD]
-        packed = [pack(torch.randn(1, places, width), "float16") for _ in part]
+        packed = [pack(torch.randn(1, places, width), storage) for _ in part]
         shard = cache.write(part, packed).path
         with shard.open("rb") as handle:
             os.fsync(handle.fileno())
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return load_feature_set(
-        folder / "captions.jsonl", needs="caption", encoder=encoder, cache=folder / "cache"
+        folder / "captions.jsonl",
+        needs="caption",
+        encoder=encoder,
+        cache=folder / "cache",
+        storage=storage,
     )
 
 

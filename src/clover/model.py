@@ -45,7 +45,7 @@ from clover.model_folder import write_config as write_config
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
-from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.qformer.tokenizer import TextTokenizer, Tokens, widened
 from clover.slides.picture import check_is_no_slide, is_region, open_picture
 from clover.training import processes
 from clover.training.device import Device, choose_device
@@ -213,13 +213,20 @@ class Clover:
         is_closed = record.answer_type == "closed"
         return self.prompt.question(record.question or "", is_closed=is_closed)
 
-    def question_tokens(self, questions: Sequence[str]) -> Tokens | None:
-        """Return what the Q-Former reads of the questions; None when it does not read them."""
+    def question_tokens(self, questions: Sequence[str], *, multiple: int = 1) -> Tokens | None:
+        """Return what the Q-Former reads of the questions; None when it does not read them.
+
+        Args:
+            questions: B questions.
+            multiple: Of which the number of tokens is one, unless it is the most there may be.
+        """
         if not self.recipe.tune.instruction_aware:
             return None
         limit = min(self.recipe.tune.max_question_tokens, self.bridge.config.max_positions)
         tokens = self.tokenizer(questions, limit=limit, side="left")
-        return Tokens(tokens.ids.to(self.device.device), tokens.mask.to(self.device.device))
+        if multiple > 1:
+            tokens = widened(tokens, pad=self.tokenizer.pad, multiple=multiple, limit=limit)
+        return Tokens(self.device.put(tokens.ids), self.device.put(tokens.mask))
 
     def visual_hidden(self, features: Tensor, questions: Sequence[str]) -> Tensor:
         """Return the query rows [B, Q, D] before the projection; see `visual_prefix`.

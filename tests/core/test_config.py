@@ -164,9 +164,11 @@ def test_a_field_of_a_later_release_changes_no_key_until_it_is_set() -> None:
         del tree["tune"][field]
     for field in ("train_word_embedding", "checkpoint_activations"):
         del tree["qformer"][field]
-    for field in ("checkpoint_every", "checkpoint_keep", "checkpoint_in_background"):
+    for field in (
+        *("checkpoint_every", "checkpoint_keep", "checkpoint_in_background", "cuda_graphs"),
+    ):
         del tree["tune"][field]
-    for field in ("validate_every", "validate_samples", "keep_weights"):
+    for field in ("validate_every", "validate_samples", "keep_weights", "compile"):
         del tree["tune"][field]
     for field in (
         "options",

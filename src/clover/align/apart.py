@@ -3,8 +3,8 @@
 Contrast and caption share the queries' pass and go backward first. Matching runs three pairs for
 each one of the batch, two thirds of a step's activations. It shares nothing with them but the image
 keys and the weights, and its loss is a mean over pairs: they follow a third at a time or less (two
-thirds in half precision on a CPU, in one process), each forward and backward before the next
-begins. Last come the image projections, with the sum of all passes' gradients of their keys. Sums
+thirds in half precision, in one process), each forward and backward before the next begins. Last
+come the image projections, with the sum of all passes' gradients of their keys. Sums
 of gradients are what autograd makes of one backward, in another order.
 """
 
@@ -76,10 +76,9 @@ def backward_apart(
             assert negatives is not None, "drawn above"
             found["match"] = torch.zeros((), device=features.device)
             pairs = 3 * len(text.ids)
-            # On a processor in half precision what a part holds until it has gone back is half as
-            # large, and products are so fast that reading the weights again for each part is felt.
-            is_half = features.device.type == "cpu" and keys.layers[0][0].element_size() < 4
-            if is_half and everyone is None:
+            # In half precision what a part holds until it has gone back is half as large, and
+            # products are so fast that reading the weights again for each part is felt.
+            if keys.layers[0][0].element_size() < 4 and everyone is None:
                 parts_of = larger_matching_parts(keys, text, negatives)
             else:
                 parts_of = matching_parts(bridge, keys, text, negatives, everyone)

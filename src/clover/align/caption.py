@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clover.qformer.bridge import AlignmentHeads
-from clover.qformer.vocabulary import vocabulary_loss
+from clover.qformer.vocabulary import NO_TARGET, vocabulary_loss
 from clover.training import processes
 
 
@@ -43,13 +42,17 @@ def caption_loss(
         # short; here every word counts alike, so that the batch may be shared in any way.
     """
     has_target = mask[:, 1:].bool()
-    if mask.is_meta:  # `clover plan` counts, it does not compute: then every place has a target
-        has_target = torch.ones(mask[:, 1:].shape, dtype=torch.bool)
+    if mask.device.type == "cpu":
+        rows, targets = hidden[:, :-1][has_target], inputs[:, 1:][has_target]
+    else:
+        # To leave padding out is to wait for a GPU to say how much it is, and no shape is fixed.
+        rows = hidden[:, :-1].flatten(0, 1)
+        targets = inputs[:, 1:].masked_fill(~has_target, NO_TARGET).flatten()
     loss = vocabulary_loss(
-        heads.language.transform(hidden[:, :-1][has_target]),
+        heads.language.transform(rows),
         word_embedding,
         heads.language.bias,
-        inputs[:, 1:][has_target],
+        targets,
         smoothing=label_smoothing,
     )
     if processes.num_processes() > 1:

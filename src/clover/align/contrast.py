@@ -62,8 +62,7 @@ def same_caption(ids: Tensor, mask: Tensor, *, offset: int = 0, size: int | None
     own = words[offset : offset + (len(words) if size is None else size)]
     same = (own[:, None] == words[None]).all(dim=2)
     rows = torch.arange(len(own), device=ids.device)
-    same[rows, rows + offset] = False
-    return same
+    return same.scatter_(1, (rows + offset)[:, None], False)
 
 
 def contrastive_loss(

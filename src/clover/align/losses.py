@@ -25,6 +25,8 @@ from clover.qformer.tokenizer import Tokens
 from clover.training import processes
 
 ALL_LOSSES = ("contrast", "match", "caption")
+_FEW = 64
+"""Pairs of a batch on a GPU whose matching is one part: at the published size 6 GiB of graphs."""
 
 
 @dataclass(frozen=True)
@@ -251,14 +253,22 @@ def larger_matching_parts(
     """Yield the pairs of `matching_parts` in two parts: each image with its two texts, the rest.
 
     Each part reads every weight and adds to every gradient: four parts do so twice as often, which
-    is a tenth of a step where products are as fast as bfloat16's on a processor that has it. For
-    one process.
+    is a tenth of a step where products are as fast as bfloat16's on a processor that has it. A GPU
+    gets few pairs all at once: its kernels are too small otherwise. For one process.
     """
     rows = negatives.text_for_image
+    if text.ids.device.type != "cpu" and len(rows) <= _FEW:
+        own = torch.arange(len(rows), device=rows.device)
+        keys = image.select(torch.cat([own, negatives.image_for_text, own]))
+        all_ids, masks = (torch.cat([item, item, item[rows]]) for item in (text.ids, text.mask))
+        is_match = torch.arange(len(all_ids), device=rows.device) < len(rows)
+        yield MatchingPart(keys, Tokens(all_ids, masks), is_match)
+        return
     both = Tokens(
         *(torch.stack([item, item[rows]], dim=1).flatten(0, 1) for item in (text.ids, text.mask))
     )
-    is_match = torch.tensor([True, False], device=text.ids.device).repeat(len(text.ids))
+    # Computed where it is read: a tensor of Python's numbers would be copied to a GPU.
+    is_match = torch.arange(len(both.ids), device=text.ids.device) % 2 == 0
     yield MatchingPart(image, both, is_match)
     keys = image.select(negatives.image_for_text)
     yield MatchingPart(keys, text, _all_match(text.ids, is_match=False))

@@ -39,7 +39,8 @@ def negative_weights(
         if ignored is not None:
             is_alone = ignored.sum(dim=1, keepdim=True) == ignored.shape[1] - 1
             masked.masked_fill_(ignored & ~is_alone, _OWN)
-        masked[rows, rows + offset] = _OWN
+        # Not `masked[rows, rows + offset] = _OWN`, which copies the number to a GPU and waits.
+        masked.scatter_(1, (rows + offset)[:, None], _OWN)
         weights.append(masked.softmax(dim=1).nan_to_num(nan=1.0))
     return weights[0], weights[1]
 
@@ -57,10 +58,16 @@ def sample_negatives(
             "the matching loss needs a negative: align.batch_size is 1, the least is 2"
         )
     text_to_image, image_to_text = negative_weights(similar, offset=offset, ignored=ignored)
-    return Negatives(
-        torch.multinomial(text_to_image, 1).squeeze(1),
-        torch.multinomial(image_to_text, 1).squeeze(1),
-    )
+    return Negatives(_draw(text_to_image), _draw(image_to_text))
+
+
+def _draw(weights: Tensor) -> Tensor:
+    """Return one column of each row [B, N] by its weight [B].
+
+    What `torch.multinomial` draws, number for number; it waits for a GPU to say that the weights
+    are ones that can be drawn by.
+    """
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1)
 
 
 def matching_loss(logits: Tensor) -> Tensor:

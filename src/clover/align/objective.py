@@ -14,11 +14,16 @@ from clover.align.cached import backward_in_chunks
 from clover.align.losses import Everyone, LossSettings
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
-from clover.qformer.tokenizer import TextTokenizer, Tokens
+from clover.qformer.tokenizer import TextTokenizer, Tokens, widened
 from clover.training import processes
 from clover.training.device import Device
 from clover.training.objective import Losses
+from clover.training.replay import Function, Replay
 from clover.vision.dataset import FeatureSet
+
+_SIMILAR = "similar"
+_WIDTHS = 8
+"""Captions are padded to a multiple of so many tokens where steps are replayed."""
 
 
 @dataclass
@@ -30,6 +35,23 @@ class AlignObjective:
     tokenizer: TextTokenizer
     config: AlignConfig
     device: Device
+
+    def __post_init__(self) -> None:
+        self.data.send_to(self.device.device)
+        if self.config.compile:
+            self.module.qformer.compile_layers()
+        self._run: Function = Replay(self._losses) if self.is_replayed else self._losses
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether steps are recorded and replayed: on one GPU, if nothing waits for it."""
+        return (
+            self.config.cuda_graphs
+            and self.device.device.type == "cuda"
+            and processes.num_processes() == 1
+            and not self.config.gradient_chunk
+            and not self.module.config.checkpoint_activations
+        )
 
     def num_samples(self) -> int:
         """Return the number of pairs."""
@@ -50,14 +72,28 @@ class AlignObjective:
         """Return image tokens [B, P, E] and captions."""
         captions = [self.data.records[index].caption or "" for index in indices]
         tokens = self.tokenizer(captions, limit=self.config.max_text_tokens)
-        where = self.device.device
-        features = self.data.features(indices).to(where)
-        return features, Tokens(tokens.ids.to(where), tokens.mask.to(where))
+        if self.is_replayed or self.config.compile:
+            # As few widths as can be: each is recorded for itself, and compiled for minutes.
+            limit = self.config.max_text_tokens
+            multiple = limit if self.config.compile else _WIDTHS
+            tokens = widened(tokens, pad=self.tokenizer.pad, multiple=multiple, limit=limit)
+        features = self.device.put(self.data.features(indices))
+        return features, Tokens(self.device.put(tokens.ids), self.device.put(tokens.mask))
 
     def losses(self, batch: tuple[Tensor, Tokens]) -> Losses:
         """Return the summed losses of a batch, weighted by its pairs."""
         features, text = batch
-        count = torch.tensor(float(len(features)), device=features.device)
+        count = torch.full((), float(len(features)), device=features.device)
+        parts = self._run(features, text.ids, text.mask)
+        # Nothing is added to the loss, unless similarities are not finite: then it is not either,
+        # whichever losses were asked for.
+        nothing = 0 * parts.pop(_SIMILAR)
+        total = torch.stack(list(parts.values())).sum() * count + nothing
+        return Losses(total, count, parts, is_backward_done=True)
+
+    def _losses(self, features: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Go forward and backward; return each loss, and the sum of all similarities."""
+        text = Tokens(ids, mask)
         if self.config.gradient_chunk:
             backward = partial(backward_in_chunks, chunk=self.config.gradient_chunk)
         else:
@@ -76,9 +112,5 @@ class AlignObjective:
             ),
             scale=len(features),
         )
-        # The gradients are in the weights already. The loop goes back through what it is given:
-        # through this, nothing is added. Nor to the loss, unless similarities are not finite: then
-        # it is not either, whichever losses were asked for.
         similar = found.similar.image_to_text.sum() + found.similar.text_to_image.sum()
-        nothing = 0 * (self.module.alignment.temperature + similar)
-        return Losses(found.total * count + nothing, count, found.parts)
+        return {**found.parts, _SIMILAR: similar}

@@ -37,11 +37,12 @@ _LATER = (
     *(("tune", name) for name in ("grounding_channels", "grounding_kept", "anchoring_repeat")),
     *(("evaluate", name) for name in ("turns", "word_pull")),
     *((stage, "keep_weights") for stage in ("align", "tune")),
+    *((stage, "compile") for stage in ("align", "tune")),
 )
 """(section, field) of the second release on."""
 _NO_NUMBER = (
     *("checkpoint_every", "checkpoint_keep", "checkpoint_in_background"),
-    *("checkpoint_activations", "spread"),
+    *("checkpoint_activations", "spread", "cuda_graphs"),
 )
 """Fields, of whichever section, that change no number."""
 _ONLY_OF_BEST = ("validate_every", "validate_samples")
@@ -331,6 +332,12 @@ class OptimizerConfig(Section):
     """How many checkpoints stay while training goes on."""
     checkpoint_in_background: bool = False
     """Whether training goes on while a checkpoint is written, from a copy in memory."""
+    cuda_graphs: bool = True
+    """On one GPU: whether the kernels of a step are recorded once a shape of batch, and started
+    together from then on (`clover.training.replay`)."""
+    compile: bool = False
+    """Whether the Q-Former's layers are compiled (`torch.compile`): on a GPU steps are faster,
+    after a first one of a minute or more."""
     validate_every: int = Field(0, ge=0)
     """Steps between validations on held-out samples (`--validation`); none when 0."""
     validate_samples: int = Field(512, ge=2)

@@ -101,10 +101,11 @@ class _Linear(Function):
 
 
 def _is_for_onednn(x: Tensor, width: int) -> bool:
-    # The processor first: on all others a layer has nothing more to look at.
     return (
-        is_onednn_faster()
-        and x.device.type == "cpu"
+        # The device first, which a compiler knows; then the processor: on all others a layer has
+        # nothing more to look at.
+        x.device.type == "cpu"
+        and is_onednn_faster()
         and x.dtype == torch.float32
         and x.numel() > 0
         and x.shape[-1] == width  # else torch says which shapes do not fit

@@ -27,7 +27,7 @@ from clover.language.grouping import length_groups
 from clover.language.lean import LeanDecoder
 from clover.language.packed import PackedRows, packed, reads_token_by_token
 from clover.language.prompt import Prompt
-from clover.language.shared_prefix import SharedPrefix, behind, share_prefix
+from clover.language.shared_prefix import SharedPrefix, behind, causal_by_itself, share_prefix
 
 _LOGIT_ROWS = 1024
 """Answer positions scored at a time: 1024 x 49152 float32 logits are 200 MB."""
@@ -40,6 +40,28 @@ _CANDIDATES = 64
 """Candidate answers ranked at a time."""
 _KEPT_PREFIXES = 4
 """Constant beginnings whose keys and values are kept."""
+
+
+_WIDTHS, _ANSWERS = 16, 64
+"""Rows are padded to a multiple of so many tokens, and answers to so many, where few shapes are
+wanted (`AnswerBatch`)."""
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Instructions and answers as tensors: a loss of them waits for no device.
+
+    Attributes:
+        ids: ``[instruction][answer][pads]`` of each row `[B, T]`.
+        places: Of what predicts an answer's token, among all `B (Q + T)` hidden states `[N]`.
+        labels: The tokens; -100 for none `[N]`.
+        count: How many there are.
+    """
+
+    ids: Tensor
+    places: Tensor
+    labels: Tensor
+    count: int
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,68 @@ class DecoderOnly(FrozenLanguage):
             )
             total = total + losses.sum()
         return total, torch.tensor(sum(map(len, answer_ids)), device=self.device)
+
+    def answer_batch(
+        self, instructions: Sequence[str], answers: Sequence[str], *, num_queries: int
+    ) -> AnswerBatch:
+        """Return B instructions and answers for `loss_of_batch`, on the CPU, in one of few shapes.
+
+        Args:
+            instructions: B questions, without template.
+            answers: B answers, without end token.
+            num_queries: Visual tokens that will stand before each.
+        """
+        return self.answer_batch_from_ids(
+            [self.instruction_ids(text) for text in instructions],
+            [self.answer_ids(text) for text in answers],
+            num_queries=num_queries,
+        )
+
+    @staticmethod
+    def answer_batch_from_ids(asked: Ids, said: Ids, *, num_queries: int) -> AnswerBatch:
+        """Return the same of B id lists each."""
+        # The last token predicts nothing that is asked for.
+        rows = [[*i, *a][:-1] for i, a in zip(asked, said, strict=True)]
+        width = -(-max(map(len, rows)) // _WIDTHS) * _WIDTHS
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        places: list[int] = []
+        labels: list[int] = []
+        for row, (instruction, answer) in enumerate(zip(asked, said, strict=True)):
+            ids[row, : len(rows[row])] = torch.tensor(rows[row])
+            first = row * (num_queries + width) + num_queries + len(instruction) - 1
+            places += range(first, first + len(answer))
+            labels += answer
+        more = (0, -len(labels) % _ANSWERS)
+        return AnswerBatch(
+            ids,
+            F.pad(torch.tensor(places), more),
+            F.pad(torch.tensor(labels), more, value=-100),
+            len(labels),
+        )
+
+    @property
+    def can_be_replayed(self) -> bool:
+        """Whether `loss_of_batch` waits for no device."""
+        return (
+            self._is_shared
+            and not self.config.paper_dropout
+            and not getattr(self.model, "is_spread", False)
+        )
+
+    def loss_of_batch(self, visual: Tensor, batch: AnswerBatch) -> Tensor:
+        """Return the summed cross-entropy of ``[prefix][visual][instruction][answer]`` (float32).
+
+        Args:
+            visual: `[B, Q, H]`; gradients flow into it and nowhere else.
+            batch: From `answer_batch` for Q queries, on the model's device.
+        """
+        past = self._past(self.prefix_ids, len(batch.ids), is_kept=False)
+        embeds = self._joined((), visual, batch.ids)
+        with causal_by_itself(self.model):
+            positions = torch.arange(embeds.shape[1], device=self.device)[None] + past.num_tokens
+            hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
+        picked = hidden.flatten(0, 1)[batch.places]
+        return self._cross_entropy(picked, batch.labels).sum()
 
     def logits_from_ids(self, visual: Tensor | None, text_ids: Tensor, mask: Tensor) -> Tensor:
         """Return `[B, Q+T, V]` float32 logits of ``[visual][text]``, every position: the slow way.
@@ -243,7 +327,13 @@ class DecoderOnly(FrozenLanguage):
         chunks = zip(
             torch.split(hidden, _LOGIT_ROWS), torch.split(labels, _LOGIT_ROWS), strict=True
         )
-        return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in chunks])
+        return torch.cat(
+            [
+                # The head drops nothing, and to keep random numbers is to wait for a GPU.
+                checkpoint(score, h, y, use_reentrant=False, preserve_rng_state=False)
+                for h, y in chunks
+            ]
+        )
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Return the last hidden states `[B, T, H]` of the model's body, fed as transformers does.

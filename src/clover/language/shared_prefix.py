@@ -23,6 +23,8 @@ from clover.core.attend import attend as attend_rows
 from clover.language.packed import active_rows, attend_packed
 
 NAME = "clover_shared_prefix"
+_CAUSAL = "clover_causal"
+"""The same for batches without a mask."""
 """Under which transformers knows this attention."""
 
 
@@ -98,9 +100,24 @@ def share_prefix(model: Any) -> bool:
         return None if active_rows() is not None else sdpa_mask(*given, **named)
 
     AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(_CAUSAL, attend)
     AttentionMaskInterface.register(NAME, mask)
     model.set_attn_implementation(NAME)
     return True
+
+
+@contextlib.contextmanager
+def causal_by_itself(model: Any) -> Iterator[None]:
+    """Within the block, have no mask made for a batch without one: all rows are causal.
+
+    transformers looks whether positions are those of packed rows, which waits for the device. It
+    does not for an attention that it knows no masks of.
+    """
+    model.set_attn_implementation(_CAUSAL)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def attend(

@@ -91,7 +91,8 @@ class FeedForward(nn.Module):
         """[B, R, D] -> [B, R, D]."""
         inner = self.inner(x)
         activated = F.gelu(inner)
-        keeps = self.keeps_gelu or inner.is_meta  # which has no addresses
+        # Neither has addresses; and a compiler decides for itself what it computes again.
+        keeps = self.keeps_gelu or torch.compiler.is_compiling() or inner.is_meta
         keep = contextlib.nullcontext() if keeps else _computed_again(activated, inner)
         with keep:
             update = self.outer(activated)

@@ -28,6 +28,9 @@ from clover.core.linear import Linear, linear
 from clover.qformer.attention import Attention, FeedForward, KeyValue, join_keys
 from clover.qformer.image_projection import project_images
 
+_KINDS = 64
+"""Kinds of calls of a layer that are compiled; others run as they are."""
+
 
 @dataclass(frozen=True)
 class ImageKeys:
@@ -165,7 +168,19 @@ class QFormer(nn.Module):
             Layer(config, has_cross_attention=index % config.cross_attention_frequency == 0)
             for index in range(config.num_layers)
         )
+        self._call: Callable[..., Any] = _call
         self.initialise()
+
+    def compile_layers(self) -> None:
+        """Have layers compiled, once for each kind of pass and shape: the first step takes minutes.
+
+        Not with `checkpoint_activations`.
+        """
+        # A cross-attention or none, in four passes of which some leave rows out at their end.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, _KINDS)
+        # For each shape anew: of changing ones torch 2.11 makes code that its compiler refuses.
+        self._call = torch.compile(_call, dynamic=False)
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: each objective has a pass of its own.
@@ -295,7 +310,7 @@ class QFormer(nn.Module):
         image_layers = iter(image.layers) if image is not None else iter(())
         cache: list[KeyValue] = []
         last = len(self.layers) - 1
-        run = _again if self.config.checkpoint_activations and self.training else _call
+        run = _again if self.config.checkpoint_activations and self.training else self._call
         for index, layer in enumerate(self.layers):
             has_image = num_queries > 0 and layer.cross_attention is not None
             x, keys = run(

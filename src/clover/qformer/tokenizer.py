@@ -13,6 +13,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
+from torch.nn import functional as F
 
 from clover.core.errors import CloverError
 
@@ -23,6 +24,13 @@ class Tokens:
 
     ids: Tensor
     mask: Tensor
+
+
+def widened(text: Tokens, *, pad: int, multiple: int, limit: int) -> Tokens:
+    """Return texts [B, T] padded to a T that is a multiple of a number, or the limit."""
+    width = text.ids.shape[1]
+    more = (0, max(0, min(-(-width // multiple) * multiple, limit) - width))
+    return Tokens(F.pad(text.ids, more, value=pad), F.pad(text.mask, more))
 
 
 class TextTokenizer:

@@ -66,7 +66,7 @@ class UsedWords(nn.Embedding):
 
     Args:
         whole: The embedding [V, D].
-        ids: Which rows; unique [R].
+        ids: Which rows [R]. One that comes twice is read from one of its rows.
     """
 
     places: Tensor
@@ -147,7 +147,9 @@ def looked_up_once(qformer: QFormer, ids: Tensor) -> Iterator[None]:
     if not learns or whole.weight.is_meta or isinstance(whole, UsedWords):
         yield
         return
-    read = UsedWords(whole, torch.unique(ids))
+    # To find the different ones is to wait for a GPU; there a word has a row wherever it stands, of
+    # which one is read, whichever: all hold the same.
+    read = UsedWords(whole, torch.unique(ids) if ids.device.type == "cpu" else ids.flatten())
     qformer.look_up = read.forward  # not the module: it is no part of the Q-Former
     try:
         yield

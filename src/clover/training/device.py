@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from clover.core.config import Precision
 from clover.core.errors import CloverError
@@ -28,6 +29,12 @@ class Device:
 
     device: torch.device
     dtype: torch.dtype
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on this device; a GPU copies it when it comes to it."""
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context for mixed precision: nothing for float32."""

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def apply_gradients(
     """Divide the summed gradients by `total`, clip them, step, and let them go.
 
     Division and clipping are one number, and one pass over the gradients: AdamW's bytes are most
-    of a small step.
+    of a small step. On a GPU gradients are set to zero and stay where they are (`Replay`).
 
     Args:
         optimizer: AdamW.
@@ -130,7 +131,10 @@ def apply_gradients(
         scale = scale * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, scale)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if total.is_cuda:
+        torch._foreach_zero_(gradients)
+    else:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def train(objective: Objective, job: TrainingJob, validation: Validation | None = None) -> bool:
@@ -185,22 +189,27 @@ def train(objective: Objective, job: TrainingJob, validation: Validation | None 
         BackgroundWriter() as writer,
     ):
         log = _Log(job)
+        watch = _Watch(objective, optimizer, job)
         stop = min(config.steps, job.max_steps or config.steps)
         batches = _announced(objective, sampler, job, start, stop)
         for step in range(start, stop):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            losses = _step(objective, optimizer, batches, step, job)
+            losses = _step(objective, optimizer, batches, step, job, watch)
+            done = step + 1
+            is_measured = best is not None and best.validation.is_due(done, config.steps)
+            if is_measured or _is_logged(step, job):
+                watch.look()
             note = log.add(step, losses)
             advance(1, note)
-            done = step + 1
-            if best is not None and best.validation.is_due(done, config.steps):
+            if best is not None and is_measured:
                 with log.interrupted():
                     scores = best.validation.measure(module)
                     job.run.log(f"{job.stage}-validation", done, **scores)
                     best.offer(done, scores, module)
             is_stopped = processes.any_process(stopped.is_set())
             if done % config.checkpoint_every == 0 or done == stop or is_stopped:
+                watch.look()
                 save_checkpoint(
                     folder,
                     step=done,
@@ -223,6 +232,7 @@ def _step(
     batches: Iterator[Sequence[int]],
     step: int,
     job: TrainingJob,
+    watch: _Watch,
 ) -> list[Losses]:
     """One optimiser step over `accumulate` batches whose losses add up token by token."""
     config = job.config
@@ -232,12 +242,9 @@ def _step(
         indices = next(batches)
         with job.device.autocast():
             losses = objective.losses(objective.collate(indices))
-        if not torch.isfinite(losses.sum):
-            raise CloverError(
-                f"{job.stage}: the loss of step {step} is {losses.sum.item()}; its samples are "
-                f"{_named(objective, indices)}; lower {job.stage}.learning_rate?"
-            )
-        losses.sum.backward()  # type: ignore[no-untyped-call]
+        watch.see(losses.sum.detach(), step, indices)
+        if not losses.is_backward_done:
+            losses.sum.backward()  # type: ignore[no-untyped-call]
         total = total + losses.count
         all_losses.append(
             Losses(
@@ -279,6 +286,69 @@ def _named(objective: Objective, indices: Sequence[int]) -> str:
     return f"{names}…" if len(indices) > _NAMED else names
 
 
+class _Watch:
+    """Sees to it that no step is made with a loss that is not finite.
+
+    On a processor the loss is looked at before the step. A GPU would have to be waited for: it
+    keeps the first such loss, and which one it was, and AdamW leaves the weights as they are from
+    then on; the loop looks when it waits anyway, and before anything is written.
+    """
+
+    def __init__(self, objective: Objective, optimizer: torch.optim.Optimizer, job: TrainingJob):
+        self._objective, self._job = objective, job
+        self._seen: list[tuple[int, Sequence[int]]] = []
+        """Step and samples of each loss since the last look."""
+        self._first: Tensor | None = None
+        """Place of the first bad one among them; beyond them while there is none."""
+        if job.device.device.type != "cuda" or processes.num_processes() > 1:
+            return
+        self._none = torch.iinfo(torch.int64).max
+        self._first = torch.full((), self._none, device=job.device.device)
+        self._loss = torch.zeros((), device=job.device.device)
+        self._is_bad = torch.zeros((), device=job.device.device)
+        optimizer.found_inf = self._is_bad  # type: ignore[attr-defined]  # as torch's own scaler does
+
+    def see(self, loss: Tensor, step: int, indices: Sequence[int]) -> None:
+        """Note the loss of a batch.
+
+        Raises:
+            CloverError: it is not finite, and the device need not be waited for.
+        """
+        if self._first is None:
+            if not torch.isfinite(loss):
+                self._refuse(loss, step, indices)
+            return
+        is_first = ~torch.isfinite(loss) & (self._is_bad == 0)
+        self._first.masked_fill_(is_first, len(self._seen))
+        self._loss.copy_(torch.where(is_first, loss, self._loss))
+        self._is_bad.masked_fill_(is_first, 1.0)
+        self._seen.append((step, indices))
+
+    def look(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            CloverError: a loss was not finite; the weights are those of the step before it.
+        """
+        if self._first is None:
+            return
+        first = int(self._first)
+        if first != self._none:
+            self._refuse(self._loss, *self._seen[first])
+        self._seen = []
+
+    def _refuse(self, loss: Tensor, step: int, indices: Sequence[int]) -> NoReturn:
+        stage = self._job.stage
+        raise CloverError(
+            f"{stage}: the loss of step {step} is {loss.item()}; its samples are "
+            f"{_named(self._objective, indices)}; lower {stage}.learning_rate?"
+        )
+
+
+def _is_logged(step: int, job: TrainingJob) -> bool:
+    return (step + 1) % _LOG_EVERY == 0 or step + 1 == job.config.steps
+
+
 class _Log:
     """Means over the last steps and all processes, written every `_LOG_EVERY` steps."""
 
@@ -297,7 +367,7 @@ class _Log:
             self._count = self._count + item.count
             for name, value in item.parts.items():
                 self._parts.setdefault(name, []).append(value)
-        if (step + 1) % _LOG_EVERY and step + 1 != self._job.config.steps:
+        if not _is_logged(step, self._job):
             return None
         if processes.num_processes() > 1:
             self._take_in_others()

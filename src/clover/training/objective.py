@@ -13,12 +13,17 @@ from torch import Tensor, nn
 class Losses:
     """A loss as sum and count, so that unequal batches add up to the right mean.
 
-    `parts` are numbers worth logging: detached scalars, already means.
+    Attributes:
+        sum: Of the loss; the loop goes back through it, unless that is done.
+        count: What it is a sum over.
+        parts: Numbers worth logging: detached scalars, already means.
+        is_backward_done: Whether the gradients of `sum` are in the weights already.
     """
 
     sum: Tensor
     count: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+    is_backward_done: bool = False
 
 
 class Objective(Protocol):

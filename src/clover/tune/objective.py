@@ -5,17 +5,24 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from clover.core.number_format import without_autocast
 from clover.core.record_file import columns
+from clover.language.decoder_only import AnswerBatch, DecoderOnly
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.qformer.used_words import UsedPieces
+from clover.training import processes
 from clover.training.objective import Losses
+from clover.training.replay import Replay
 from clover.vision.dataset import FeatureSet
+
+_WIDTHS, _COMPILED_WIDTHS = 8, 32
+"""Questions are padded to a multiple of so many tokens where steps are replayed."""
 
 
 def _size(question: str | None, answer: str | None, answer_type: str | None) -> int:
@@ -30,6 +37,10 @@ class InstructionBatch:
     features: Tensor
     questions: list[str]
     answers: list[str]
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.questions)
 
 
 def load_instructions(
@@ -78,6 +89,27 @@ class TuneObjective:
     kept: KeptSpelling | None = None
     """What was learnt before the language model was asked, and is still held to."""
     _sizes: Sequence[int] | None = field(default=None, init=False, repr=False)
+    _replay: Replay | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.data.send_to(self.model.device.device)
+        if self.model.recipe.tune.compile:
+            self.model.bridge.qformer.compile_layers()
+        if self._can_be_replayed:
+            self._replay = Replay(self._backward)
+
+    @property
+    def _can_be_replayed(self) -> bool:
+        """Whether steps are recorded and replayed: on one GPU, if nothing waits for it."""
+        model = self.model
+        return (
+            model.recipe.tune.cuda_graphs
+            and model.device.device.type == "cuda"
+            and processes.num_processes() == 1
+            and self.kept is None
+            and getattr(model.language, "can_be_replayed", False)
+            and not model.bridge.config.checkpoint_activations
+        )
 
     @property
     def module(self) -> Bridge:
@@ -137,8 +169,41 @@ class TuneObjective:
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return summed loss and number of answer tokens."""
+        if self._replay is not None:
+            return self._replayed(batch, self._replay)
         visual = self.model.visual_prefix(batch.features, batch.questions)
         total, count = self.model.language.loss(visual, batch.questions, batch.answers)
         if self.kept is not None:
             total = total + self.kept.of(visual, batch.answers)
         return Losses(total, count)
+
+    def _replayed(self, batch: InstructionBatch, replay: Replay) -> Losses:
+        """Return the same, gone backward, of a batch in one of few shapes."""
+        model = self.model
+        put = model.device.put
+        said = cast(DecoderOnly, model.language).answer_batch(
+            batch.questions, batch.answers, num_queries=model.bridge.config.num_queries
+        )
+        inputs = [put(batch.features), *map(put, (said.ids, said.places, said.labels))]
+        multiple = _COMPILED_WIDTHS if model.recipe.tune.compile else _WIDTHS
+        asked = model.question_tokens(batch.questions, multiple=multiple)
+        if asked is not None:
+            inputs += [asked.ids, asked.mask]
+        total = replay(*inputs)["total"]
+        count = torch.full((), float(said.count), device=total.device)
+        return Losses(total, count, is_backward_done=True)
+
+    def _backward(
+        self, features: Tensor, ids: Tensor, places: Tensor, labels: Tensor, *asked: Tensor
+    ) -> dict[str, Tensor]:
+        """Go forward and backward; return the summed loss."""
+        model = self.model
+        image = model.bridge.read_image(features)
+        visual = model.bridge.visual_prefix(image, *asked)
+        if len(visual) < len(ids):  # a Q-Former that reads no question has one prefix an image
+            visual = visual.repeat_interleave(len(ids) // len(visual), dim=0)
+        said = AnswerBatch(ids, places, labels, len(labels))
+        total = cast(DecoderOnly, model.language).loss_of_batch(visual, said)
+        with without_autocast(total.device):
+            total.backward()  # type: ignore[no-untyped-call]
+        return {"total": total.detach()}

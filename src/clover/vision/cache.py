@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +57,18 @@ class _Job:
     """Its claim."""
     left: int
     """Images that are not decoded yet."""
+    encoding: int = 0
+    """Batches of it that are being encoded."""
     waiting: dict[str, Tensor] = field(default_factory=dict)
     """Key -> pixels of what is decoded."""
     keys: list[str] = field(default_factory=list)
     """Of what is encoded."""
     parts: list[dict[str, Tensor]] = field(default_factory=list)
     """Packed tokens of each."""
+
+
+Collect = Callable[[], list[dict[str, Tensor] | None]]
+_WHOLE = "whole"
 
 
 class FeatureCache:
@@ -175,6 +181,22 @@ class FeatureCache:
             [self._shards[shard].read(row) for shard, row in self._find(digests, views)]
         )
 
+    def page_locked(
+        self, digests: Sequence[str], views: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return what is stored of these images [B, ...] in memory that a GPU can copy from alone.
+
+        Args and errors are those of `get`.
+        """
+        found: dict[str, Tensor] = {}
+        for place, (shard, row) in enumerate(self._find(digests, views)):
+            for name, item in self._shards[shard].stored(row).items():
+                if name not in found:
+                    shape = (len(digests), *item.shape)
+                    found[name] = torch.empty(shape, dtype=item.dtype, pin_memory=True)
+                found[name][place] = item
+        return found
+
     def announce(self, digests: Sequence[str], views: Sequence[int] | None = None) -> None:
         """Say that `get` will soon be asked for these: the disk is read beside other work."""
         rows_of: dict[int, list[int]] = defaultdict(list)
@@ -264,10 +286,27 @@ class FeatureCache:
             drawn = rand_augment(drawn, random)
         return self._encoder.prepare(drawn)
 
-    def encode(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor] | None]:
-        """[3, S, S] of B images -> packed tokens of each; None where they are no finite numbers."""
-        tokens = self._encoder.encode(torch.stack(list(pixels)))
+    def encode(self, pixels: Sequence[Tensor]) -> Collect:
+        """Begin to encode B images [3, S, S]; on a CPU it is done at once.
+
+        Returns:
+            What waits for it and returns packed tokens of each image; None in the place of those
+            that are no finite numbers.
+        """
         self.num_encoded += len(pixels)
+        if self.is_on_gpu:
+            return _encode_on_gpu(self._encoder, pixels, self._storage)
+        parts = self._encode_here(pixels)
+        return lambda: parts
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the encoder works beside this thread."""
+        device = getattr(self._encoder, "device", None)
+        return isinstance(device, torch.device) and device.type == "cuda"
+
+    def _encode_here(self, pixels: Sequence[Tensor]) -> list[dict[str, Tensor] | None]:
+        tokens = self._encoder.encode(torch.stack(list(pixels)))
         # One by one: what is made on the way stays in the processor's cache, and no batch of
         # EVA-g's tokens is copied together again.
         packed = (pack(image, self._storage) for image in torch.split(tokens, 1))
@@ -314,6 +353,29 @@ class FeatureCache:
         return torn + sorted(broken)
 
 
+def _encode_on_gpu(encoder: Any, pixels: Sequence[Tensor], storage: Storage) -> Collect:
+    """Encode and pack on the GPU, and begin to copy what is stored, in half the bytes or less."""
+    images = torch.empty((len(pixels), *pixels[0].shape), dtype=pixels[0].dtype, pin_memory=True)
+    packed = pack(encoder.encode_there(torch.stack(list(pixels), out=images)), storage)
+    whole = torch.isfinite(packed.get("scale", packed["tokens"])).flatten(1).all(dim=1)
+    stored = {
+        name: torch.empty(item.shape, dtype=item.dtype, pin_memory=True)
+        for name, item in {**packed, _WHOLE: whole}.items()
+    }
+    for name, item in {**packed, _WHOLE: whole}.items():
+        stored[name].copy_(item, non_blocking=True)
+    done = torch.cuda.current_stream(encoder.device).record_event()
+
+    def collect() -> list[dict[str, Tensor] | None]:
+        done.synchronize()
+        is_whole = stored.pop(_WHOLE).tolist()
+        rows = ({name: item[row : row + 1] for name, item in stored.items()}
+                for row in range(len(is_whole)))  # fmt: skip
+        return [part if kept else None for part, kept in zip(rows, is_whole, strict=True)]
+
+    return collect
+
+
 class _Fill:
     """One call of `FeatureCache.fill`."""
 
@@ -332,6 +394,8 @@ class _Fill:
         self._cache, self._images, self._claims = cache, images, claims
         self._pool, self._writer, self._advance = pool, writer, advance
         self._written: Future[tuple[Shard, _Job]] | None = None
+        self._begun: deque[tuple[_Job, list[str], Collect]] = deque()
+        """Batches that are encoded; a GPU has one while the one before is taken in."""
 
     def claimed(
         self, chunks: Sequence[list[str]], *, wait: bool = False
@@ -375,22 +439,34 @@ class _Fill:
                 job.waiting[key] = found
             if job.waiting and (len(job.waiting) == cache.batch_size or not job.left):
                 self._encode(job)
-            if not job.left:
+            elif not job.left and not job.encoding:  # the last one could not be read
                 self._write(job)
+        while self._begun:
+            self._collect()
         self._finish_writing()
 
     def _encode(self, job: _Job) -> None:
-        for key, part in zip(
-            job.waiting, self._cache.encode(list(job.waiting.values())), strict=True
-        ):
+        keys, pixels = list(job.waiting), list(job.waiting.values())
+        job.waiting = {}
+        job.encoding += 1
+        self._begun.append((job, keys, self._cache.encode(pixels)))
+        while len(self._begun) > self._cache.is_on_gpu:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Take in the batch that was begun first; with a shard's last one, write it."""
+        job, keys, collect = self._begun.popleft()
+        for key, part in zip(keys, collect(), strict=True):
             if part is None:
                 path = self._images[key.partition("@")[0]]
                 self.rejected[path] = Rejection(str(path), 0, self._cache.not_finite)
             else:
                 job.keys.append(key)
                 job.parts.append(part)
-        self._advance(len(job.waiting))
-        job.waiting = {}
+        self._advance(len(keys))
+        job.encoding -= 1
+        if not job.left and not job.encoding:
+            self._write(job)
 
     def _write(self, job: _Job) -> None:
         """Write a finished shard beside the encoder's work, one at a time."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +22,17 @@ from clover.core.record_file import open_records, select
 from clover.vision.cache import FeatureCache, ViewKind
 from clover.vision.encoder import ImageEncoder
 from clover.vision.hashes import Digests, ImageHashes, ImagePaths
+from clover.vision.read_ahead import Coming, ReadAhead
 from clover.vision.storage import Storage
+
+
+class _Announced(NamedTuple):
+    """A batch that `features` will be asked for."""
+
+    indices: list[int]
+    views: list[int]
+    coming: Future[Coming] | None
+    """On its way to a GPU."""
 
 
 @dataclass
@@ -40,8 +52,14 @@ class FeatureSet:
     cache: FeatureCache
     rejected: list[Rejection]
     images: Path
-    _announced: deque[tuple[list[int], list[int]]] = field(default_factory=deque, init=False)
-    """Indices that come next, and the view of each."""
+    _announced: deque[_Announced] = field(default_factory=deque, init=False)
+    """What comes next."""
+    _ahead: ReadAhead | None = field(default=None, init=False)
+
+    def send_to(self, device: torch.device) -> None:
+        """Have `features` return tensors of this device; a GPU's are copied beside the steps."""
+        if device.type == "cuda":
+            self._ahead = ReadAhead(self.cache.page_locked, device)
 
     def announce(self, indices: Sequence[int], draws: Sequence[int]) -> None:
         """Say that `features` will soon be asked for these records, in this order of calls.
@@ -51,8 +69,11 @@ class FeatureSet:
             draws: A random number for each [B], which chooses its view.
         """
         views = [draw % self.cache.views for draw in draws]
-        self._announced.append((list(indices), views))
-        self.cache.announce([self.digests[index] for index in indices], views)
+        digests = [self.digests[index] for index in indices]
+        coming = None if self._ahead is None else self._ahead.start(digests, views)
+        self._announced.append(_Announced(list(indices), views, coming))
+        if coming is None:
+            self.cache.announce(digests, views)
 
     def features(self, indices: Sequence[int]) -> Tensor:
         """Return tokens [B, P, E] of the records with these indices.
@@ -60,17 +81,23 @@ class FeatureSet:
         Where the cache holds several views, one of each record: the announced one, or one drawn
         from torch's generator.
         """
-        views = self._announced_views(list(indices))
+        announced = self._take_announced(list(indices))
+        if announced is not None and announced.coming is not None and self._ahead is not None:
+            return self._ahead.take(announced.coming.result())
+        views = None if announced is None else announced.views
         if views is None and self.cache.views > 1:
             views = torch.randint(self.cache.views, (len(indices),)).tolist()
-        return self.cache.get([self.digests[index] for index in indices], views)
+        digests = [self.digests[index] for index in indices]
+        if self._ahead is not None:
+            return self._ahead.now(digests, views)
+        return self.cache.get(digests, views)
 
-    def _announced_views(self, indices: list[int]) -> list[int] | None:
-        for place, (those, views) in enumerate(self._announced):
-            if those == indices:
+    def _take_announced(self, indices: list[int]) -> _Announced | None:
+        for place, announced in enumerate(self._announced):
+            if announced.indices == indices:
                 for _ in range(place + 1):  # what was not asked for before will not be
                     self._announced.popleft()
-                return views
+                return announced
         return None
 
     def evenly(self, number: int) -> FeatureSet:

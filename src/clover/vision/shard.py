@@ -122,6 +122,14 @@ class Shard:
         Raises:
             CloverError: its bytes are not those that were written.
         """
+        return unpack(self.stored(row))
+
+    def stored(self, row: int) -> dict[str, Tensor]:
+        """Return one image's tokens as `storage.pack` made them, where the file is mapped.
+
+        Raises:
+            CloverError: its bytes are not those that were written.
+        """
         if self._tensors is None:
             try:
                 self._tensors = self._open()
@@ -132,7 +140,7 @@ class Shard:
             if not self._is_whole(row, self._tensors):
                 raise self._refused("has flipped bits")
             self._checked[row] = 1
-        return unpack({name: tensor[row] for name, tensor in self._tensors.items()})
+        return {name: tensor[row] for name, tensor in self._tensors.items()}
 
     def announce(self, rows: Iterable[int]) -> None:
         """Ask the system to bring these rows into memory, and do not wait for them.

@@ -151,8 +151,19 @@ class TokenEncoder:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, E], float32 on the CPU, without gradient."""
-        tokens: Tensor = self.network(pixels.to(self._device, self._dtype))
-        return tokens.float().cpu()
+        return self.encode_there(pixels).float().cpu()
+
+    @torch.no_grad()
+    def encode_there(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, P, E] where the network is, in its format; no GPU is awaited."""
+        there = pixels.to(self._device, non_blocking=True)
+        tokens: Tensor = self.network(there.to(self._dtype))
+        return tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._device
 
 
 def _processor(config: EncoderConfig, built: Family) -> ImageProcessor:

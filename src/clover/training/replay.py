@@ -1,0 +1,86 @@
+"""A step's kernels, launched together: one CUDA graph for each shape of batch.
+
+A step of stage 1 is some seven thousand kernels. A processor that starts each by itself takes many
+times as long as the GPU takes to run them (docs/benchmarks.md), so a shape that is met for the
+second time is recorded, and from then on its kernels are started by one call.
+
+What is recorded runs the same kernels on the same addresses: inputs are copied into fixed tensors,
+gradients are added to tensors that stay (`loop.apply_gradients` clears them and keeps them), and
+random numbers come from torch's generator, which counts on as it does without graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
+_MOST = 64
+"""Shapes that are recorded; each costs some seconds once, and the kernels' list in memory."""
+Function = Callable[..., dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    outputs: dict[str, Tensor]
+
+
+class Replay:
+    """A function of tensors on a GPU that is recorded, and replayed where its shapes come again.
+
+    Args:
+        function: From tensors to tensors by name. It must not wait for the GPU, nor look at a
+            tensor's numbers; gradients it leaves in weights must be added to tensors that exist.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._recorded: dict[object, _Recorded] = {}
+        self._met: set[object] = set()
+        self._pool: Any = None
+        self._is_off = False
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Run the function on tensors of a GPU; what it returns is the caller's own."""
+        shapes = tuple((tuple(item.shape), item.dtype) for item in inputs)
+        if shapes in self._recorded:
+            return self._replay(self._recorded[shapes], inputs)
+        # The first time plainly: libraries choose and load their kernels, gradients are made.
+        if self._is_off or shapes not in self._met or len(self._recorded) >= _MOST:
+            self._met.add(shapes)
+            return self._function(*inputs)
+        try:
+            self._recorded[shapes] = self._record(inputs)
+        except RuntimeError as error:
+            self._is_off = True
+            _LOG.warning(
+                "kernels are started one by one, since a step cannot be recorded (%s)",
+                (str(error).splitlines() or [""])[0],
+            )
+            return self._function(*inputs)
+        return self._replay(self._recorded[shapes], inputs)
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded:
+        fixed = tuple(item.clone() for item in inputs)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on reading the cache and copying it to the GPU.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = self._function(*fixed)
+        # All graphs share their memory: no two of them run at once.
+        self._pool = graph.pool()
+        return _Recorded(graph, fixed, outputs)
+
+    @staticmethod
+    def _replay(recorded: _Recorded, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        for fixed, item in zip(recorded.inputs, inputs, strict=True):
+            fixed.copy_(item)
+        recorded.graph.replay()
+        # The next replay writes over its results.
+        return {name: value.clone() for name, value in recorded.outputs.items()}
