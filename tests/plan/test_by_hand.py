@@ -186,7 +186,7 @@ def test_disk_and_the_bytes_that_stay_are_those_of_the_shapes(made: tuple[str, V
     name, vit, found = made
     tokens = vit.read or vit.tokens
     assert found.cache_gib() == pytest.approx(250_000 * tokens * vit.width * 2 / GIB)
-    assert found.encoder.weights == 4 * vit.parameters()  # float32
+    assert found.encoder.weights == 2 * vit.parameters()  # bfloat16
     learn = found.tune.trainable
     # float32 weights with a bfloat16 copy; gradient and AdamW's two moments.
     assert found.tune.weights == pytest.approx((4 + 2) * learn, rel=1e-3)

@@ -10,16 +10,16 @@ import click
 from clover.core.finite import NOT_NEGATIVE, POSITIVE
 
 
-@click.command(epilog="Example: clover plan recipes/clover-vicuna7b.yaml --gpu 24 --price 2.5")
+@click.command(epilog="Example: clover plan recipes/clover-vicuna7b.yaml --gpu 80 --price 2.5")
 @click.argument("recipe")
-@click.option("--gpu", "memory", type=POSITIVE, default=24.0, show_default=True, help="Its GiB.")
+@click.option("--gpu", "memory", type=POSITIVE, default=80.0, show_default=True, help="Its GiB.")
 @click.option("--price", type=NOT_NEGATIVE, default=2.5, show_default=True, help="Dollars an hour.")
 @click.option(
     "--tflops",
     type=POSITIVE,
-    default=100.0,
+    default=790.0,
     show_default=True,
-    help="What the card sustains; `clover doctor` measures it.",
+    help="What a large bfloat16 product makes on it (an H100 by default); `clover doctor` says.",
 )
 @click.option(
     "--images",
@@ -70,6 +70,8 @@ def _show(row: dict[str, Any], card: Any) -> None:
     lines.append(("images or steps x batch", "".join(f"{text:>14}" for text in steps)))
     each = "".join(f"{row[stage]['tflop_a_step']:>14,.2f}" for stage in stages)
     lines.append(("TFLOP an image or step", each))
+    each = "".join(f"{1000 * row['seconds_a_step'][stage]:>14,.1f}" for stage in stages)
+    lines.append(("ms an image or step", each))
     for key in ("hours", "dollars"):
         lines.append((key, "".join(f"{_amount(row[key][stage]):>14}" for stage in stages)))
     for label, text in lines:
@@ -87,8 +89,9 @@ def _show(row: dict[str, Any], card: Any) -> None:
         + (f", {row['views']} views each" if row["views"] > 1 else "")
     )
     click.echo(
-        f"hours at {card.tflops:g} TFLOP/s sustained, dollars at {card.price:g} an hour; "
-        "answers of the longest length in every row"
+        f"hours where a large product makes {card.tflops:g} TFLOP/s, of which each stage gets the "
+        f"share it was measured to get; dollars at {card.price:g} an hour; answers of the longest "
+        "length in every row"
     )
     if row["fits"]:
         click.echo(f"It fits {card.memory_gib:g} GiB.")

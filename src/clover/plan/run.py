@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clover.core.config import Recipe
+from clover.plan.pace import PACES
 from clover.plan.step import EncoderSize, StepSize, align_size, encoder_size, tune_size
 from clover.vision.storage import bytes_a_token
 
@@ -18,7 +19,7 @@ class Card:
 
     Attributes:
         memory_gib: Its memory.
-        tflops: Matrix operations it sustains a second, in 10^12.
+        tflops: Operations a second that a large matrix product makes on it, in 10^12.
         price: Dollars an hour.
     """
 
@@ -26,9 +27,9 @@ class Card:
     tflops: float
     price: float
 
-    def hours(self, operations: float) -> float:
-        """Return how long so many operations take."""
-        return operations / (self.tflops * 1e12) / 3600
+    def seconds(self, stage: str, operations: float, numbers: str = "bfloat16") -> float:
+        """Return how long a step, or an image, of so many operations takes in a stage."""
+        return PACES[stage].seconds(operations, self.tflops, numbers)
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,28 @@ class Plan:
 
     def hours(self) -> dict[str, float]:
         """Return each stage's hours."""
-        recipe, card = self.recipe, self.card
-        before = self.tune.operations_before * _steps_before(recipe)
+        recipe, seconds = self.recipe, self.seconds()
+        one = self.card.seconds("tune", self.tune.operations_before, self._products())
+        before = one * _steps_before(recipe)
         return {
-            "features": card.hours(self.encoder.image.operations * self.views()),
-            "align": card.hours(self.align.operations * recipe.align.steps),
-            "tune": card.hours(self.tune.operations * recipe.tune.steps + before),
+            "features": seconds["features"] * self.views() / 3600,
+            "align": seconds["align"] * recipe.align.steps / 3600,
+            "tune": (seconds["tune"] * recipe.tune.steps + before) / 3600,
         }
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of an image, and of a step of either stage."""
+        card, products = self.card, self._products()
+        image = self.encoder.image.operations
+        return {
+            "features": card.seconds("features", image, self.encoder.numbers),
+            "align": card.seconds("align", self.align.operations, products),
+            "tune": card.seconds("tune", self.tune.operations, products),
+        }
+
+    def _products(self) -> str:
+        """Return the format of both stages' products on a card."""
+        return "float32" if self.recipe.precision == "float32" else "bfloat16"
 
     def views(self) -> int:
         """Return how many views of all images are encoded and kept."""
@@ -123,6 +139,7 @@ class Plan:
             "views": self.recipe.encoder.views,
             "cache_gib": round(self.cache_gib(), 2),
             "peak_gib": {name: round(value, 2) for name, value in self.peaks().items()},
+            "seconds_a_step": {name: round(value, 5) for name, value in self.seconds().items()},
             "hours": {name: round(value, 2) for name, value in hours.items()},
             "dollars": {n: round(v * self.card.price, 2) for n, v in hours.items()},
             "fits": self.fits,
