@@ -26,7 +26,8 @@ from clover.training import processes
 
 ALL_LOSSES = ("contrast", "match", "caption")
 _FEW = 64
-"""Pairs of a batch on a GPU whose matching is one part: at the published size 6 GiB of graphs."""
+"""Pairs of a batch on a GPU whose matching is one part: a step of 36 of the published size takes
+6.4 GiB so, and 6.0 in two parts (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True)
