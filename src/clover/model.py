@@ -173,6 +173,10 @@ def _bridge_config(
     )
 
 
+_WIDTHS, _COMPILED_WIDTHS = 8, 32
+"""Questions are padded to a multiple of so many tokens while the Q-Former learns on a GPU."""
+
+
 @dataclass
 class Clover:
     """A model that answers questions about an image.
@@ -213,18 +217,19 @@ class Clover:
         is_closed = record.answer_type == "closed"
         return self.prompt.question(record.question or "", is_closed=is_closed)
 
-    def question_tokens(self, questions: Sequence[str], *, multiple: int = 1) -> Tokens | None:
+    def question_tokens(self, questions: Sequence[str]) -> Tokens | None:
         """Return what the Q-Former reads of the questions; None when it does not read them.
 
-        Args:
-            questions: B questions.
-            multiple: Of which the number of tokens is one, unless it is the most there may be.
+        While it learns on a GPU they are padded to one of few widths, each of which is recorded
+        for itself (`training.replay`), or compiled.
         """
         if not self.recipe.tune.instruction_aware:
             return None
         limit = min(self.recipe.tune.max_question_tokens, self.bridge.config.max_positions)
         tokens = self.tokenizer(questions, limit=limit, side="left")
-        if multiple > 1:
+        is_compiled = self.recipe.tune.compile
+        if self.bridge.training and (is_compiled or self.device.device.type == "cuda"):
+            multiple = _COMPILED_WIDTHS if is_compiled else _WIDTHS
             tokens = widened(tokens, pad=self.tokenizer.pad, multiple=multiple, limit=limit)
         return Tokens(self.device.put(tokens.ids), self.device.put(tokens.mask))
 

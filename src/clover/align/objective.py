@@ -23,7 +23,7 @@ from clover.vision.dataset import FeatureSet
 
 _SIMILAR = "similar"
 _WIDTHS = 8
-"""Captions are padded to a multiple of so many tokens where steps are replayed."""
+"""Captions are padded to a multiple of so many tokens on a GPU."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class AlignObjective:
         """Return image tokens [B, P, E] and captions."""
         captions = [self.data.records[index].caption or "" for index in indices]
         tokens = self.tokenizer(captions, limit=self.config.max_text_tokens)
-        if self.is_replayed or self.config.compile:
+        if self.device.device.type == "cuda" or self.config.compile:
             # As few widths as can be: each is recorded for itself, and compiled for minutes.
             limit = self.config.max_text_tokens
             multiple = limit if self.config.compile else _WIDTHS

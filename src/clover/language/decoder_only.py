@@ -193,10 +193,20 @@ class DecoderOnly(FrozenLanguage):
 
     @property
     def can_be_replayed(self) -> bool:
-        """Whether `loss_of_batch` waits for no device."""
+        """Whether `loss_of_batch` waits for no device.
+
+        Some models wait: experts for how many tokens each has, positions that are stretched for
+        how many there are, eight bits for the largest values.
+        """
+        config = self.model.config
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        experts = ("num_experts", "num_local_experts", "n_routed_experts")
         return (
             self._is_shared
+            and self.config.quantise == "none"
             and not self.config.paper_dropout
+            and rope in ("default", "linear", "llama3")
+            and not any(getattr(config, name, None) for name in experts)
             and not getattr(self.model, "is_spread", False)
         )
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from clover.core.attend import attend as attend_rows
 from clover.language.packed import active_rows, attend_packed
 
-NAME = "clover_shared_prefix"
 _CAUSAL = "clover_causal"
-"""The same for batches without a mask."""
+"""The same attention for batches without a mask."""
+NAME = "clover_shared_prefix"
 """Under which transformers knows this attention."""
 
 

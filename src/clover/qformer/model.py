@@ -174,8 +174,16 @@ class QFormer(nn.Module):
     def compile_layers(self) -> None:
         """Have layers compiled, once for each kind of pass and shape: the first step takes minutes.
 
-        Not with `checkpoint_activations`.
+        Only while it learns. Validation meets other shapes, each of which would take a minute.
+
+        Raises:
+            CloverError: activations are to be computed again, which is done layer by layer.
         """
+        if self.config.checkpoint_activations:
+            raise CloverError(
+                "compile: true does not go with qformer.checkpoint_activations: true; set one of "
+                "them to false"
+            )
         # A cross-attention or none, in four passes of which some leave rows out at their end.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, _KINDS)
@@ -310,7 +318,9 @@ class QFormer(nn.Module):
         image_layers = iter(image.layers) if image is not None else iter(())
         cache: list[KeyValue] = []
         last = len(self.layers) - 1
-        run = _again if self.config.checkpoint_activations and self.training else self._call
+        run = _call
+        if self.training:
+            run = _again if self.config.checkpoint_activations else self._call
         for index, layer in enumerate(self.layers):
             has_image = num_queries > 0 and layer.cross_attention is not None
             x, keys = run(

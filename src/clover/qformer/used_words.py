@@ -144,7 +144,7 @@ def looked_up_once(qformer: QFormer, ids: Tensor) -> Iterator[None]:
     """
     whole = qformer.word_embedding
     learns = whole.weight.requires_grad and torch.is_grad_enabled()
-    if not learns or whole.weight.is_meta or isinstance(whole, UsedWords):
+    if not learns or isinstance(whole, UsedWords):
         yield
         return
     # To find the different ones is to wait for a GPU; there a word has a row wherever it stands, of

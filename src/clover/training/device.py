@@ -58,6 +58,11 @@ def choose_device(name: str = "auto", precision: Precision = "auto") -> Device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CloverError(f"device '{name}' is not usable here; try device: auto or cpu") from error
+    if device.type == "cuda":
+        # One GPU a process, also for threads and streams of its own: they go by the current one.
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
     if precision == "auto":
         is_fast = device.type != "cpu" or multiplies_bfloat16_fast()
         precision = "bfloat16" if is_fast else "float32"

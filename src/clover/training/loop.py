@@ -300,7 +300,7 @@ class _Watch:
         """Step and samples of each loss since the last look."""
         self._first: Tensor | None = None
         """Place of the first bad one among them; beyond them while there is none."""
-        if job.device.device.type != "cuda" or processes.num_processes() > 1:
+        if not _is_costly_to_wait(job.device):
             return
         self._none = torch.iinfo(torch.int64).max
         self._first = torch.full((), self._none, device=job.device.device)
@@ -343,6 +343,11 @@ class _Watch:
             f"{stage}: the loss of step {step} is {loss.item()}; its samples are "
             f"{_named(self._objective, indices)}; lower {stage}.learning_rate?"
         )
+
+
+def _is_costly_to_wait(device: Device) -> bool:
+    """Return whether a look at a loss waits for kernels that were started long before they run."""
+    return device.device.type == "cuda" and processes.num_processes() == 1
 
 
 def _is_logged(step: int, job: TrainingJob) -> bool:

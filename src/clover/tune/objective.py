@@ -21,9 +21,6 @@ from clover.training.objective import Losses
 from clover.training.replay import Replay
 from clover.vision.dataset import FeatureSet
 
-_WIDTHS, _COMPILED_WIDTHS = 8, 32
-"""Questions are padded to a multiple of so many tokens where steps are replayed."""
-
 
 def _size(question: str | None, answer: str | None, answer_type: str | None) -> int:
     return len(answer or "") + len(question or "") // 2
@@ -106,7 +103,6 @@ class TuneObjective:
             model.recipe.tune.cuda_graphs
             and model.device.device.type == "cuda"
             and processes.num_processes() == 1
-            and self.kept is None
             and getattr(model.language, "can_be_replayed", False)
             and not model.bridge.config.checkpoint_activations
         )
@@ -169,7 +165,7 @@ class TuneObjective:
 
     def losses(self, batch: InstructionBatch) -> Losses:
         """Return summed loss and number of answer tokens."""
-        if self._replay is not None:
+        if self._replay is not None and self.kept is None:  # which `ground` sets afterwards
             return self._replayed(batch, self._replay)
         visual = self.model.visual_prefix(batch.features, batch.questions)
         total, count = self.model.language.loss(visual, batch.questions, batch.answers)
@@ -185,8 +181,7 @@ class TuneObjective:
             batch.questions, batch.answers, num_queries=model.bridge.config.num_queries
         )
         inputs = [put(batch.features), *map(put, (said.ids, said.places, said.labels))]
-        multiple = _COMPILED_WIDTHS if model.recipe.tune.compile else _WIDTHS
-        asked = model.question_tokens(batch.questions, multiple=multiple)
+        asked = model.question_tokens(batch.questions)
         if asked is not None:
             inputs += [asked.ids, asked.mask]
         total = replay(*inputs)["total"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +44,13 @@ class ReadAhead:
         default_factory=lambda: ThreadPoolExecutor(_THREADS, thread_name_prefix="features"),
         init=False,
     )
+    _stream: torch.cuda.Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        # By its number, and here: in a new thread the GPU without one is the first.
+        if self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def start(self, digests: Sequence[str], views: Sequence[int] | None) -> Future[Coming]:
         """Begin to bring these images' features."""
@@ -61,10 +67,6 @@ class ReadAhead:
     def now(self, digests: Sequence[str], views: Sequence[int] | None) -> Tensor:
         """Return what nobody announced."""
         return self.take(self._bring(digests, views))
-
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def _bring(self, digests: Sequence[str], views: Sequence[int] | None) -> Coming:
         stored = self.gather(digests, views)

@@ -130,17 +130,21 @@ class Shard:
         Raises:
             CloverError: its bytes are not those that were written.
         """
-        if self._tensors is None:
+        # Several threads may read, one of which may set the file aside meanwhile.
+        tensors = self._tensors
+        if tensors is None:
             try:
-                self._tensors = self._open()
+                tensors = self._open()
             except (OSError, SafetensorError) as error:
                 raise self._refused("cannot be read") from error
-            self._checked = bytearray(self.num_rows)
+            if len(self._checked) != self.num_rows:
+                self._checked = bytearray(self.num_rows)
+            self._tensors = tensors
         if not self._checked[row]:
-            if not self._is_whole(row, self._tensors):
+            if not self._is_whole(row, tensors):
                 raise self._refused("has flipped bits")
             self._checked[row] = 1
-        return {name: tensor[row] for name, tensor in self._tensors.items()}
+        return {name: tensor[row] for name, tensor in tensors.items()}
 
     def announce(self, rows: Iterable[int]) -> None:
         """Ask the system to bring these rows into memory, and do not wait for them.
