@@ -129,6 +129,24 @@ def test_a_replayed_function_adds_gradients_and_draws_new_numbers() -> None:
     assert replay(x * 2)["loss"].item() == pytest.approx(plain, rel=1e-5), "not the same numbers"
 
 
+def test_what_cannot_be_recorded_runs_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    layer = torch.nn.Linear(4, 3, device=GPU)
+
+    def run(x: torch.Tensor) -> dict[str, torch.Tensor]:
+        loss = torch.nn.functional.dropout(layer(x), 0.5).float().sum()
+        assert loss.item() == loss.item()  # waits
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    replay, x = Replay(run), torch.ones(5, 4, device=GPU)
+    found = []
+    for _ in range(4):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            found.append(replay(x)["loss"].item())
+    assert len(set(found)) > 1 and all(abs(value) < 1000 for value in found)
+    assert caplog.text.count("kernels are started one by one") == 1
+
+
 def weights_of(stage: Stage, tiny: Tiny, out: Path, **changes: Any) -> dict[str, torch.Tensor]:
     recipe = tiny_recipe(tiny.folder, **{stage: changes.pop("training", {}), **changes})
     recipe = recipe.model_copy(update={"device": "cuda", "precision": "float32"})
