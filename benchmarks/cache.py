@@ -1,20 +1,27 @@
 """The feature cache against one file an image: writing, reading, size.
 
-    python -m benchmarks.cache [--images 256]
+    python -m benchmarks.cache [--images 256] [--together 2] [--folder DIR]
 
 The peer writes each image's tokens with `torch.save` and reads them with `torch.load`, in one
 process. Both sides get the same tokens: of Lite0's size in the demo, and of EVA-g's. Files are read
 from the system's memory, after a first reading that is not counted. Time is processor time, the
 system's in it: the core may be shared, and files are written into the system's memory by both.
 Freed memory is kept (`keep_freed_memory`), for both, as `clover features` does.
+
+With `--together N` writing is measured by the clock, ours by N processes as `clover features
+--workers N` starts them, the peer's still by one: on a quiet machine, in a folder of `--folder`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import statistics
 import tempfile
 import time
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
@@ -94,18 +101,85 @@ def measure(name: str, folder: Path, *, images: int, runs: int) -> None:
         )  # fmt: skip
 
 
+def _write_when_told(
+    folder: Path, name: str, images: int, storage: str, runs: int, meet: Barrier
+) -> None:
+    """Write so many images' tokens in each of some runs, begun and ended with the others."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    places, width = _SHAPES[name]
+    tokens = torch.randn(images, places, width, generator=torch.Generator().manual_seed(0))
+    for run in range(runs + 1):
+        own = folder / f"{storage}-{os.getpid()}-{run}"
+        own.mkdir()
+        meet.wait()
+        if storage == "torch.save":
+            _write_files(own, tokens)
+        else:
+            _write_shards(own, tokens, storage)  # type: ignore[arg-type]
+        meet.wait()
+        shutil.rmtree(own)
+        meet.wait()
+
+
+def _seconds_together(
+    folder: Path, name: str, images: int, storage: str, runs: int, processes: int
+) -> list[float]:
+    """Return the seconds of each run, the first left out, of processes that share the images."""
+    context = get_context("spawn")
+    meet = context.Barrier(processes + 1)
+    share = (folder, name, images // processes, storage, runs, meet)
+    writers = [context.Process(target=_write_when_told, args=share) for _ in range(processes)]
+    for writer in writers:
+        writer.start()
+    times = []
+    for _ in range(runs + 1):
+        meet.wait()
+        start = time.perf_counter()
+        meet.wait()
+        times.append(time.perf_counter() - start)
+        meet.wait()
+    for writer in writers:
+        writer.join()
+    return times[1:]
+
+
+def measure_together(name: str, folder: Path, *, images: int, runs: int, processes: int) -> None:
+    """Print images a second by the clock: ours by some processes, the peer's by one, in turn."""
+    sides = {"torch.save": 1, **dict.fromkeys(STORAGES, processes)}
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(2):
+        for side, count in sides.items():
+            found[side] += _seconds_together(folder, name, images, side, runs, count)
+    slow = statistics.median(found["torch.save"])
+    for storage in STORAGES:
+        seconds = statistics.median(found[storage])
+        print_figure(
+            "cache_write, by the clock", images / seconds, "images/s",
+            ratio=round(slow / seconds, 2), peer="torch.save an image, one process", tokens=name,
+            storage=storage, images=images, processes=processes, spread=[
+                round(slow / max(found[storage]), 2), round(slow / min(found[storage]), 2)],
+        )  # fmt: skip
+
+
 def main() -> None:
     """Measure both shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--together", type=int, default=0, help="Processes that write together.")
+    parser.add_argument("--folder", type=Path, help="Scratch, on the disk in question.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     for name in _SHAPES:
-        folder = Path(tempfile.mkdtemp(prefix="clover-cache-"))
+        folder = Path(tempfile.mkdtemp(prefix="clover-cache-", dir=options.folder))
+        sizes = {"images": options.images, "runs": options.runs}
         try:
-            measure(name, folder, images=options.images, runs=options.runs)
+            if options.together:
+                measure_together(name, folder, **sizes, processes=options.together)
+            else:
+                measure(name, folder, **sizes)
         finally:
             shutil.rmtree(folder)
 
