@@ -25,6 +25,7 @@ from pathlib import Path
 import click
 import torch
 from PIL import Image
+from tests.tiny import write_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.figure import print_figure
@@ -283,7 +284,8 @@ def _show_loop(folder: Path, storage: Storage, batch: int, small: bool) -> None:
     size = SIZES["small" if small else "published"]
     data = prepare(folder, images, places, width, storage=storage)
     where = device("bfloat16" if IS_CUDA else "float32")
-    tokenizer = TextTokenizer(_write_tokenizer(folder / "tokenizer.json"))
+    # Of single letters: captions fill all 32 places.
+    tokenizer = TextTokenizer(write_tokenizer(folder / "tokenizer.json", [*"0123456789&:-,."]))
     config = AlignConfig(steps=steps, batch_size=batch, learning_rate=1e-5, warmup_steps=1)
     seconds: dict[str, float] = {}
     for how in ("from the cache", "features at hand"):
@@ -305,22 +307,6 @@ def _show_loop(folder: Path, storage: Storage, batch: int, small: bool) -> None:
         )
     waits = 1 - seconds["features at hand"] / seconds["from the cache"]
     print_figure("share that waits for features", 100 * waits, "%", batch=batch, storage=storage)
-
-
-def _write_tokenizer(path: Path) -> Path:
-    """Write a BERT-like tokenizer whose words are letters: captions fill all 32 places."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789&:-,."]
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-    pieces += [f"##{letter}" for letter in letters]
-    vocabulary = {piece: place for place, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(pieces[:5])
-    tokenizer.save(str(path))
-    return path
 
 
 def show_compiled(small: bool, _: Path) -> None:

@@ -133,12 +133,7 @@ DECODERS = {
 
 
 def stage_2(
-    size: str,
-    device: Device,
-    batch: int = BATCH,
-    decoder: str | None = None,
-    *,
-    compiled: bool = False,
+    size: str, device: Device, batch: int = BATCH, decoder: str | None = None
 ) -> tuple[Step, Step]:
     """Return our step and the peer's; a process makes steps of one of them.
 
@@ -147,7 +142,6 @@ def stage_2(
         device: Where, and in which format.
         batch: Instructions; answers' lengths are repeated.
         decoder: One of `DECODERS`.
-        compiled: Ours with the bridge's layers compiled.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -163,8 +157,6 @@ def stage_2(
             QFormerConfig(**SIZES[size]),  # type: ignore[arg-type]
             language_width=config.hidden_size,
         )
-        if compiled:
-            bridge.qformer.compile_layers()
         features = torch.randn(batch, PLACES, bridge.config.encoder_width)
         question = torch.randint(1000, 30000, (batch, INSTRUCTION))
     instructions = torch.randint(0, words, (batch, INSTRUCTION)).tolist()

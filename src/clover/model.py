@@ -45,7 +45,7 @@ from clover.model_folder import write_config as write_config
 from clover.qformer.bridge import Bridge
 from clover.qformer.caption import CaptionSettings
 from clover.qformer.initialise import start_from_bert
-from clover.qformer.tokenizer import TextTokenizer, Tokens, widened
+from clover.qformer.tokenizer import WIDTHS, TextTokenizer, Tokens
 from clover.slides.picture import check_is_no_slide, is_region, open_picture
 from clover.training import processes
 from clover.training.device import Device, choose_device
@@ -173,8 +173,8 @@ def _bridge_config(
     )
 
 
-_WIDTHS, _COMPILED_WIDTHS = 8, 32
-"""Questions are padded to a multiple of so many tokens while the Q-Former learns on a GPU."""
+_COMPILED_WIDTHS = 32
+"""Questions are padded to a multiple of so many tokens where each width is compiled for minutes."""
 
 
 @dataclass
@@ -226,11 +226,10 @@ class Clover:
         if not self.recipe.tune.instruction_aware:
             return None
         limit = min(self.recipe.tune.max_question_tokens, self.bridge.config.max_positions)
-        tokens = self.tokenizer(questions, limit=limit, side="left")
-        is_compiled = self.recipe.tune.compile
-        if self.bridge.training and (is_compiled or self.device.device.type == "cuda"):
-            multiple = _COMPILED_WIDTHS if is_compiled else _WIDTHS
-            tokens = widened(tokens, pad=self.tokenizer.pad, multiple=multiple, limit=limit)
+        multiple = WIDTHS if self.bridge.training and self.device.device.type == "cuda" else 1
+        if self.bridge.training and self.recipe.tune.compile:
+            multiple = _COMPILED_WIDTHS
+        tokens = self.tokenizer(questions, limit=limit, side="left", multiple=multiple)
         return Tokens(self.device.put(tokens.ids), self.device.put(tokens.mask))
 
     def visual_hidden(self, features: Tensor, questions: Sequence[str]) -> Tensor:

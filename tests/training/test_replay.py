@@ -97,7 +97,7 @@ def test_a_loss_that_is_kept_beside_the_language_models_is_not_lost(
 def test_a_loss_that_is_looked_at_later_changes_no_weight_from_its_step_on(
     bad: int, accumulate: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_is_costly_to_wait", lambda _: True)
+    monkeypatch.setattr(loop, "is_on_one_gpu", lambda _: True)
     steps = {"steps": 20, "learning_rate": 1e-2, "warmup_steps": 0, "batch_size": 4}
     recipe = tiny_recipe(tiny.folder, tune={**steps, "accumulate": accumulate})
     model = tiny_clover(recipe)

@@ -14,16 +14,14 @@ from clover.align.cached import backward_in_chunks
 from clover.align.losses import Everyone, LossSettings
 from clover.core.config import AlignConfig
 from clover.qformer.bridge import Bridge
-from clover.qformer.tokenizer import TextTokenizer, Tokens, widened
+from clover.qformer.tokenizer import WIDTHS, TextTokenizer, Tokens
 from clover.training import processes
 from clover.training.device import Device
 from clover.training.objective import Losses
-from clover.training.replay import Function, Replay
+from clover.training.replay import Function, Replay, is_on_one_gpu
 from clover.vision.dataset import FeatureSet
 
 _SIMILAR = "similar"
-_WIDTHS = 8
-"""Captions are padded to a multiple of so many tokens on a GPU."""
 
 
 @dataclass
@@ -47,8 +45,7 @@ class AlignObjective:
         """Whether steps are recorded and replayed: on one GPU, if nothing waits for it."""
         return (
             self.config.cuda_graphs
-            and self.device.device.type == "cuda"
-            and processes.num_processes() == 1
+            and is_on_one_gpu(self.device)
             and not self.config.gradient_chunk
             and not self.module.config.checkpoint_activations
         )
@@ -71,12 +68,11 @@ class AlignObjective:
     def collate(self, indices: Sequence[int]) -> tuple[Tensor, Tokens]:
         """Return image tokens [B, P, E] and captions."""
         captions = [self.data.records[index].caption or "" for index in indices]
-        tokens = self.tokenizer(captions, limit=self.config.max_text_tokens)
-        if self.device.device.type == "cuda" or self.config.compile:
-            # As few widths as can be: each is recorded for itself, and compiled for minutes.
-            limit = self.config.max_text_tokens
-            multiple = limit if self.config.compile else _WIDTHS
-            tokens = widened(tokens, pad=self.tokenizer.pad, multiple=multiple, limit=limit)
+        limit = self.config.max_text_tokens
+        multiple = WIDTHS if self.device.device.type == "cuda" else 1
+        if self.config.compile:  # each width for minutes
+            multiple = limit
+        tokens = self.tokenizer(captions, limit=limit, multiple=multiple)
         features = self.device.put(self.data.features(indices))
         return features, Tokens(self.device.put(tokens.ids), self.device.put(tokens.mask))
 

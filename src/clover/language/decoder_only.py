@@ -176,13 +176,12 @@ class DecoderOnly(FrozenLanguage):
         rows = [[*i, *a][:-1] for i, a in zip(asked, said, strict=True)]
         width = -(-max(map(len, rows)) // _WIDTHS) * _WIDTHS
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        places: list[int] = []
-        labels: list[int] = []
-        for row, (instruction, answer) in enumerate(zip(asked, said, strict=True)):
-            ids[row, : len(rows[row])] = torch.tensor(rows[row])
-            first = row * (num_queries + width) + num_queries + len(instruction) - 1
-            places += range(first, first + len(answer))
-            labels += answer
+        for row, values in enumerate(rows):
+            ids[row, : len(values)] = torch.tensor(values)
+        length = num_queries + width
+        starts = range(0, len(rows) * length, length)
+        places = _predicting(asked, said, starts=starts, num_queries=num_queries)
+        labels = [token for answer in said for token in answer]
         more = (0, -len(labels) % _ANSWERS)
         return AnswerBatch(
             ids,
@@ -218,12 +217,9 @@ class DecoderOnly(FrozenLanguage):
             batch: From `answer_batch` for Q queries, on the model's device.
         """
         past = self._past(self.prefix_ids, len(batch.ids), is_kept=False)
-        embeds = self._joined((), visual, batch.ids)
         with causal_by_itself(self.model):
-            positions = torch.arange(embeds.shape[1], device=self.device)[None] + past.num_tokens
-            hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
-        picked = hidden.flatten(0, 1)[batch.places]
-        return self._cross_entropy(picked, batch.labels).sum()
+            hidden = self._read_behind(visual, batch.ids, past)
+        return self._cross_entropy(hidden.flatten(0, 1)[batch.places], batch.labels).sum()
 
     def logits_from_ids(self, visual: Tensor | None, text_ids: Tensor, mask: Tensor) -> Tensor:
         """Return `[B, Q+T, V]` float32 logits of ``[visual][text]``, every position: the slow way.
@@ -267,18 +263,16 @@ class DecoderOnly(FrozenLanguage):
         # The last token predicts nothing that is asked for.
         read = self._read_packed if self._packs else self._read_padded
         hidden, starts = read(visual, [row[:-1] for row in joined], past)
-        num_queries = 0 if visual is None else visual.shape[1]
-        rows: list[int] = []
-        columns: list[int] = []
-        labels: list[int] = []
-        for row, (instruction, answer) in enumerate(zip(instruction_ids, answer_ids, strict=True)):
-            first = num_queries + len(instruction) - 1
-            assert first >= 0, "an answer needs at least one visual or instruction token before it"
-            rows += [row] * len(answer)
-            columns += range(starts[row] + first, starts[row] + first + len(answer))
-            labels += answer
+        places = _predicting(
+            instruction_ids,
+            answer_ids,
+            starts=starts,
+            num_queries=0 if visual is None else visual.shape[1],
+        )
+        rows = [row for row, answer in enumerate(answer_ids) for _ in answer]
+        labels = [token for answer in answer_ids for token in answer]
         row_index = torch.tensor(rows, device=self.device)
-        picked = hidden[torch.tensor(columns, device=self.device)]  # [N, H]
+        picked = hidden[torch.tensor(places, device=self.device)]  # [N, H]
         return self._cross_entropy(picked, torch.tensor(labels, device=self.device)), row_index
 
     @property
@@ -298,12 +292,16 @@ class DecoderOnly(FrozenLanguage):
         self, visual: Tensor | None, ids: Ids, past: _Past
     ) -> tuple[Tensor, Sequence[int]]:
         """Return hidden states `[B T, H]` of ``[visual][ids][pads]`` and where each row begins."""
-        embeds = self._joined((), visual, self._padded(ids)[0])  # [B, T, H]
-        batch, length, _ = embeds.shape
-        # No mask: pads are on the right and attention is causal, so no answer token sees one.
-        positions = torch.arange(length, device=self.device)[None] + past.num_tokens
-        hidden = self._read(past, inputs_embeds=embeds, position_ids=positions)
+        hidden = self._read_behind(visual, self._padded(ids)[0], past)
+        batch, length, _ = hidden.shape
         return hidden.flatten(0, 1), range(0, batch * length, length)
+
+    def _read_behind(self, visual: Tensor | None, ids: Tensor, past: _Past) -> Tensor:
+        """Return hidden states `[B, Q+T, H]` of ``[visual][ids]``; ids `[B, T]`, pads behind."""
+        embeds = self._joined((), visual, ids)
+        # No mask: pads are on the right and attention is causal, so no answer token sees one.
+        positions = torch.arange(embeds.shape[1], device=self.device)[None] + past.num_tokens
+        return self._read(past, inputs_embeds=embeds, position_ids=positions)
 
     def _read_packed(
         self, visual: Tensor | None, ids: Ids, past: _Past
@@ -495,6 +493,25 @@ class _CachedSteps:
         self.past.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.position = self.position[rows]
+
+
+def _predicting(
+    instruction_ids: Ids, answer_ids: Ids, *, starts: Sequence[int], num_queries: int
+) -> list[int]:
+    """Return the place of what predicts each answer token [N], among hidden states of all rows.
+
+    Args:
+        instruction_ids: B id lists.
+        answer_ids: B id lists.
+        starts: Where each row begins, with its visual tokens [B].
+        num_queries: Visual tokens of a row.
+    """
+    places: list[int] = []
+    for start, instruction, answer in zip(starts, instruction_ids, answer_ids, strict=True):
+        first = num_queries + len(instruction) - 1
+        assert first >= 0, "an answer needs at least one visual or instruction token before it"
+        places += range(start + first, start + first + len(answer))
+    return places
 
 
 def _repeated(past: _Past, num_rows: int) -> _Past:

@@ -7,7 +7,14 @@ from typing import Any
 
 from clover.core.config import Recipe
 from clover.plan.pace import PACES
-from clover.plan.step import EncoderSize, StepSize, align_size, encoder_size, tune_size
+from clover.plan.step import (
+    EncoderSize,
+    StepSize,
+    align_size,
+    encoder_size,
+    products_of,
+    tune_size,
+)
 from clover.vision.storage import bytes_a_token
 
 _GIB = 2**30
@@ -79,7 +86,7 @@ class Plan:
 
     def _products(self) -> str:
         """Return the format of both stages' products on a card."""
-        return "float32" if self.recipe.precision == "float32" else "bfloat16"
+        return str(products_of(self.recipe)).removeprefix("torch.")
 
     def views(self) -> int:
         """Return how many views of all images are encoded and kept."""

@@ -144,7 +144,7 @@ def _tokens(batch: int, length: int) -> Tokens:
 def align_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     """Count a step of stage 1."""
     with META:
-        bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(_numbers(recipe))
+        bridge = Bridge(_qformer(recipe, encoder), has_alignment=True).to(products_of(recipe))
     config = recipe.align
     # One pair alone has no negative to be counted with: two are counted.
     chunk = min(max(2, config.gradient_chunk), config.batch_size) if config.gradient_chunk else 0
@@ -188,7 +188,7 @@ def tune_size(recipe: Recipe, encoder: EncoderSize) -> StepSize:
     language = build_language(recipe)
     with META:
         bridge = Bridge(_qformer(recipe, encoder), language_width=language.hidden_size)
-        bridge.to(_numbers(recipe))
+        bridge.to(products_of(recipe))
     part = recipe.tune.batch_size // recipe.tune.accumulate
     features = torch.empty(part, encoder.num_tokens, encoder.width, device=META)
     text = _tokens(part, min(recipe.tune.max_question_tokens, recipe.qformer.max_positions))
@@ -236,7 +236,7 @@ def _grounding_size(recipe: Recipe, encoder: EncoderSize, bridge: Bridge) -> Ste
 def _size(
     bridge: Bridge, language: Any, step: Any, features: Tensor, recipe: Recipe, *, parts: int
 ) -> StepSize:
-    products = str(_numbers(recipe)).removeprefix("torch.")
+    products = str(products_of(recipe)).removeprefix("torch.")
     bits = recipe.language.quantise
     frozen = [] if language is None else [*language.parameters(), *language.buffers()]
     found = count(step, before=[*bridge.parameters(), *bridge.buffers(), *frozen, features])
@@ -264,7 +264,7 @@ def num_bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _numbers(recipe: Recipe) -> torch.dtype:
+def products_of(recipe: Recipe) -> torch.dtype:
     """Return what matrix products run in; `auto` is planned for a card, which takes bfloat16."""
     return torch.float32 if recipe.precision == "float32" else torch.bfloat16
 
@@ -307,7 +307,7 @@ def build_language(recipe: Recipe) -> DecoderOnly | EncoderDecoder:
     is_pair = recipe.language.kind == "encoder_decoder"
     family = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
     with META:
-        model = family.from_config(shape, dtype=_numbers(recipe))
+        model = family.from_config(shape, dtype=products_of(recipe))
         if stated.get("tie_word_embeddings") is False:
             # transformers ties a fresh T5 all the same; FLAN's checkpoints bring their own head.
             head = model.get_output_embeddings()

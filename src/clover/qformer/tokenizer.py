@@ -13,9 +13,12 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
-from torch.nn import functional as F
 
 from clover.core.errors import CloverError
+
+WIDTHS = 8
+"""Texts are padded to a multiple of so many tokens while a Q-Former learns on a GPU: each width is
+recorded for itself (`training.replay`)."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,6 @@ class Tokens:
 
     ids: Tensor
     mask: Tensor
-
-
-def widened(text: Tokens, *, pad: int, multiple: int, limit: int) -> Tokens:
-    """Return texts [B, T] padded to a T that is a multiple of a number, or the limit."""
-    width = text.ids.shape[1]
-    more = (0, max(0, min(-(-width // multiple) * multiple, limit) - width))
-    return Tokens(F.pad(text.ids, more, value=pad), F.pad(text.mask, more))
 
 
 class TextTokenizer:
@@ -81,7 +77,12 @@ class TextTokenizer:
         )
 
     def __call__(
-        self, texts: Sequence[str], *, limit: int, side: Literal["left", "right"] = "right"
+        self,
+        texts: Sequence[str],
+        *,
+        limit: int,
+        side: Literal["left", "right"] = "right",
+        multiple: int = 1,
     ) -> Tokens:
         """Encode texts as ``[CLS] … [SEP]``, padded to the longest of them.
 
@@ -89,6 +90,7 @@ class TextTokenizer:
             texts: B texts.
             limit: Longest row, the two special tokens included.
             side: Where a longer text loses words: its end (stage 1) or its beginning (stage 2).
+            multiple: Of which the width is one, unless it is the limit; for few widths.
         """
         rows = []
         for text in texts:
@@ -96,7 +98,8 @@ class TextTokenizer:
             keep = limit - 2
             pieces = pieces[:keep] if side == "right" else pieces[max(0, len(pieces) - keep) :]
             rows.append([self.start, *pieces, self.end])
-        width = max(len(row) for row in rows)
+        longest = max(map(len, rows))
+        width = max(longest, min(-(-longest // multiple) * multiple, limit))
         ids = torch.full((len(rows), width), self.pad, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         for index, row in enumerate(rows):

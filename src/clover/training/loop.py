@@ -37,6 +37,7 @@ from clover.training.checkpoint import (
 )
 from clover.training.device import Device
 from clover.training.objective import Losses, Objective
+from clover.training.replay import is_on_one_gpu
 from clover.training.sampler import Sampler
 from clover.training.schedule import learning_rate
 from clover.training.validation import BestWeights, Validation
@@ -300,7 +301,7 @@ class _Watch:
         """Step and samples of each loss since the last look."""
         self._first: Tensor | None = None
         """Place of the first bad one among them; beyond them while there is none."""
-        if not _is_costly_to_wait(job.device):
+        if not is_on_one_gpu(job.device):
             return
         self._none = torch.iinfo(torch.int64).max
         self._first = torch.full((), self._none, device=job.device.device)
@@ -343,11 +344,6 @@ class _Watch:
             f"{stage}: the loss of step {step} is {loss.item()}; its samples are "
             f"{_named(self._objective, indices)}; lower {stage}.learning_rate?"
         )
-
-
-def _is_costly_to_wait(device: Device) -> bool:
-    """Return whether a look at a loss waits for kernels that were started long before they run."""
-    return device.device.type == "cuda" and processes.num_processes() == 1
 
 
 def _is_logged(step: int, job: TrainingJob) -> bool:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from clover.core.errors import CloverError
+from clover.training import processes
+from clover.training.device import Device
 
 _LOG = logging.getLogger(__name__)
 _MOST = 64
@@ -32,6 +34,14 @@ class _Recorded:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     outputs: dict[str, Tensor]
+
+
+def is_on_one_gpu(device: Device) -> bool:
+    """Return whether one process computes on a GPU: waiting costs, and steps can be replayed.
+
+    Several processes wait for each other at each step.
+    """
+    return device.device.type == "cuda" and processes.num_processes() == 1
 
 
 class Replay:

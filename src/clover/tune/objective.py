@@ -16,9 +16,8 @@ from clover.language.decoder_only import AnswerBatch, DecoderOnly
 from clover.model import Clover
 from clover.qformer.bridge import Bridge
 from clover.qformer.used_words import UsedPieces
-from clover.training import processes
 from clover.training.objective import Losses
-from clover.training.replay import Replay
+from clover.training.replay import Replay, is_on_one_gpu
 from clover.vision.dataset import FeatureSet
 
 
@@ -34,10 +33,6 @@ class InstructionBatch:
     features: Tensor
     questions: list[str]
     answers: list[str]
-
-    def __len__(self) -> int:
-        """Number of questions."""
-        return len(self.questions)
 
 
 def load_instructions(
@@ -101,8 +96,7 @@ class TuneObjective:
         model = self.model
         return (
             model.recipe.tune.cuda_graphs
-            and model.device.device.type == "cuda"
-            and processes.num_processes() == 1
+            and is_on_one_gpu(model.device)
             and getattr(model.language, "can_be_replayed", False)
             and not model.bridge.config.checkpoint_activations
         )

@@ -39,7 +39,7 @@ from clover.vision.image_processor import draw_view, rand_augment, turn_view
 from clover.vision.places import KEY, LAST_VIEW, Bytes, Integers, Places, digest_array, make_keys
 from clover.vision.portraits import decoders
 from clover.vision.shard import Shard, open_shard, write_shard
-from clover.vision.storage import Storage, is_finite, pack
+from clover.vision.storage import Storage, are_finite, pack
 
 _SHARD = 128  # images a shard: what a crash can cost
 _AHEAD = 64  # images decoded ahead of the encoder, at least; their shards are claimed by then
@@ -310,7 +310,7 @@ class FeatureCache:
         # One by one: what is made on the way stays in the processor's cache, and no batch of
         # EVA-g's tokens is copied together again.
         packed = (pack(image, self._storage) for image in torch.split(tokens, 1))
-        return [part if is_finite(part) else None for part in packed]
+        return [part if are_finite(part) else None for part in packed]
 
     def write(self, keys: list[str], parts: Sequence[dict[str, Tensor]]) -> Shard:
         """Write a shard; it is registered by the caller."""
@@ -357,13 +357,12 @@ def _encode_on_gpu(encoder: Any, pixels: Sequence[Tensor], storage: Storage) -> 
     """Encode and pack on the GPU, and begin to copy what is stored, in half the bytes or less."""
     images = torch.empty((len(pixels), *pixels[0].shape), dtype=pixels[0].dtype, pin_memory=True)
     packed = pack(encoder.encode_there(torch.stack(list(pixels), out=images)), storage)
-    whole = torch.isfinite(packed.get("scale", packed["tokens"])).flatten(1).all(dim=1)
     stored = {
-        name: torch.empty(item.shape, dtype=item.dtype, pin_memory=True)
-        for name, item in {**packed, _WHOLE: whole}.items()
+        name: torch.empty(item.shape, dtype=item.dtype, pin_memory=True).copy_(
+            item, non_blocking=True
+        )
+        for name, item in {**packed, _WHOLE: are_finite(packed)}.items()
     }
-    for name, item in {**packed, _WHOLE: whole}.items():
-        stored[name].copy_(item, non_blocking=True)
     done = torch.cuda.current_stream(encoder.device).record_event()
 
     def collect() -> list[dict[str, Tensor] | None]:

@@ -33,6 +33,6 @@ def unpack(kept: dict[str, Tensor]) -> Tensor:
     return tokens * kept["scale"][..., None] if "scale" in kept else tokens
 
 
-def is_finite(kept: dict[str, Tensor]) -> bool:
-    """Return whether what `pack` made holds finite numbers alone."""
-    return bool(torch.isfinite(kept.get("scale", kept["tokens"])).all())
+def are_finite(kept: dict[str, Tensor]) -> Tensor:
+    """Return of which images of what `pack` made all numbers are finite [N]."""
+    return torch.isfinite(kept.get("scale", kept["tokens"])).flatten(1).all(dim=1)

@@ -148,7 +148,6 @@ class TokenEncoder:
         """Return one image as the network wants it [3, S, S]."""
         return self._process(image)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, P, E], float32 on the CPU, without gradient."""
         return self.encode_there(pixels).float().cpu()
